@@ -10,7 +10,7 @@ Every way into an image comes through here: setup.py's build step, ``make zipapp
 nothing but Python's standard library and the settings module of the program itself, which is how the build and the
 device can't differ in what they take for a good value.
 
-    bake.py [--conf FILE] [--set NAME=VALUE]... [--term NAME=WORD]... FOLDER
+    bake.py [--conf FILE] [--set NAME=VALUE]... [--term NAME=WORD]... [--require NAME]... FOLDER
 
 FILE is that of the environment variable CARAMEL_BAKE unless it is given.
 """
@@ -24,7 +24,7 @@ import ssl
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Iterable, NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,10 +84,12 @@ def bake(
     extra: Optional[dict[str, str]] = None,
     terms: Optional[dict[str, str]] = None,
     when: Optional[int] = None,
+    require: Iterable[str] = (),
 ) -> Baked:
     """Check the settings of ``conf``, those of ``extra`` in front of them, and turn them into the two files.
 
     ``terms`` names settings as the person at the build knows them: "SERVER=" of make, an option of Buildroot.
+    A path in ``conf`` is relative to its folder. An empty value is none. ``require`` names what may not be missing.
     """
     when = build_time() if when is None else when
     terms = dict(terms or {})
@@ -100,7 +102,11 @@ def bake(
             terms = {**dict(TERM.findall(text)), **terms}
             values.update(settings.parse(text, str(conf)))
         values.update(extra or {})
+        values = {name: value for name, value in values.items() if value}
         source = str(conf) if conf is not None else "the settings"
+        for name in require:
+            if name not in values:
+                raise BakeError(f"{name} is not set")
         if "BUILD_TIME" in values:
             raise BakeError(f"{source}: BUILD_TIME is set by the build; set SOURCE_DATE_EPOCH instead")
         ca_cert = values.pop("CARAMEL_CA_CERT", None)
@@ -109,6 +115,10 @@ def bake(
         except errors.UsageError as error:
             raise BakeError(str(error)) from error
         _interfaces(values.get("CARAMEL_INTERFACES"), source)
+        for name in ("CARAMEL_KEY_FILE", "CARAMEL_CONFIG"):
+            if not values.get(name, "/").startswith("/"):
+                # It would depend on the folder that the device happens to start the program in.
+                raise BakeError(f"{source}: {name}: {values[name]!r} must begin with a slash")
         pem = None
         if ca_cert is not None:
             path = Path(ca_cert)
@@ -149,7 +159,9 @@ def _interfaces(value: Optional[str], source: str) -> None:
     for name in (value or "").split(",") if value is not None else ():
         name = name.strip()
         if not INTERFACE.fullmatch(name):
-            raise BakeError(f"{source}: CARAMEL_INTERFACES: {name!r} can't be the name of a network interface")
+            raise BakeError(
+                f"{source}: CARAMEL_INTERFACES: {name!r} can't be the name of a network interface"
+            )
         if name == "lo":
             raise BakeError(f"{source}: CARAMEL_INTERFACES: 'lo' has no MAC address")
 
@@ -202,8 +214,7 @@ def _conf(values: dict[str, str], when: int) -> str:
     for name in sorted(values):
         value = values[name]
         if not re.fullmatch(r"[A-Za-z0-9_./:@%+,=-]*", value):
-            # What a shell and systemd.exec(5) read alike inside double quotes.
-            value = '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
+            value = f'"{value}"' if '"' not in value else f"'{value}'"
         lines.append(f"{name}={value}")
     lines.append(f"BUILD_TIME={when}")
     return "\n".join(lines) + "\n"
@@ -222,9 +233,11 @@ def main(arguments: Optional[list[str]] = None) -> int:
     options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting more")
     options.add_argument("--term", action="append", default=[], metavar="NAME=WORD", help="for messages")
     options.add_argument("folder", type=Path, help="the installed package")
+    options.add_argument("--require", action="append", default=[], metavar="NAME", help="must have a value")
     given = options.parse_args(arguments)
     try:
-        baked = bake(given.conf or environment(), _pairs(given.set), _pairs(given.term))
+        conf = given.conf or environment()
+        baked = bake(conf, pairs(given.set), pairs(given.term), require=given.require)
     except BakeError as error:
         print(f"caramel-embedded: {error}", file=sys.stderr)
         return 1
@@ -240,7 +253,7 @@ def environment() -> Optional[Path]:
     return Path(conf) if conf else None
 
 
-def _pairs(arguments: list[str]) -> dict[str, str]:
+def pairs(arguments: list[str]) -> dict[str, str]:
     return dict((name, value) for name, _, value in (argument.partition("=") for argument in arguments))
 
 
