@@ -7,6 +7,7 @@ a process behind.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
@@ -54,6 +55,29 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for report in skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
             terminalreporter.write_line(f"{report.nodeid}: {reason}")
+    if "COVERAGE_PROCESS_START" in os.environ:
+        terminalreporter.section("lines of the program that no run and no unit reached")
+        terminalreporter.write(covered())
+
+
+def covered() -> str:
+    """The coverage report on this process and all runs of the command so far."""
+    import coverage
+
+    here = coverage.Coverage.current()
+    if here:
+        here.stop()
+        here.save()
+    report = io.StringIO()
+    everything = coverage.Coverage(
+        data_file=os.environ["COVERAGE_FILE"], config_file=os.environ["COVERAGE_PROCESS_START"]
+    )
+    try:
+        everything.combine()
+        everything.report(file=report)
+    except coverage.CoverageException as error:
+        report.write(f"{error}\n")
+    return report.getvalue()
 
 
 @pytest.fixture(autouse=True)

@@ -911,13 +911,12 @@ class TlsFront(_Living):
     def _run(self, loop: asyncio.AbstractEventLoop, ready: threading.Event) -> None:
         asyncio.set_event_loop(loop)
 
-        async def listen() -> None:
-            server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.context)
-            self.port = server.sockets[0].getsockname()[1]
-            ready.set()
-
-        loop.run_until_complete(listen())
+        listening = asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.context)
+        server = loop.run_until_complete(listening)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
         loop.run_forever()
+        server.close()
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()

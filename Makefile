@@ -1,0 +1,76 @@
+# All that can be done with this project; `make help` lists it. Everything made lands in build/, so that two clones
+# don't know of each other. Needs Python 3.9 or newer, make, and the package index.
+
+PYTHON ?= python3
+BUILD := build
+
+# Names of tests for `make test`, and options for pytest: make test TESTS=tests/test_world.py PYTEST=-x
+TESTS ?= tests
+PYTEST ?=
+
+SOURCES := $(wildcard setup.py setup.cfg packaging/bake.py bin/*) \
+	$(shell find caramel_embedded -type f -not -name '*.py[co]' 2>/dev/null)
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test style clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+	while IFS='|' read -r target what; do printf '  make %-14s %s\n' "$$target" "$$what"; done
+
+demo: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## the life of a device, run by run, against a real Caramel server
+	@$(BUILD)/venv/bin/python demo/life.py
+
+test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and all tests
+	$(BUILD)/tests/bin/ruff check --quiet .
+	$(BUILD)/tests/bin/ruff format --quiet --check .
+	$(BUILD)/tests/bin/mypy $(wildcard caramel_embedded packaging server tests demo bench torture)
+	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
+	@# The command under test is the one beside pytest, because coverage is there as well: it says which lines ran in
+	@# all of the command's runs. Its report comes before pytest's last line, which says how the tests went.
+	COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_FILE="$(CURDIR)/$(BUILD)/coverage/data" \
+	CARAMEL_TESTS_COMMAND="$(CURDIR)/$(BUILD)/tests/bin/caramel-embedded" \
+	$(BUILD)/tests/bin/python -I -m pytest $(PYTEST) $(TESTS)
+
+style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
+	$(BUILD)/tests/bin/ruff check --fix .
+	$(BUILD)/tests/bin/ruff format .
+
+clean: ## removes everything made
+	rm -rf $(BUILD) *.egg-info
+
+# The package, as others would install it. setuptools keeps what it copied in build/lib and would put modules that are gone
+# from the sources into the next wheel; so that goes first.
+$(BUILD)/wheel/built: $(SOURCES)
+	@mkdir -p $(BUILD) && rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D)
+	$(PYTHON) -m venv $(BUILD)/builder
+	$(BUILD)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	@touch $@
+
+# The program by itself, with nothing beside it but what it needs.
+$(BUILD)/venv/installed: $(BUILD)/wheel/built
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps $(BUILD)/wheel/*.whl
+	$(@D)/bin/python $(PIP_INSTALL) $(BUILD)/wheel/*.whl
+	@touch $@
+
+# The tools of the tests, and the program once more: units import it, and coverage watches it.
+$(BUILD)/tests/tools: tests/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) -r tests/requirements.txt
+	@touch $@
+
+$(BUILD)/tests/installed: $(BUILD)/tests/tools $(BUILD)/wheel/built
+	$(@D)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps $(BUILD)/wheel/*.whl
+	$(@D)/bin/python $(PIP_INSTALL) $(BUILD)/wheel/*.whl
+	@touch $@
+
+# The server, in an environment of its own: it uses what newer pyOpenSSL has removed. Nothing here imports any of it.
+$(BUILD)/caramel/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
+	@touch $@
+
+-include bench/bench.mk packaging/packaging.mk torture/torture.mk
