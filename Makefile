@@ -14,14 +14,17 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-warn-scri
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test style clean
+.PHONY: help demo demo-server test style clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1|/' | \
 	while IFS='|' read -r target what; do printf '  make %-14s %s\n' "$$target" "$$what"; done
 
 demo: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## the life of a device, run by run, against a real Caramel server
-	@$(BUILD)/venv/bin/python demo/life.py
+	@$(BUILD)/venv/bin/python -I demo/life.py
+
+demo-server: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## a Caramel server to play with by hand
+	@$(BUILD)/venv/bin/python -I demo/life.py --stay
 
 test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and all tests
 	$(BUILD)/tests/bin/ruff check --quiet .

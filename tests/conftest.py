@@ -7,6 +7,7 @@ a process behind.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import signal
@@ -118,5 +119,5 @@ def front(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel) -> Iterato
 @pytest.fixture
 def device(tmp_path: Path, front: Nginx, authority: Authority, request: pytest.FixtureRequest) -> Device:
     """A new device with nothing on its disk and a client ID that no other test uses."""
-    number = sum(ord(letter) * 257**place for place, letter in enumerate(request.node.nodeid)) % 16**10
-    return Device(tmp_path / "device", front.address, authority.certificate_file, f"fe{number:010x}")
+    unique = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:10]
+    return Device(tmp_path / "device", front.address, authority.certificate_file, f"fe{unique}")

@@ -1,15 +1,13 @@
-"""The world around a device: a certificate authority, a Caramel server, what stands in front of it, and
-the device.
+"""The world around a device: a certificate authority, a Caramel server, what stands in front of it, and the
+device.
 
-Everything here is the real thing (the Caramel server, nginx, the installed command) or, where no real server
-gives a certain answer, a server that says word for word what the test wrote down. Nothing of the program
-under
-test is imported, and nothing here knows what the program ought to do.
+Everything here is the real thing (the Caramel server, nginx, the installed command) or, where no real
+server gives a certain answer, a server that says word for word what the test wrote down. Nothing of the
+program under test is imported, and nothing here knows what the program ought to do.
 
 Every server lives as long as its `with` block, listens on a free port of the loopback interface, keeps its
-files in
-the folder it was given, and dies with the process that started it, however that one ends. Times are aware
-`datetime`s in UTC, durations are seconds unless a name says otherwise.
+files in the folder it was given, and dies with the process that started it, however that one ends. Times
+are aware `datetime`s in UTC, durations are seconds unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -99,8 +97,8 @@ def hours(count: float) -> datetime.timedelta:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on at this moment; whoever uses it must be
-    ready to retry.
+    """A port of the loopback interface that nobody listens on at this moment; whoever uses it must be ready
+    to retry.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -180,8 +178,8 @@ class _Living:
 
 
 class Daemon(_Living):
-    """One long-running program with its output in a file, which ends with the block or with whoever
-    started it.
+    """One long-running program with its output in a file, which ends with the block or with whoever started
+    it.
     """
 
     #: Process IDs of all that run now, by which a test's forgotten processes are told from these.
@@ -225,8 +223,8 @@ class Daemon(_Living):
 
 
 def strays() -> list[tuple[int, str]]:
-    """Children of this process that belong to nobody in this world: process ID and name. The dead ones
-    are buried.
+    """Children of this process that belong to nobody in this world: process ID and name. The dead ones are
+    buried.
     """
     found = []
     for entry in Path("/proc").iterdir():
@@ -283,8 +281,8 @@ def key_file_content(key: PrivateKey, request: bytes, certificate: bytes = b"") 
 
 
 class Authority:
-    """A certificate authority: its key and certificate in a folder, and certificates of any kind signed
-    by it.
+    """A certificate authority: its key and certificate in a folder, and certificates of any kind signed by
+    it.
 
     `subject` is a list of pairs such as `("C", "SE")`, in any order.
     """
@@ -390,8 +388,8 @@ class Authority:
         issuer: Optional[x509.Name] = None,
         serial: Optional[int] = None,
     ) -> bytes:
-        """A certificate in PEM as Caramel would sign it, or with any of its fields otherwise. Valid for
-        48 h from now by default.
+        """A certificate in PEM as Caramel would sign it, or with any of its fields otherwise. Valid for 48
+        h from now by default.
         """
         builder = (
             x509.CertificateBuilder()
@@ -437,8 +435,8 @@ class Authority:
         return path
 
     def sign(self, request: bytes, **fields: Any) -> bytes:
-        """A device's certificate in PEM for its request in PEM; `fields` as for `issue`, among them
-        another `subject`.
+        """A device's certificate in PEM for its request in PEM; `fields` as for `issue`, among them another
+        `subject`.
         """
         csr = x509.load_pem_x509_csr(request)
         subject = fields.pop("subject", csr.subject)
@@ -449,8 +447,8 @@ class Authority:
     def identity(
         self, client_id: str, *, key: Optional[PrivateKey] = None, certified: bool = True, **fields: Any
     ) -> bytes:
-        """What a key file holds for a device that this authority knows: key, certificate (with `fields`
-        as for `issue`), request.
+        """What a key file holds for a device that this authority knows: key, certificate (with `fields` as
+        for `issue`), request.
         """
         key = key or new_key()
         request = signing_request(key, self.subject_for(client_id))
@@ -533,12 +531,13 @@ listen = 127.0.0.1:{self.port}
     def start(self) -> None:
         """Starts the server; the first time on a port that the kernel chooses, later on the same one."""
         if not self.port:
-            # waitress could choose by itself, but says which only through a logger that is silent by default.
+            # waitress could choose by itself, but says which only through a logger that is silent by
+            # default.
             self.port = free_port()
         for _ in range(5):
             self._write_ini()
             if not self.database.exists():
-                self._program("caramel_initialize_db", str(self.ini))
+                self.program("caramel_initialize_db", str(self.ini))
             self._server.start()
             until("Caramel answers or has ended", lambda: self._answers() or not self._server.alive)
             if self._server.alive:
@@ -569,7 +568,7 @@ listen = 127.0.0.1:{self.port}
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def _program(self, name: str, *arguments: str) -> str:
+    def program(self, name: str, *arguments: str) -> str:
         """Runs one of Caramel's own programs to its end and returns its standard output."""
         done = subprocess.run(
             [str(CARAMEL / name), *arguments],
@@ -588,7 +587,7 @@ listen = 127.0.0.1:{self.port}
     def listed(self) -> list[Request]:
         """What `caramel_tool --list` shows its administrator: all but the rejected requests."""
         rows = []
-        for line in self._program("caramel_tool", str(self.ini), "--list").splitlines():
+        for line in self.program("caramel_tool", str(self.ini), "--list").splitlines():
             number, client_id, sha256, end_of_life = line.split(" ", 3)
             unsigned = end_of_life.startswith("-")
             rows.append(
@@ -636,29 +635,27 @@ listen = 127.0.0.1:{self.port}
         return fitting[-1]
 
     def sign(self, which: Union[int, str], *, hours: Optional[int] = None, long: bool = False) -> None:
-        """The administrator signs a request: an ID, a hash, or a client ID (its newest one). Takes about
-        a second.
+        """The administrator signs a request: an ID, a hash, or a client ID (its newest one). Takes about a
+        second.
 
         Caramel refuses to sign for a shorter time than the certificate that it has; 0 hours makes one that
-        has
-        ended already. It hands out the certificate that ends last, so a newer one of equal life within the
-        same second may
-        go unseen: sign for more hours to be sure.
+        has ended already. It hands out the certificate that ends last, so a newer one of equal life within
+        the same second may go unseen: sign for more hours to be sure.
         """
         life = [] if hours is None else [f"--life-{'long' if long else 'short'}={hours}"]
         if hours is not None and not long and hours > self.lifetimes[1]:
             life.append(f"--life-long={hours}")
-        self._program(
+        self.program(
             "caramel_tool", str(self.ini), *life, *(["--long"] if long else []), f"--sign={self._id(which)}"
         )
 
     def reject(self, which: Union[int, str]) -> None:
         """The administrator rejects a request: an ID, a hash, or a client ID (its newest one)."""
-        self._program("caramel_tool", str(self.ini), f"--reject={self._id(which)}")
+        self.program("caramel_tool", str(self.ini), f"--reject={self._id(which)}")
 
     def autosign(self) -> Daemon:
-        """`caramel_autosign`, to be used in a `with`: signs, a moment after it came in, each request
-        whose client ID is a UUID.
+        """`caramel_autosign`, to be used in a `with`: signs, a moment after it came in, each request whose
+        client ID is a UUID.
         """
         return Daemon([CARAMEL / "caramel_autosign", self.ini], self.folder / "autosign.log")
 
@@ -671,8 +668,7 @@ class Asked:
     """One request as a server saw it: nginx from its log, `Scripted` from the wire.
 
     `connection` numbers the connections; `verify` and `subject` are nginx's words about the client
-    certificate.
-    `received` and `sent` are bytes of HTTP, without TLS.
+    certificate. `received` and `sent` are bytes of HTTP, without TLS.
     """
 
     connection: int
@@ -701,11 +697,9 @@ class Nginx(_Living):
     """A real nginx as TLS front of Caramel, or of files that hold certificates, or both (files first).
 
     `certificate` is a file with certificate and key. `verify_client` is None (no client certificate asked
-    for), "optional"
-    or "on". `protocols` is nginx's `ssl_protocols`. `static` is a folder of certificates: see `publish`;
-    these are served with
-    Last-Modified and answered with 304, as Caramel never does. `server_lines` go into nginx's `server`
-    block as they are.
+    for), "optional" or "on". `protocols` is nginx's `ssl_protocols`. `static` is a folder of certificates:
+    see `publish`; these are served with Last-Modified and answered with 304, as Caramel never does.
+    `server_lines` go into nginx's `server` block as they are.
     """
 
     LOG = (
@@ -876,8 +870,7 @@ class TlsFront(_Living):
     """A TLS front made of nothing but Python, which passes bytes on to Caramel as they are.
 
     `certificate` is a file with certificate and key. With `client_ca`, clients are asked for a certificate,
-    and one
-    that is not good ends the connection with an alert; with `demand` as well, so does none.
+    and one that is not good ends the connection with an alert; with `demand` as well, so does none.
     """
 
     def __init__(
@@ -977,16 +970,15 @@ Says = Union[bytes, Iterable[Union[bytes, float]], None]
 
 
 class Scripted(_Living):
-    """A TLS server that answers what the test wrote down, bytes as they are, and remembers what it was asked.
+    """A TLS server that answers what the test wrote down, bytes as they are, and remembers what it was
+    asked.
 
     `answers` is called with each request, or holds what is said to the first, second, ... request over all
     connections; the last one is said again and again. With `client_ca`, clients are asked for a certificate
-    (one that isn't good
-    ends the handshake with an alert), with `demand` as well it is demanded. `instead_of_tls` gets the raw
-    socket in place of a handshake:
-    see `silence`, `reset`. `pause` is the time between any two bytes of an answer. An answer that says
-    `Connection: close`, or
-    has no length, ends the connection.
+    (one that isn't good ends the handshake with an alert), with `demand` as well it is demanded.
+    `instead_of_tls` gets the raw socket in place of a handshake: see `silence`, `reset`. `pause` is the
+    time between any two bytes of an answer. An answer that says `Connection: close`, or has no length, ends
+    the connection.
     """
 
     def __init__(
@@ -1172,7 +1164,8 @@ def reset(connection: socket.socket, over: threading.Event) -> None:
     """
     connection.recv(1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    # A shutdown would be an orderly end; the duplicate that ends this at the world's end has to be gone, too.
+    # A shutdown would be an orderly end; the duplicate that ends this at the world's end has to be gone,
+    # too.
     connection.close()
 
 
@@ -1223,9 +1216,8 @@ class Device:
     between runs.
 
     A setting that is None is not passed as option. The command sees an empty configuration file unless
-    `config` names
-    another (None: no option at all, and then it reads the host's own), and next to nothing of the caller's
-    environment.
+    `config` names another (None: no option at all, and then it reads the host's own), and next to nothing
+    of the caller's environment.
     """
 
     def __init__(
@@ -1272,8 +1264,7 @@ class Device:
         """Starts a check and returns at once; whoever calls this sees it to its end (`finish`).
 
         `env` comes on top of the bare environment. `before` is a command that starts it, such as
-        `("faketime", ...)`. With
-        `bare`, the options are all that is passed.
+        `("faketime", ...)`. With `bare`, the options are all that is passed.
         """
         line = [*before, *([*self.command, *options] if bare else self.arguments(*options))]
         return subprocess.Popen(
@@ -1392,8 +1383,8 @@ def wheel() -> Path:
 
 
 def installation(name: str, python: str, *, system: bool = False) -> str:
-    """The command, installed for an interpreter into an environment of its own; made once for each build
-    of the package.
+    """The command, installed for an interpreter into an environment of its own; made once for each build of
+    the package.
 
     With `system`, the libraries are those that the interpreter's system has, as on a device, and no others.
     """

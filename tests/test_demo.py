@@ -1,0 +1,27 @@
+"""The demo tells a story that is true."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import world
+
+
+def test_the_demo_goes_as_told_and_leaves_nothing_behind() -> None:
+    before = set(Path(tempfile.gettempdir()).glob("caramel-demo-*"))
+    done = subprocess.run(
+        [sys.executable, "-I", str(world.ROOT / "demo" / "life.py")],
+        env=world.environment(CARAMEL_TESTS_COMMAND=world.COMMAND),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    for status in (0, 1, 69, 127):
+        assert f"exit status {status}: " in done.stdout
+    assert "PRIVATE KEY-----" not in done.stdout
+    assert set(Path(tempfile.gettempdir()).glob("caramel-demo-*")) <= before
