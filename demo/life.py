@@ -175,15 +175,13 @@ def servers(folder: Path) -> Iterator[tuple[Caramel, TlsFront]]:
 
 def tell(folder: Path) -> None:
     say("""caramel-embedded gives a device its identity: a private key that is made on the device and stays
-    there, and a
-        certificate for it from your own certificate authority (CA). A Caramel server takes the requests, and
-        a person, or a program, decides there who gets a certificate. The device just runs the command below
-        at boot and
-        now and then after that; each run is one short check. This is a device's life, on a real server.""")
+        there, and a certificate for it from your own certificate authority (CA). A Caramel server takes the
+        requests, and a person, or a program, decides there who gets a certificate. The device just runs the
+        command below at boot and now and then after that; each run is one short check. This is a device's
+        life, on a real server.""")
     print()
-    say(
-        """Lines with $ are run on the device, lines with # by the server's administrator; what they print stands behind |."""
-    )
+    say("""Lines with $ are run on the device, lines with # by the server's administrator; what they print
+        stands behind |.""")
 
     heading("A CA is made, and a Caramel server started, with TLS in front of it.")
     with servers(folder) as (caramel, front):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import world
 
 
-def test_the_demo_goes_as_told_and_leaves_nothing_behind() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("caramel-demo-*"))
+def test_the_demo_goes_as_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-I", str(world.ROOT / "demo" / "life.py")],
-        env=world.environment(CARAMEL_TESTS_COMMAND=world.COMMAND),
+        env=world.environment(CARAMEL_TESTS_COMMAND=world.COMMAND, TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,
         timeout=120,
@@ -24,4 +22,4 @@ def test_the_demo_goes_as_told_and_leaves_nothing_behind() -> None:
     for status in (0, 1, 69, 127):
         assert f"exit status {status}: " in done.stdout
     assert "PRIVATE KEY-----" not in done.stdout
-    assert set(Path(tempfile.gettempdir()).glob("caramel-demo-*")) <= before
+    assert list(tmp_path.iterdir()) == []
