@@ -49,7 +49,7 @@ clean: ## removes everything made
 $(BUILD)/wheel/built: $(SOURCES)
 	@mkdir -p $(BUILD) && rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D)
 	$(PYTHON) -m venv $(BUILD)/builder
-	$(BUILD)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	$(BUILD)/builder/bin/python -m pip wheel --use-pep517 --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	@touch $@
 
 # The program by itself, with nothing beside it but what it needs.
@@ -63,6 +63,9 @@ $(BUILD)/venv/installed: $(BUILD)/wheel/built
 $(BUILD)/tests/tools: tests/requirements.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) -r tests/requirements.txt
+	@# Newer releases of coverage bring this file themselves; twice does no harm.
+	@echo 'import os; os.getenv("COVERAGE_PROCESS_START") and __import__("coverage").process_startup()' \
+	>"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/coverage-of-runs.pth"
 	@touch $@
 
 $(BUILD)/tests/installed: $(BUILD)/tests/tools $(BUILD)/wheel/built
