@@ -56,6 +56,10 @@ CARAMEL = BUILD / "caramel" / "bin"
 #: The command under test: the one that `make` installed, unless the environment names another.
 COMMAND = os.environ.get("CARAMEL_TESTS_COMMAND", str(BUILD / "venv" / "bin" / "caramel-embedded"))
 
+#: The same in an environment that has nothing else in it. Coverage doesn't watch it: for what is counted,
+#: timed, traced, starved, or run as a user who can't write into build/.
+PLAIN = str(BUILD / "venv" / "bin" / "caramel-embedded")
+
 #: Seconds that a server of this world may take until it answers; generous, because machines are shared.
 PATIENCE = 30.0
 
