@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Makes the program one executable file: a zip archive that Python starts from, with the firmware's settings inside.
+
+The same bits come out for the same sources, settings and Python, on any day and in any folder: names are sorted, times,
+modes and paths are fixed, and the only time in it is SOURCE_DATE_EPOCH, else that of the last git commit.
+
+Beside each module lies its compiled form, for the Python that makes the archive; any other version finds that the magic
+number is not its own and compiles the module itself (zipimport does so, as importlib does). Nothing is
+deflated: a firmware image is compressed as a whole, and inflating costs a device time at every start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import marshal
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bake import ROOT, Baked, BakeError, bake, environment  # noqa: E402
+
+PACKAGE = "caramel_embedded"
+
+#: What execve(2) needs to start it: a shell, which hands the file to Python. Python would start a zip archive by itself, but
+#: through runpy, which takes longer than the shell does; and a shell can say that there is no Python, with the
+#: right status. Behind the shell's last line come the compiled modules, and behind these the zip archive: zip files are
+#: read from their end.
+START = r"""#!/bin/sh
+# caramel-embedded(8) {version} in one file: a shell script, compiled modules, and a zip archive of their sources.
+case $0 in */*) file=$0 ;; *) file=$(command -v -- "$0") ;; esac
+trap 'exit 127' EXIT
+[ -z "${{BASH_VERSION-}}" ] || shopt -s execfail 2>/dev/null
+exec {python} -I -B -c '
+import sys
+file = sys.argv.pop(1)
+try:
+    if sys.implementation.cache_tag == "{tag}":
+        from marshal import loads
+        with open(file, "rb", 0) as opened:
+            opened.seek({start})
+            members = loads(opened.read({size}))
+        exec(loads(members.pop("finder")))
+    else:
+        sys.path.insert(0, file)
+    from caramel_embedded.__main__ import main
+except BaseException as error:
+    # The 1 of a traceback would say that the key file is locked.
+    try:
+        sys.stderr.write("caramel-embedded: can not start: %s: %s\n" % (type(error).__name__, error))
+        sys.stderr.flush()
+    except Exception:
+        pass
+    import os
+    os._exit(127)
+main()
+' "$file" "$@"
+exit 127
+"""
+
+#: Finds the compiled modules; compiled itself, because compiling it at each start would take as long as all it saves.
+#: (zipimport reads the directory of the archive with Python code, and unpacks each module twice.)
+FINDER = """
+class Compiled:
+    def find_spec(self, name, path=None, target=None):
+        for member, package in ((name, False), (name + ".__init__", True)):
+            if member in members:
+                spec = type(sys.__spec__)(name, self, is_package=package)
+                spec.origin = "%s/%s.py" % (file, member.replace(".", "/"))
+                spec.has_location = True
+                return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        name = module.__name__
+        exec(loads(members.get(name) or members[name + ".__init__"]), module.__dict__)
+
+    def get_data(self, path):
+        try:
+            return members[path[len(file) + 1 :]]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+
+sys.meta_path.insert(0, Compiled())
+"""
+
+#: For ``python3 -I caramel-embedded.pyz`` and for an image without a shell.
+MAIN = "from caramel_embedded.__main__ import main\n\nmain()\n"
+
+
+def source_time() -> Optional[int]:
+    """A time that is the same whoever builds these sources, whenever and wherever; None where none is known."""
+    if os.environ.get("SOURCE_DATE_EPOCH"):
+        return None  # bake() reads it, and says what is wrong with it
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        return int(done.stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        print(
+            "caramel-embedded: neither SOURCE_DATE_EPOCH nor a git commit: the time of this build is now, and it will"
+            " not come out the same another time",
+            file=sys.stderr,
+        )
+        return None
+
+
+#: Run for each module in an interpreter of its own: which references marshal writes depends on what strings the
+#: interpreter has come across, folder names among them, and the order of a set on the hash seed.
+COMPILER = "import marshal, sys; o = sys.stdout.buffer; " + (
+    "o.write(marshal.dumps(compile(sys.stdin.buffer.read(), sys.argv[1], 'exec', dont_inherit=True)))"
+)
+
+
+def compiled(source: bytes, name: str) -> bytes:
+    """The module's code, as marshal writes it."""
+    surroundings = {key: value for key, value in os.environ.items() if key in ("LD_LIBRARY_PATH", "PATH")}
+    done = subprocess.run(
+        [sys.executable, "-B", "-S", "-s", "-c", COMPILER, name],
+        input=source,
+        stdout=subprocess.PIPE,
+        env={**surroundings, "PYTHONHASHSEED": "0"},
+        check=True,
+    )
+    return done.stdout
+
+
+def version() -> str:
+    for line in (ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__ = "):
+            return line.split('"')[1]
+    raise BakeError("there is no __version__ in the package")
+
+
+def write(output: Path, python: str, baked: Baked) -> None:
+    data = {f"{PACKAGE}/baked.conf": baked.conf.encode()}
+    if baked.pem is not None:
+        data[f"{PACKAGE}/baked.pem"] = baked.pem.encode()
+    sources = {f"{PACKAGE}/{path.name}": path.read_bytes() for path in (ROOT / PACKAGE).glob("*.py")}
+    code = {name: compiled(source, name) for name, source in sorted(sources.items())}
+    modules = {name[:-3].replace("/", "."): content for name, content in code.items()}
+    # Version 2 of the format: nothing in it depends on the interpreter that writes it.
+    blob = marshal.dumps({**modules, **data, "finder": compiled(FINDER.encode(), "finder")}, 2)
+
+    def start(at: int) -> bytes:
+        values = {"version": version(), "python": python, "tag": sys.implementation.cache_tag, "size": len(blob)}
+        return START.format(start=str(at).rjust(5), **values).encode()
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_name(output.name + ".new")
+    with open(draft, "wb") as file:
+        file.write(start(len(start(0))) + blob)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in sorted({**sources, **data, "__main__.py": MAIN.encode()}.items()):
+                entry = zipfile.ZipInfo(name)  # 1980-01-01, the earliest that a zip file knows
+                entry.create_system = 3  # Unix, whatever this is built on
+                entry.external_attr = 0o100644 << 16
+                archive.writestr(entry, content)
+    draft.chmod(0o755)
+    draft.replace(output)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(prog="pyz.py", description="Make the program one executable file.")
+    options.add_argument("--output", type=Path, default=ROOT / "build" / "caramel-embedded.pyz")
+    options.add_argument("--python", default="/usr/bin/python3", help="where Python is on the device")
+    options.add_argument("--server", help="the Caramel server, HOST or HOST:PORT")
+    options.add_argument("--ca-cert", help="PEM file with the CA's certificate")
+    options.add_argument("--conf", type=Path, help="file with more settings; $CARAMEL_BAKE unless given")
+    given = options.parse_args()
+    try:
+        if not given.python.startswith("/") or not given.python.isprintable() or set(given.python) & set(" '\"\\$`"):
+            raise BakeError(f"TARGET_PYTHON={given.python}: must be a path without spaces and quotes")
+        extra = {"CARAMEL_CA": given.server, "CARAMEL_CA_CERT": given.ca_cert}
+        baked = bake(
+            given.conf or environment(),
+            {name: value for name, value in extra.items() if value},
+            {"CARAMEL_CA": "SERVER=", "CARAMEL_CA_CERT": "CA_CERT="},
+            source_time(),
+            require=extra,
+        )
+        write(given.output, given.python, baked)
+    except BakeError as error:
+        print(f"caramel-embedded: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"caramel-embedded: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    for remark in baked.remarks:
+        print(f"caramel-embedded: {remark}", file=sys.stderr)
+    print(f"{given.output}: {given.output.stat().st_size} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
