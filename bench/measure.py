@@ -1,0 +1,843 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What one check costs: this program, what people use today, and two floors, all against one real server.
+
+`make bench` starts this. It starts the real Caramel server behind a real nginx, gives each program the same
+identity, lets them take turns (so that a busy machine is as busy for all of them) and hands what it saw to
+`report.py` and `fleet.py`. How each figure is taken stands in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import json
+import marshal
+import os
+import platform
+import re
+import select
+import shutil
+import signal
+import ssl
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate, parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Callable, ClassVar
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+for folder in ("tests", "bench"):  # run with -I, which puts none of them there
+    sys.path.insert(0, str(ROOT / folder))
+
+import fleet  # noqa: E402
+import report  # noqa: E402
+import world  # noqa: E402
+from cryptography import x509  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
+from filtered import FilteredCaramel, MeteredNginx  # noqa: E402
+from proxy import DelayingProxy, Traffic  # noqa: E402
+
+STATES = ("unchanged", "locked out", "pending", "renewed", "first enrollment")
+#: Seconds there and back, and how many of the rounds are made at that distance.
+DISTANCES = ((0.0, 1.0), (0.1, 0.34), (0.6, 0.2))
+#: The longest that a single run may take, in seconds.
+PATIENCE = 60.0
+CLIENT_ID = "fffbeec0ffee"
+
+
+# --- One run ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """What one run cost: seconds of wall and processor time, KiB of memory, and what went over the wire."""
+
+    status: int
+    wall: float
+    cpu: float
+    memory: int
+    traffic: Traffic
+
+
+class Spawner:
+    """The small process that starts the programs; see spawner.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output = folder / "output"
+        # Not one of the environments: what those install is read by `site`, and this runs without it.
+        command = [sys.executable, "-I", "-S", str(HERE / "spawner.py")]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=world.die_with_parent
+        )
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(10)
+
+    def run(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        folder: Path,
+        idle: Callable[[], bool] | None = None,
+    ) -> tuple[int, float, float, int]:
+        """Exit status, wall time, processor time (seconds), peak memory (KiB). What is `idle` gets a
+        SIGINT."""
+        assert self._process.stdin and self._process.stdout
+        marshal.dump((list(command), dict(env), str(folder), str(self.output)), self._process.stdin)
+        self._process.stdin.flush()
+        child = marshal.load(self._process.stdout)
+        deadline = time.monotonic() + PATIENCE
+        while not select.select([self._process.stdout], [], [], 0.05 if idle else PATIENCE)[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            elif idle and idle():
+                os.kill(child, signal.SIGINT)
+                idle = None
+        status, wall, user, system, memory = marshal.load(self._process.stdout)
+        return os.waitstatus_to_exitcode(status), wall, user + system, memory
+
+
+# --- The server, and the states that a device can find it in ------------------------------------------------
+
+
+@dataclass
+class Identity:
+    """A device's key and request, and the certificates that the server has signed for it, oldest first."""
+
+    client_id: str
+    key: bytes
+    request: bytes
+    certificates: list[bytes] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.request).hexdigest()
+
+    def file(self, certificate: int | None = None) -> bytes:
+        """What the combined file holds, with one of the certificates."""
+        return (
+            self.key
+            + (b"" if certificate is None else self.certificates[certificate])
+            + self.request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST")
+        )
+
+    def not_before(self, certificate: int) -> int:
+        loaded = x509.load_pem_x509_certificate(self.certificates[certificate])
+        return int(loaded.not_valid_before_utc.timestamp())
+
+
+class Stage:
+    """A Caramel server behind nginx, and the two devices that it knows: one with two certificates, one still
+    unsigned."""
+
+    def __init__(self, folder: Path, caramel: world.Caramel, nginx: world.Nginx) -> None:
+        self.folder = folder
+        self.caramel, self.nginx = caramel, nginx
+        self.known = self.enroll(CLIENT_ID)
+        for hours in (48, 72):  # of two the server hands out the one that ends last
+            caramel.sign(self.known.sha256, hours=hours)
+        self.known.certificates = caramel.certificates(self.known.sha256)
+        self.pending = self.enroll("fffbeec0ffed")
+        #: The modification time that goes with the newest certificate, once the server has said one.
+        self.modified = self.known.not_before(1)
+
+    def enroll(self, client_id: str) -> Identity:
+        key = world.new_key()
+        request = world.signing_request(key, self.caramel.authority.subject_for(client_id))
+        device = Identity(client_id, world.private_pem(key), request)
+        connection = http.client.HTTPConnection("127.0.0.1", self.caramel.port, timeout=30)
+        connection.request("POST", f"/{device.sha256}", request)
+        if connection.getresponse().status != 202:
+            raise AssertionError("Caramel doesn't take the request")
+        connection.close()
+        return device
+
+    def settle(self) -> None:
+        """Waits until the server gives the newest certificate a date, and remembers it."""
+
+        def dated() -> str | None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.caramel.port, timeout=30)
+            connection.request("GET", f"/{self.known.sha256}")
+            return connection.getresponse().getheader("Last-Modified")
+
+        date = world.until("the server says Last-Modified", dated, pause=0.2)
+        self.modified = int(parsedate_to_datetime(str(date)).timestamp())
+
+
+# --- The programs -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """All that a program needs to know for one run."""
+
+    stage: Stage
+    server: str
+    state: str
+    folder: Path
+    client_id: str = CLIENT_ID
+
+    @property
+    def identity(self) -> Path:
+        return self.folder / "identity.pem"
+
+    @property
+    def ca(self) -> str:
+        return str(self.stage.caramel.authority.certificate_file)
+
+    def place(self) -> None:
+        """Puts the device's combined file into the state that the run shall find."""
+        known, pending = self.stage.known, self.stage.pending
+        if self.state == "first enrollment":
+            self.identity.unlink(missing_ok=True)
+            return
+        content, modified = {
+            "unchanged": (known.file(1) if known.certificates else b"", self.stage.modified),
+            "locked out": (known.file(1), self.stage.modified),
+            "renewed": (known.file(0), known.not_before(0)),
+            "pending": (pending.file(), int(time.time())),
+        }[self.state]
+        self.identity.write_bytes(content)
+        self.identity.chmod(0o600)
+        os.utime(self.identity, (modified, modified))
+
+
+class Program:
+    """One of those that are measured. `statuses` says how it ends in the states that it knows."""
+
+    name = ""
+    statuses: ClassVar[Mapping[str, int]] = {}
+    #: States in which it waits for ever, and is ended with SIGINT when it has nothing more to say.
+    waits: ClassVar[Sequence[str]] = ()
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        raise NotImplementedError
+
+    def place(self, setting: Setting) -> None:
+        setting.place()
+
+
+class Command(Program):
+    """This program."""
+
+    statuses: ClassVar[Mapping[str, int]] = {
+        "unchanged": 0,
+        "locked out": 1,
+        "pending": 69,
+        "renewed": 0,
+        "first enrollment": 69,
+    }
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        # As a device runs it: settings from the environment, as a unit's EnvironmentFile= or an init script
+        # gives them.
+        return [str(self.path)], {
+            "CARAMEL_CA": setting.server,
+            "CARAMEL_CA_CERT": setting.ca,
+            "CARAMEL_KEY_FILE": str(setting.identity),
+            "CARAMEL_CN": setting.client_id,
+        }
+
+
+class CurlScript(Command):
+    """A shell script around curl and openssl: the same statuses, the same environment."""
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        return [_which("sh"), str(self.path)], super().command(setting)[1]
+
+
+class PythonClient(Program):
+    """`caramel-client` from PyPI: files named after the device and the server, in the folder where it is
+    started."""
+
+    name = "caramel-client 1.5.3"
+    statuses: ClassVar[Mapping[str, int]] = {
+        "unchanged": 0,
+        "pending": 1,
+        "renewed": 0,
+        "first enrollment": 1,
+    }
+    waits = ("pending", "first enrollment")
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        program = world.BUILD / "bench" / "client" / "bin"
+        return [
+            str(program / "python"),
+            str(program / "caramel-client"),
+            setting.server,
+            setting.client_id,
+        ], {}
+
+    def place(self, setting: Setting) -> None:
+        for file in setting.folder.iterdir():
+            file.unlink()
+        shutil.copyfile(setting.ca, setting.folder / f"{setting.server}.cacert")
+        if setting.state == "first enrollment":
+            return
+        device = setting.stage.pending if setting.state == "pending" else setting.stage.known
+        setting.client_id = device.client_id
+        base = setting.folder / device.client_id
+        base.with_suffix(".key").write_bytes(device.key)
+        base.with_suffix(".csr").write_bytes(device.request)
+        if setting.state != "pending":
+            newest = setting.state == "unchanged"
+            base.with_suffix(".crt").write_bytes(device.certificates[newest])
+
+
+class Urllib3(Program):
+    """The floor: one request, by hand."""
+
+    name = "urllib3 floor"
+    statuses: ClassVar[Mapping[str, int]] = {"unchanged": 0, "pending": 0}
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        pending = setting.state == "pending"
+        device = setting.stage.pending if pending else setting.stage.known
+        since = formatdate(setting.identity.stat().st_mtime, usegmt=True)
+        identity = "" if pending else str(setting.identity)
+        python = str(world.BUILD / "bench" / "urllib3" / "bin" / "python")
+        url = f"https://{setting.server}/{device.sha256}"
+        return [python, str(HERE / "floor.py"), url, setting.ca, identity, since], {}
+
+
+class Bare(Program):
+    """The other floor: an interpreter that does nothing, the one that this program runs with."""
+
+    name = "bare interpreter"
+    statuses: ClassVar[Mapping[str, int]] = {"unchanged": 0, "locked out": 0}
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        python = world.BUILD / "venv" / "bin" / "python"
+        return [str(python if python.exists() else sys.executable), "-c", "pass"], {}
+
+
+def _which(program: str) -> str:
+    found = shutil.which(program)
+    if not found:
+        raise SystemExit(f"bench: {program} is not installed")
+    return found
+
+
+def programs() -> list[Program]:
+    """Those that can be measured here; what is missing is said."""
+    found: list[Program] = []
+    for name, path in (
+        ("caramel-embedded", world.BUILD / "venv" / "bin" / "caramel-embedded"),
+        ("caramel-embedded, zipapp", world.BUILD / "caramel-embedded.pyz"),
+    ):
+        if path.exists():
+            found.append(Command(name, path))
+        else:
+            print(f"bench: not measured, because it isn't there: {path.relative_to(ROOT)}", file=sys.stderr)
+    return [
+        *found,
+        CurlScript("curl and openssl", HERE / "caramel-curl.sh"),
+        PythonClient(),
+        Urllib3(),
+        Bare(),
+    ]
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on standard error, where that is a terminal; a line now and then where it isn't."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done, self.started, self.said = steps, 0, time.monotonic(), 0.0
+
+    def step(self, what: str) -> None:
+        self.done += 1
+        share = min(1.0, self.done / self.steps)
+        took = time.monotonic() - self.started
+        line = f"[{'#' * int(30 * share):30}] {100 * share:3.0f} % {took:4.0f} s  {what[:60]:60}"
+        if sys.stderr.isatty():
+            print(f"\r{line}", end="\n" if share == 1 else "", file=sys.stderr, flush=True)
+        elif took - self.said > 20 or share == 1:
+            self.said = took
+            print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+class Bench:
+    """Everything that was started, and everything that was seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spawner = Spawner(folder)
+        self.counter = 0
+        self.home = folder / "home"
+        self.home.mkdir()
+
+    def environment(self, more: Mapping[str, str]) -> dict[str, str]:
+        path = os.environ.get("PATH", "/usr/bin:/bin")
+        return {"PATH": path, "LC_ALL": "C.UTF-8", "HOME": str(self.home), **more}
+
+    def setting(self, program: Program, stage: Stage, state: str, server: str) -> Setting:
+        folder = self.folder / "devices" / re.sub(r"\W+", "-", program.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting(stage, server, state, folder)
+        if state == "pending":
+            setting.client_id = stage.pending.client_id
+        elif state == "first enrollment":
+            self.counter += 1
+            setting.client_id = f"fe{os.getpid() % 65536:04x}{self.counter:06x}"
+        program.place(setting)
+        return setting
+
+    @contextlib.contextmanager
+    def locked(self, setting: Setting) -> Iterator[None]:
+        """Another process has the lock, where the state is that."""
+        if setting.state != "locked out":
+            yield
+            return
+        with open(setting.identity, "rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
+
+    def run(self, program: Program, stage: Stage, state: str, proxy: DelayingProxy) -> Sample:
+        """One run, with its cost. A run that ends otherwise than it should ends the benchmark: its figures
+        mean nothing."""
+        setting = self.setting(program, stage, state, proxy.address)
+        command, env = program.command(setting)
+        proxy.reset()
+        idle = None
+        if state in program.waits:
+            # Its second GET after the first 404 or 202 comes a quarter of a minute later.
+            def idle() -> bool:
+                quiet = time.monotonic() - proxy.traffic.last
+                return bool(proxy.traffic.last) and quiet > 0.5 + 2 * proxy.round_trip
+
+        with self.locked(setting):
+            status, wall, cpu, memory = self.spawner.run(command, self.environment(env), setting.folder, idle)
+        traffic = proxy.wait()
+        if status != program.statuses[state]:
+            said = self.spawner.output.read_text(errors="replace")[-2000:]
+            raise SystemExit(f"bench: {program.name}, {state}: ended with {status}\n{said}")
+        return Sample(status, wall, cpu, memory, traffic)
+
+    def traced(self, program: Program, stage: Stage, state: str, proxy: DelayingProxy) -> dict[str, int]:
+        """System calls, and what they did to the file system; from a run under strace(1)."""
+        setting = self.setting(program, stage, state, proxy.address)
+        command, env = program.command(setting)
+        trace = self.folder / "trace"
+        line = [_which("strace"), "-f", "-y", "-qq", "-s", "0", "-o", str(trace), *command]
+        with self.locked(setting):
+            self._quietly(program, state, line, env, setting, proxy)
+        return read_trace(trace.read_text(errors="replace"))
+
+    def instructions(self, program: Program, stage: Stage, state: str, proxy: DelayingProxy) -> int:
+        """Instructions of a run and of all it starts, under callgrind."""
+        setting = self.setting(program, stage, state, proxy.address)
+        command, env = program.command(setting)
+        for old in self.folder.glob("callgrind.*"):
+            old.unlink()
+        tool = [
+            "--tool=callgrind",
+            "--trace-children=yes",
+            f"--callgrind-out-file={self.folder}/callgrind.%p",
+        ]
+        with self.locked(setting):
+            self._quietly(program, state, [_which("valgrind"), "-q", *tool, *command], env, setting, proxy)
+        totals = (
+            re.search(r"^(?:totals|summary): (\d+)", file.read_text(), re.MULTILINE)
+            for file in self.folder.glob("callgrind.*")
+        )
+        return sum(int(found[1]) for found in totals if found)
+
+    def _quietly(
+        self,
+        program: Program,
+        state: str,
+        line: Sequence[str],
+        env: Mapping[str, str],
+        setting: Setting,
+        proxy: DelayingProxy,
+    ) -> None:
+        proxy.reset()
+        process = subprocess.Popen(
+            line,
+            env=self.environment(env),
+            cwd=setting.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=world.die_with_parent,
+        )
+        try:
+            if state in program.waits:
+                world.until("it waits", lambda: 0 < proxy.traffic.last < time.monotonic() - 2, PATIENCE)
+                os.killpg(process.pid, signal.SIGINT)
+            status = process.wait(PATIENCE)
+        finally:
+            world.end(process, 0.1)
+        if status != program.statuses[state]:
+            raise SystemExit(
+                f"bench: {program.name}, {state}, under {Path(line[0]).name}: ended with {status}"
+            )
+
+
+#: strace's name of a descriptor of a regular file: a path, and none of a pipe, a socket, a memfd or a device.
+_REGULAR = re.compile(r"^\w+\((\d+)<(/(?!dev/|proc/|sys/|memfd:)[^>]*)>")
+_FLUSHES = {"fsync", "fdatasync", "sync", "syncfs", "msync", "sync_file_range"}
+_CHANGES = re.compile(r"(rename|link|symlink|unlink|mkdir|rmdir|truncate|ftruncate|f?chmod|f?l?chown|utime)")
+_WRITES = {"write", "pwrite64", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range"}
+
+
+def read_trace(text: str) -> dict[str, int]:
+    """Figures of one run from strace's output (`-f -y`): calls, bytes written to files, flushes, other
+    changes."""
+    seen = {"calls": 0, "bytes": 0, "flushes": 0, "changes": 0}
+    begun: dict[str, str] = {}
+    for line in text.splitlines():
+        process, _, call = line.partition(" ")
+        call = call.strip()
+        resumed = re.match(r"<\.\.\. \w+ resumed>(.*)", call)
+        if resumed:
+            call = begun.pop(process, "") + resumed[1]
+        elif call.endswith("<unfinished ...>"):
+            begun[process] = call[: -len("<unfinished ...>")]
+            continue
+        if not re.match(r"\w+\(", call):
+            continue  # a signal, an exit
+        seen["calls"] += 1
+        name = call.partition("(")[0]
+        result = re.search(r"= (-?\d+)", call[call.rfind(") ") :])
+        if not result or int(result[1]) < 0:
+            continue
+        if name in _WRITES and _REGULAR.match(call):
+            seen["bytes"] += int(result[1])
+        elif name in _FLUSHES:
+            seen["flushes"] += 1
+        elif _CHANGES.match(name):
+            seen["changes"] += 1
+    return seen
+
+
+def processor_time(processes: Sequence[int]) -> float:
+    """Seconds of processor time that these processes, with all their threads, have had so far."""
+    total = 0
+    for process in processes:
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(OSError):
+                total += int((thread / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def server_costs(stages: Mapping[str, Stage], checks: int, blocks: int = 7) -> dict[str, dict[str, float]]:
+    """Milliseconds of processor time of nginx and of Caramel for one check, on each of the stages.
+
+    Medians of several blocks of `checks`, in turns; also the answer's status, and the bytes by which the
+    database grows.
+    """
+    costs: dict[str, dict[str, list[float]]] = {
+        name: {"nginx": [], "caramel": [], "row": [], "answer": []} for name in stages
+    }
+    for _ in range(blocks):
+        for name, stage in stages.items():
+            one_block(stage, checks, costs[name])
+    medians = {
+        name: {what: statistics.median(values) for what, values in cost.items()}
+        for name, cost in costs.items()
+    }
+    for name, cost in costs.items():
+        medians[name]["row"] = statistics.mean(cost["row"])  # the file grows by pages: no median of that
+    return medians
+
+
+def one_block(stage: Stage, checks: int, cost: dict[str, list[float]]) -> None:
+    """Makes so many unchanged checks, one after the other, and adds what each one cost the server."""
+    caramel, nginx = stage.caramel._server.process, getattr(stage.nginx._daemon, "process", None)
+    assert caramel and nginx
+    tls = ssl.create_default_context(cafile=str(stage.caramel.authority.certificate_file))
+    identity = stage.folder / "load.pem"
+    identity.write_bytes(stage.known.file(1))
+    tls.load_cert_chain(str(identity))
+    since = formatdate(stage.modified, usegmt=True)
+    before = processor_time([nginx.pid]), processor_time([caramel.pid]), stage.caramel.database.stat().st_size
+    for _ in range(checks):
+        connection = http.client.HTTPSConnection("localhost", stage.nginx.port, context=tls, timeout=30)
+        connection.request("GET", f"/{stage.known.sha256}", headers={"If-Modified-Since": since})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+    cost["nginx"].append(1000 * (processor_time([nginx.pid]) - before[0]) / checks)
+    cost["caramel"].append(1000 * (processor_time([caramel.pid]) - before[1]) / checks)
+    cost["row"].append((stage.caramel.database.stat().st_size - before[2]) / checks)
+    cost["answer"].append(answer.status)
+
+
+def capacity(stage: Stage, seconds: float = 3.0, tries: int = 3) -> float:
+    """Checks a second that one process of Caramel answers at best: four at a time, without TLS."""
+    since = formatdate(stage.modified, usegmt=True)
+
+    def ask(until: float) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", stage.caramel.port, timeout=30)
+        count = 0
+        while time.monotonic() < until:
+            connection.request("GET", f"/{stage.known.sha256}", headers={"If-Modified-Since": since})
+            connection.getresponse().read()
+            count += 1
+        connection.close()
+        return count
+
+    rates = []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(tries):
+            until = time.monotonic() + seconds
+            rates.append(sum(pool.map(ask, [until] * 4)) / seconds)
+    return max(rates)
+
+
+def metered(bench: Bench, program: Program, stage: Stage, tries: int = 3) -> dict[str, int]:
+    """What an unchanged check puts on the wire; the median of a few runs, because TLS has fields of varying
+    length."""
+    with DelayingProxy(stage.nginx.port, 0.05) as proxy:
+        seen = [bench.run(program, stage, "unchanged", proxy).traffic for _ in range(tries)]
+    return {
+        name: int(statistics.median(getattr(one, name) for one in seen))
+        for name in ("connections", "round_trips", "up", "down", "packets")
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the figures were made on, without anything that names it."""
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    versions = {
+        "nginx": re.search(r"nginx/(\S+)", _said([world.Nginx.program() or "nginx", "-v"])),
+        "curl": re.search(r"curl (\S+)", _said(["curl", "--version"])),
+        "OpenSSL": re.search(r"OpenSSL (\S+)", _said(["openssl", "version"])),
+        "urllib3": re.search(
+            r"(\S+)",
+            _said(
+                [
+                    str(world.BUILD / "bench/urllib3/bin/python"),
+                    "-c",
+                    "import urllib3 as u; print(u.__version__)",
+                ]
+            ),
+        ),
+    }
+    return {
+        "processor": (model[1] if model else platform.machine()) + f", {os.cpu_count()} cores",
+        "kernel": f"Linux {platform.release().split('-')[0]}, {platform.machine()}",
+        "Python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
+        **{name: found[1] if found else "?" for name, found in versions.items()},
+    }
+
+
+def _said(command: Sequence[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=30)
+    return done.stdout.decode(errors="replace")
+
+
+#: What to put back into the configuration for metered fleets, to see what a line of it saves: name, line,
+#: instead.
+LINES = (
+    ("no session tickets", "ssl_session_tickets off;", ""),
+    ("no session cache", "ssl_session_cache off;", "ssl_session_cache shared:tls:1m;"),
+    ("TLS 1.3 only", "ssl_protocols TLSv1.3;", "ssl_protocols TLSv1.2;"),
+    ("curve X25519 only", "ssl_ecdh_curve X25519;", "ssl_ecdh_curve prime256v1;"),
+    ("keep-alive off", "keepalive_timeout 0;", ""),
+    ("no version in Server", "server_tokens off;", ""),
+)
+
+
+def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
+    """The whole benchmark; returns everything that the reports need, as JSON would have it."""
+    contestants = programs()
+    distances = [(distance, max(1, round(rounds * share))) for distance, share in DISTANCES]
+    if quick:
+        distances = distances[:1]
+    runs = [(program, state) for program in contestants for state in STATES if state in program.statuses]
+    steps = sum(count for _, count in distances) * len(STATES) + len(runs) + 2 * len(contestants) + 12
+    progress = Progress(steps)
+    seen: dict[str, Any] = {"machine": machine(), "rounds": rounds, "runs": {}, "ratios": {}}
+    seen.update({"traces": {}, "instructions": {}})
+    with contextlib.ExitStack() as stack:
+        authority = world.Authority.by_caramel(folder / "ca")
+        plain_caramel = stack.enter_context(world.Caramel(folder / "plain", authority))
+        filtered_caramel = FilteredCaramel(folder / "filtered", authority)
+        filtered_caramel.settle = 1.0
+        stack.enter_context(filtered_caramel)
+        certificate = authority.server()
+        # As most stand today: TLS 1.3, session tickets as nginx has them by default, no filter.
+        plain_nginx = world.Nginx(folder / "nginx", plain_caramel, certificate, session_tickets=True)
+        filtered_nginx = world.Nginx(
+            folder / "nginx-filter", filtered_caramel, certificate, session_tickets=True
+        )
+        metered_nginx = MeteredNginx(folder / "nginx-metered", filtered_caramel, certificate)
+        stages = []
+        for caramel, nginx in (
+            (plain_caramel, plain_nginx),
+            (filtered_caramel, filtered_nginx),
+            (filtered_caramel, metered_nginx),
+        ):
+            stack.enter_context(nginx)
+            stages.append(Stage(folder / nginx.folder.name, caramel, nginx))
+        plain, filtered, cheap = stages
+        filtered.settle()
+        cheap.settle()
+        bench = Bench(folder)
+        stack.callback(bench.spawner.close)
+
+        proxies = {d: stack.enter_context(DelayingProxy(plain_nginx.port, d)) for d, _ in distances}
+        near = proxies[0.0]
+        # Warm-up: bytecode, page cache, the server's own caches. And a contestant that fails does so at once.
+        for program, state in runs:
+            bench.run(program, plain, state, near)
+        samples: dict[tuple[str, str, float], list[Sample]] = {}
+        for distance, count in distances:
+            for turn in range(count):
+                for state in STATES:
+                    if distance and state == "locked out":
+                        progress.step(state)
+                        continue
+                    fitting = [program for program in contestants if state in program.statuses]
+                    # Whoever comes first finds the caches as the last one left them: so it is another one
+                    # each time.
+                    for program in fitting[turn % len(fitting) :] + fitting[: turn % len(fitting)]:
+                        if distance and (state in program.waits or isinstance(program, Bare)):
+                            continue  # no wall time of its own
+                        sample = bench.run(program, plain, state, proxies[distance])
+                        samples.setdefault((program.name, state, distance), []).append(sample)
+                    progress.step(f"{state}, {distance:g} s round trip, round {turn + 1}")
+        for state in STATES:
+            floor = samples.get((Bare.name if state == "locked out" else Urllib3.name, state, 0.0))
+            for program in contestants:
+                several = samples.get((program.name, state, 0.0))
+                if floor and several:
+                    # Of the same round, seconds apart: a busy machine was as busy for both.
+                    ratios = [one.cpu / other.cpu for one, other in zip(several, floor)]
+                    seen["ratios"].setdefault(state, {})[program.name] = statistics.median(ratios)
+        for (name, state, distance), several in samples.items():
+            seen["runs"].setdefault(state, {}).setdefault(name, {})[f"{distance:g}"] = summary(several)
+
+        for program, state in runs:
+            seen["traces"].setdefault(state, {})[program.name] = bench.traced(program, plain, state, near)
+            progress.step(f"{program.name}, {state}, system calls")
+        for program in contestants:
+            for state in ("unchanged", "locked out"):
+                if state in program.statuses:
+                    counted = bench.instructions(program, plain, state, near)
+                    seen["instructions"].setdefault(state, {})[program.name] = counted
+                progress.step(f"{program.name}, {state}, instructions")
+
+        online = [p for p in contestants if "unchanged" in p.statuses and not isinstance(p, Bare)]
+        seen["wire"] = {
+            name: {program.name: metered(bench, program, stage) for program in online}
+            for name, stage in (("plain", plain), ("filter", filtered), ("metered", cheap))
+        }
+        progress.step("bytes on the wire")
+        ours = online[0]
+        seen["lines"] = {"with all lines": metered(bench, ours, cheap)}
+        seen["measured with"] = ours.name
+        for name, line, instead in LINES:
+            metered_nginx.lines = {line: instead}
+            metered_nginx.restart()
+            seen["lines"][f"without: {name}"] = metered(bench, ours, cheap)
+            progress.step(f"nginx without: {name}")
+        metered_nginx.lines = {}
+        for name, kind in (("client certificates not asked for", "off"),):
+            metered_nginx.lines = {"ssl_verify_client optional;": f"ssl_verify_client {kind};"}
+            metered_nginx.restart()
+            seen["lines"][name] = metered(bench, ours, cheap)
+        metered_nginx.lines = {}
+        leaf = metered_nginx.certificate
+        with_root = folder / "with-root.pem"
+        with_root.write_bytes(leaf.read_bytes() + authority.pem)
+        metered_nginx.certificate = with_root
+        metered_nginx.restart()
+        seen["lines"]["without: the server's certificate alone"] = metered(bench, ours, cheap)
+        metered_nginx.certificate = small_server(authority)
+        metered_nginx.restart()
+        seen["lines"]["an elliptic server key besides"] = metered(bench, ours, cheap)
+        metered_nginx.certificate = leaf
+        metered_nginx.restart()
+        progress.step("nginx, line by line")
+        seen["server"] = server_costs(
+            {"plain": plain, "filter": filtered, "metered": cheap}, 10 if quick else 60
+        )
+        seen["capacity"] = capacity(filtered)
+        progress.step("the server's processor time")
+    return seen
+
+
+def small_server(authority: world.Authority) -> Path:
+    """A server certificate of this authority for an elliptic key, which Caramel's own tool can't sign."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = authority.issue(key.public_key(), authority.subject_for("localhost"), names=["localhost"])
+    path = authority.folder / "server-ec.pem"
+    path.write_bytes(pem + world.private_pem(key))
+    return path
+
+
+def summary(several: Sequence[Sample]) -> dict[str, Any]:
+    """Medians, and the middle half's bounds where the spread says something. Times in milliseconds, memory in
+    MiB."""
+
+    def spread(values: Sequence[float]) -> list[float]:
+        ordered = sorted(values)
+        if len(ordered) < 3:
+            return [ordered[0], statistics.median(ordered), ordered[-1]]
+        low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive")
+        return [round(low, 3), round(middle, 3), round(high, 3)]
+
+    def count(name: str) -> int:
+        return int(statistics.median(getattr(one.traffic, name) for one in several))
+
+    return {
+        "count": len(several),
+        "cpu": spread([1000 * one.cpu for one in several]),
+        "wall": spread([1000 * one.wall for one in several]),
+        "memory": spread([one.memory / 1024 for one in several]),
+        **{name: count(name) for name in ("connections", "round_trips", "up", "down", "packets")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="What one check costs, side by side with what people use today."
+    )
+    parser.add_argument("--quick", action="store_true", help="no long distances; to see that it works")
+    parser.add_argument(
+        "--again", action="store_true", help="only write the reports again from the last figures"
+    )
+    options = parser.parse_args()
+    figures = world.BUILD / "bench" / "figures.json"
+    if not options.again:
+        rounds = max(1, min(200, int(os.environ.get("BENCH_ROUNDS") or 15)))
+        folder = world.BUILD / "bench" / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        started = time.monotonic()
+        seen = measure(rounds, folder, options.quick)
+        seen["seconds"] = round(time.monotonic() - started)
+        figures.write_text(json.dumps(seen, indent=1))
+    seen = json.loads(figures.read_text())
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    (docs / "bench.md").write_text(report.page(seen))
+    (docs / "bench.svg").write_text(report.picture(seen))
+    (docs / "fleet.md").write_text(fleet.page(seen))
+    print(report.targets(seen))
+    print(f"\nWritten: docs/bench.md, docs/bench.svg, docs/fleet.md (from {figures.relative_to(ROOT)})")
+
+
+if __name__ == "__main__":
+    main()
