@@ -1,0 +1,151 @@
+"""Every way in, and every way out: whatever happens, one of the four exit statuses leaves the program.
+
+Not a traceback's 1, which would read as "locked", not an option parser's 2, not the 120 of an output that can't
+be flushed. Hence ``os._exit``; it also saves the orderly end of an interpreter whose memory the kernel takes back anyway.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn, Optional
+
+    from .cli import Log
+
+FAILED = 127
+
+# What can steer OpenSSL or Python's ssl from outside. Whoever configured one CA trusts that one only.
+STEERING = (
+    "OPENSSL_CONF",
+    "OPENSSL_CONF_INCLUDE",
+    "OPENSSL_MODULES",
+    "OPENSSL_ENGINES",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "SSLKEYLOGFILE",
+)
+
+# All that can be caught and would otherwise end the process with a status of their own, signal(7).
+SIGNALS = [
+    "HUP",
+    "INT",
+    "QUIT",
+    "TERM",
+    "USR1",
+    "USR2",
+    "ALRM",
+    "VTALRM",
+    "PROF",
+    "POLL",
+    "STKFLT",
+    "XCPU",
+    "XFSZ",
+    "PWR",
+]
+
+
+class Interrupted(BaseException):
+    """A signal: the run ends, its descriptors are closed and its draft is removed on the way."""
+
+
+_interruptible = False
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    global _interruptible
+    if not _interruptible:
+        os._exit(FAILED)
+    _interruptible = False  # the next one ends the clean-up too
+    raise Interrupted("ended by signal %d" % number)
+
+
+def _catch_signals() -> None:
+    import signal
+
+    for name in SIGNALS:
+        number = getattr(signal, "SIG" + name, None)
+        # What the caller has chosen to ignore (nohup(1)) stays ignored.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+
+
+def _open_standard_descriptors() -> bool:
+    """Makes sure that 0, 1 and 2 are open, so that no file gets one of those numbers; whether 1 was."""
+    output = True
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            output = output and fd != 1
+            os.open("/dev/null", os.O_RDWR)  # gets the lowest free number, open(2)
+    return output
+
+
+def main(arguments: Optional[list[str]] = None) -> NoReturn:
+    """Runs the command with `arguments` (by default those of the process), and ends the process."""
+    global _interruptible
+    status = FAILED
+    log: Optional[Log] = None
+    try:
+        _catch_signals()
+        gc.disable()  # a run is over before collecting garbage would pay
+        for name in STEERING:
+            os.environ.pop(name, None)
+        output = _open_standard_descriptors()
+        from . import cli
+
+        log = cli.Log()
+        try:
+            _interruptible = True
+            status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log)
+            _interruptible = False
+        except cli.Asked as asked:
+            _interruptible = False
+            _print(asked.text, output)
+            status = asked.status
+    except BaseException as error:
+        _interruptible = False
+        _report(error, log)
+    finally:
+        os._exit(status)
+
+
+def _print(text: str, output: bool) -> None:
+    if not output:
+        raise OSError("standard output is closed")
+    data = text.encode("utf-8", "backslashreplace")
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def _report(error: BaseException, log: Optional[Log]) -> None:
+    """One line on what went wrong. Of an error that nobody foresaw only its type and place: its text may hold
+    anything, a key too."""
+    from .errors import CaramelError
+
+    if isinstance(error, (CaramelError, Interrupted)):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = "%s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else "")
+    elif isinstance(error, ImportError):
+        text = "this device lacks the Python module %s, or it is broken" % error.name
+    elif isinstance(error, MemoryError):
+        text = "out of memory"
+    else:
+        place, where = error.__traceback__, ""
+        while place is not None:
+            where = "%s:%d" % (os.path.basename(place.tb_frame.f_code.co_filename), place.tb_lineno)
+            place = place.tb_next
+        text = "internal error: %s at %s" % (type(error).__name__, where)
+    if log is not None:
+        log.result(FAILED, text)
+    else:
+        os.write(2, ("caramel-embedded: %s\n" % text).encode("utf-8", "backslashreplace"))
+
+
+if __name__ == "__main__":
+    main()

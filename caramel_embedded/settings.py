@@ -1,0 +1,306 @@
+"""Settings: baked-in < configuration file < environment < options.
+
+Responsible for where a value comes from and whether it is well-formed. Leaves to others what costs time: the
+CA certificates are parsed in ``trust``, the hardware is asked in ``hardware``. A run that finds the key file
+locked pays for this module, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, Callable, Optional
+
+CONFIG_FILE = "/etc/caramel-embedded.conf"
+KEY_FILE = "/var/lib/caramel/identity.pem"
+TIMEOUT = 60.0
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_DIGITS = "0123456789"
+CLIENT_ID_CHARACTERS = frozenset(_LETTERS + _DIGITS + "._:-")
+_HOST_CHARACTERS = frozenset(_LETTERS + _DIGITS + "._-")
+_ADDRESS_CHARACTERS = frozenset(_DIGITS + "abcdefABCDEF:.")
+_NAME_CHARACTERS = frozenset(_LETTERS + _DIGITS + "_")
+# What a POSIX shell, systemd and this program all read alike without quotes.
+_PLAIN_CHARACTERS = frozenset(_LETTERS + _DIGITS + "_./:@%+,=-[]")
+
+
+def is_client_id(text: str) -> bool:
+    """Whether `text` is 1 to 64 of ``A-Z a-z 0-9 . _ : -``.
+
+    64 is ub-common-name (RFC 5280, appendix A.1). The server copies the ID unescaped into ``subjectAltName``,
+    where a comma would add names: hence the short list of characters.
+    """
+    return 0 < len(text) <= 64 and CLIENT_ID_CHARACTERS.issuperset(text)
+
+
+def client_id(text: str) -> str:
+    """`text` if it is a client ID. Raises `UsageError`."""
+    if not is_client_id(text):
+        raise UsageError("%r is no client ID: 1 to 64 of A-Z a-z 0-9 . _ : -" % text)
+    return text
+
+
+def server(text: str) -> tuple[str, int]:
+    """The host name or address, and the port (443 where none is given), of ``HOST[:PORT]``.
+
+    An IPv6 address is in brackets where a port follows (RFC 3986, 3.2.2). Raises `UsageError`.
+    """
+    host, port = text, "443"
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            host = ""
+        elif rest:
+            port = rest[1:]
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if ":" in host:
+        good = _ADDRESS_CHARACTERS.issuperset(host)
+    else:
+        good = _HOST_CHARACTERS.issuperset(host) and all(map(_is_label, host.split(".")))
+    if not host or len(host) > 253 or not good:
+        raise UsageError("%r is no server name: HOST or HOST:PORT, without https:// and path" % text)
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
+        raise UsageError("%r has no port from 1 to 65535 behind its colon" % text)
+    return host, int(port)
+
+
+def _is_label(label: str) -> bool:
+    """Whether `label` can be one label of a host name (RFC 1123, 2.1; underscores are seen in the field)."""
+    return 0 < len(label) <= 63 and not label.startswith("-") and not label.endswith("-")
+
+
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise UsageError("%r is no path" % text)
+    return os.path.abspath(text)
+
+
+def _interfaces(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    # dev_valid_name() in Linux: at most 15 bytes, not "." or "..", no slash, no white space
+    if not all(n and len(n) < 16 and n not in (".", "..") and "/" not in n and not n.count(" ") for n in names):
+        raise UsageError("%r is no list of network interfaces: eth0,wlan0" % text)
+    return names
+
+
+def _owner(text: str) -> int:
+    import pwd
+
+    try:
+        return _number(text) if text.isdigit() else pwd.getpwnam(text).pw_uid
+    except KeyError:
+        raise UsageError("there is no user %r" % text) from None
+
+
+def _group(text: str) -> int:
+    import grp
+
+    try:
+        return _number(text) if text.isdigit() else grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise UsageError("there is no group %r" % text) from None
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or int(text) > 0xFFFFFFFE:  # (uid_t) -1 means "leave it" to chown(2)
+        raise UsageError("%r is no user or group number" % text)
+    return int(text)
+
+
+def _mode(text: str) -> int:
+    if not (0 < len(text) <= 4 and set(text) <= set("01234567") and int(text, 8) <= 0o777):
+        raise UsageError("%r is no octal mode such as 0600 or 0640" % text)
+    return int(text, 8)
+
+
+def _timeout(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds <= 86400.0:  # refuses nan too
+        raise UsageError("%r is no time limit: a number of seconds, more than 0, at most 86400" % text)
+    return seconds
+
+
+def _hook(text: str) -> tuple[str, ...]:
+    import shlex
+
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError("%r is no command: %s" % (text, error)) from None
+    if not words or not words[0] or "\0" in text:
+        raise UsageError("%r is no command" % text)
+    return words
+
+
+# Name in the environment and the files, and what makes a value of its text.
+VALUES: dict[str, Callable[[str], Any]] = {
+    "CARAMEL_CA": server,
+    "CARAMEL_CA_CERT": _path,
+    "CARAMEL_KEY_FILE": _path,
+    "CARAMEL_CN": client_id,
+    "CARAMEL_INTERFACES": _interfaces,
+    "CARAMEL_OWNER": _owner,
+    "CARAMEL_GROUP": _group,
+    "CARAMEL_MODE": _mode,
+    "CARAMEL_TIMEOUT": _timeout,
+    "CARAMEL_HOOK": _hook,
+    "CARAMEL_CONFIG": _path,
+}
+
+
+def parse(text: str, source: str) -> dict[str, str]:
+    """The ``NAME=value`` lines of `text`; `source` names it in errors.
+
+    Only what a POSIX shell (``. FILE``), systemd (``EnvironmentFile=``, systemd.exec(5)) and this program read
+    alike is accepted: a value with anything but letters, digits and ``_./:@%+,=-[]`` stands in quotes, and
+    backslash, dollar and backquote stand nowhere. Raises `UsageError` that names the line.
+    """
+    values = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name or name[0] in _DIGITS or not _NAME_CHARACTERS.issuperset(name):
+            raise UsageError("%s, line %d: not of the form NAME=value" % (source, number))
+        if value[:1] in ("'", '"'):
+            quote, value, closing = value[0], value[1:-1], value[1:][-1:]
+            if closing != quote or quote in value:
+                raise UsageError("%s, line %d: the quotes don't match" % (source, number))
+        elif not _PLAIN_CHARACTERS.issuperset(value):
+            raise UsageError("%s, line %d: put the value of %s in quotes" % (source, number, name))
+        if not value.isprintable() or not {"\\", "$", "`"}.isdisjoint(value):
+            raise UsageError("%s, line %d: %s has a character that can't be in a value" % (source, number, name))
+        values[name] = value
+    return values
+
+
+def check(values: Mapping[str, str], source: str) -> None:
+    """Raises `UsageError` for a name that is no setting, or a value that isn't well-formed.
+
+    For a build, which has somebody to tell: a device that meets a name it doesn't know goes on, because its
+    configuration may be newer than its firmware.
+    """
+    for name, text in values.items():
+        if name not in VALUES:
+            raise UsageError("%s: there is no setting %s" % (source, name))
+        if text and name not in ("CARAMEL_OWNER", "CARAMEL_GROUP"):  # those are known on the device only
+            _value(name, text, source)
+
+
+def _value(name: str, text: str, source: str) -> Any:
+    try:
+        return VALUES[name](text)
+    except UsageError as error:
+        raise UsageError("%s, from %s: %s" % (name, source, error)) from None
+
+
+def baked(name: str) -> Optional[bytes]:
+    """The data file `name` that the firmware's build put into this package; None where it put none."""
+    loader = globals()["__loader__"]
+    try:
+        data: bytes = loader.get_data(os.path.join(os.path.dirname(__file__), name))
+    except OSError:  # FileNotFoundError from a folder, a plain OSError from a zip
+        return None
+    return data
+
+
+def _read(path: str, what: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = file.read(1 << 20) or b""
+            if len(data) == 1 << 20:
+                raise UsageError("%s %s is far too long" % (what, path))
+            return data
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError("%s %s can't be read: %s" % (what, path, error.strerror)) from None
+
+
+def _text(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError("%s, line %d: not UTF-8 text" % (source, line)) from None
+
+
+class Settings:
+    """What one run is to do, every value well-formed.
+
+    Attributes: server (host, port) or None; key_file (absolute path); client_id or None (ask the hardware);
+    interfaces or None (the physical ones); owner and group (numbers) ; mode; timeout (seconds); hook (words)
+    or None; build_time (seconds since 1970, UTC; 0 where the build left none).
+    """
+
+    def __init__(self, options: Mapping[str, str], environment: Mapping[str, str]) -> None:
+        """`options` has the names of the environment. Raises `UsageError`; reads the configuration file."""
+        data = baked("baked.conf")
+        base = parse(_text(data, "the baked-in settings"), "the baked-in settings") if data else {}
+        build_time = base.pop("BUILD_TIME", "0")
+        self.build_time = int(build_time) if build_time.isdigit() else 0
+        self.unknown: list[str] = []
+        layers = [
+            ("the baked-in settings", base),
+            ("the environment", {name: environment[name] for name in VALUES if environment.get(name)}),
+            ("the command line", options),
+        ]
+        named = self._first(reversed(layers), "CARAMEL_CONFIG")
+        path = named or CONFIG_FILE
+        try:
+            values = parse(_text(_read(path, "the configuration file"), path), path)
+        except FileNotFoundError:
+            if named:
+                raise UsageError("the configuration file %s is not there" % path) from None
+        else:
+            self.unknown = sorted(name for name in values if name.startswith("CARAMEL_") and name not in VALUES)
+            layers.insert(1, (path, values))
+        self._layers = layers[::-1]
+
+        get = self._get
+        self.server: Optional[tuple[str, int]] = get("CARAMEL_CA")
+        self.ca_cert_file: Optional[str] = get("CARAMEL_CA_CERT")
+        self.key_file: str = get("CARAMEL_KEY_FILE") or KEY_FILE
+        self.client_id: Optional[str] = get("CARAMEL_CN")
+        self.interfaces: Optional[tuple[str, ...]] = get("CARAMEL_INTERFACES")
+        owner, group, mode = get("CARAMEL_OWNER"), get("CARAMEL_GROUP"), get("CARAMEL_MODE")
+        self.owner: int = os.geteuid() if owner is None else owner
+        self.group: int = os.getegid() if group is None else group
+        self.mode: int = 0o600 if mode is None else mode
+        self.timeout: float = get("CARAMEL_TIMEOUT") or TIMEOUT
+        self.hook: Optional[tuple[str, ...]] = get("CARAMEL_HOOK")
+
+    @staticmethod
+    def _first(layers: Any, name: str) -> Optional[str]:
+        for source, values in layers:
+            # An empty value is no value: where a template leaves one, the device goes on with what it had.
+            if values.get(name):
+                path: str = _value(name, values[name], source)
+                return path
+        return None
+
+    def _get(self, name: str) -> Any:
+        return self._first(self._layers, name)
+
+    def ca_cert(self) -> bytes:
+        """The PEM text of the trusted CA: the named file's, else the baked-in one. Raises `UsageError`."""
+        if self.ca_cert_file:
+            try:
+                return _read(self.ca_cert_file, "the CA certificate")
+            except FileNotFoundError:
+                raise UsageError("the CA certificate %s is not there" % self.ca_cert_file) from None
+        data = baked("baked.pem")
+        if data is None:
+            raise UsageError("no CA certificate: give one with --ca-cert or CARAMEL_CA_CERT")
+        return data
