@@ -1,7 +1,7 @@
 """Every way in, and every way out: whatever happens, one of the four exit statuses leaves the program.
 
 Not a traceback's 1, which would read as "locked", not an option parser's 2, not the 120 of an output that can't
-be flushed. Hence ``os._exit``; it also saves the orderly end of an interpreter whose memory the kernel takes back anyway.
+be flushed. Hence ``os._exit``; it also saves the orderly end of an interpreter whose memory the kernel takes back.
 """
 
 from __future__ import annotations

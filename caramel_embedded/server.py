@@ -238,7 +238,7 @@ def _left(deadline: float) -> float:
 def _look_up(host: str, port: int, deadline: float) -> list[Any]:
     """The addresses of `host`. Raises OSError; TimeoutError where the resolver is too slow.
 
-    getaddrinfo(3) has no time limit and can't be interrupted: it gets a thread of its own, which ends withends with us.
+    getaddrinfo(3) has no time limit and can't be interrupted: it gets a thread of its own, which ends with us.
     """
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
