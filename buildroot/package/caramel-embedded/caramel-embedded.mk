@@ -1,0 +1,70 @@
+################################################################################
+#
+# caramel-embedded
+#
+################################################################################
+
+CARAMEL_EMBEDDED_VERSION = 1.0.0
+# The checkout that this tree is a folder of.
+CARAMEL_EMBEDDED_SITE = $(BR2_EXTERNAL_CARAMEL_EMBEDDED_PATH)/..
+CARAMEL_EMBEDDED_SITE_METHOD = local
+CARAMEL_EMBEDDED_OVERRIDE_SRCDIR_RSYNC_EXCLUSIONS = --exclude /build
+CARAMEL_EMBEDDED_SETUP_TYPE = setuptools
+CARAMEL_EMBEDDED_SETTINGS_FILE = $(@D)/buildroot.conf
+CARAMEL_EMBEDDED_ENV = CARAMEL_BAKE=$(CARAMEL_EMBEDDED_SETTINGS_FILE)
+
+# Where a setting is on somebody's screen: bake.py says it behind the
+# setting's own name when it has to complain.
+CARAMEL_EMBEDDED_TERMS = \
+	CARAMEL_CA=BR2_PACKAGE_CARAMEL_EMBEDDED_SERVER \
+	CARAMEL_CA_CERT=BR2_PACKAGE_CARAMEL_EMBEDDED_CA_CERT \
+	CARAMEL_INTERFACES=BR2_PACKAGE_CARAMEL_EMBEDDED_INTERFACES \
+	CARAMEL_KEY_FILE=BR2_PACKAGE_CARAMEL_EMBEDDED_KEY_FILE
+
+CARAMEL_EMBEDDED_MORE_SETTINGS = \
+	$(call qstrip,$(BR2_PACKAGE_CARAMEL_EMBEDDED_SETTINGS))
+
+ifeq ($(BR2_PACKAGE_CARAMEL_EMBEDDED)$(BR_BUILDING),yy)
+ifeq ($(call qstrip,$(BR2_PACKAGE_CARAMEL_EMBEDDED_SERVER)),)
+$(error No Caramel server. Check your BR2_PACKAGE_CARAMEL_EMBEDDED_SERVER setting)
+endif
+ifeq ($(call qstrip,$(BR2_PACKAGE_CARAMEL_EMBEDDED_CA_CERT)),)
+$(error No CA certificate. Check your BR2_PACKAGE_CARAMEL_EMBEDDED_CA_CERT setting)
+endif
+endif
+
+# Values of string options have double quotes around them, which is how the
+# program's settings want them. An empty one is not a setting.
+define CARAMEL_EMBEDDED_WRITE_SETTINGS
+	$(if $(CARAMEL_EMBEDDED_MORE_SETTINGS),cat "$(CARAMEL_EMBEDDED_MORE_SETTINGS)",true) \
+		>$(CARAMEL_EMBEDDED_SETTINGS_FILE)
+	{ \
+		echo; \
+		$(foreach t,$(CARAMEL_EMBEDDED_TERMS), \
+			printf '%s\n' '$(firstword $(subst =, ,$(t)))=$(subst ','\'',$($(lastword $(subst =, ,$(t)))))'; \
+			printf '%s\n' '#: $(subst =, = ,$(t))';) \
+	} | sed '/^[A-Z_]*=""$$/d' >>$(CARAMEL_EMBEDDED_SETTINGS_FILE)
+	$(HOST_DIR)/bin/python3 -B $(@D)/packaging/bake.py \
+		--conf $(CARAMEL_EMBEDDED_SETTINGS_FILE) \
+		--require CARAMEL_CA --require CARAMEL_CA_CERT $(@D)/.settings-checked
+endef
+CARAMEL_EMBEDDED_PRE_BUILD_HOOKS += CARAMEL_EMBEDDED_WRITE_SETTINGS
+
+define CARAMEL_EMBEDDED_INSTALL_START
+	$(TARGET_MAKE_ENV) $(MAKE) -f $(@D)/packaging/packaging.mk \
+		DESTDIR=$(TARGET_DIR) INSTALL="$(INSTALL)" install-$(1)
+endef
+
+ifeq ($(BR2_PACKAGE_CARAMEL_EMBEDDED_START_INIT_SCRIPT),y)
+define CARAMEL_EMBEDDED_INSTALL_INIT_SYSV
+	$(call CARAMEL_EMBEDDED_INSTALL_START,sysv)
+endef
+endif
+
+ifeq ($(BR2_PACKAGE_CARAMEL_EMBEDDED_START_TIMER),y)
+define CARAMEL_EMBEDDED_INSTALL_INIT_SYSTEMD
+	$(call CARAMEL_EMBEDDED_INSTALL_START,systemd)
+endef
+endif
+
+$(eval $(python-package))

@@ -1,0 +1,39 @@
+# bash completion for caramel-embedded(8); checked against the program's options by tests/test_packaging_man.py.
+
+_caramel_embedded() {
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
+    COMPREPLY=()
+    case $before in
+        --ca-cert | --key-file | --config)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+            ;;
+        --owner)
+            mapfile -t COMPREPLY < <(compgen -u -- "$word")
+            ;;
+        --group)
+            mapfile -t COMPREPLY < <(compgen -g -- "$word")
+            ;;
+        --interfaces)
+            mapfile -t COMPREPLY < <(cd /sys/class/net && compgen -G "$word*")
+            ;;
+        --hook)
+            mapfile -t COMPREPLY < <(compgen -c -- "$word")
+            ;;
+        --server)
+            mapfile -t COMPREPLY < <(compgen -A hostname -- "$word")
+            ;;
+        --mode)
+            mapfile -t COMPREPLY < <(compgen -W '0600 0640 0644' -- "$word")
+            ;;
+        --client-id | --timeout) ;;
+        *)
+            mapfile -t COMPREPLY < <(compgen -W '
+                --server --ca-cert --key-file --client-id --interfaces --owner --group --mode --timeout --hook --config
+                --status --json --syslog --verbose --quiet --version --help -v -q -h
+            ' -- "$word")
+            ;;
+    esac
+}
+
+complete -F _caramel_embedded caramel-embedded
