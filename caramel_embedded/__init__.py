@@ -40,9 +40,9 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # A run of the command that finds the key file locked must not pay for TLS: what is not asked for is not loaded.
-    import importlib
-
     if name in __all__:
+        import importlib
+
         module = {"check": "session", "Outcome": "session", "Identity": "identity"}.get(name, "errors")
         return getattr(importlib.import_module("." + module, __name__), name)
     raise AttributeError("module %r has no attribute %r" % (__name__, name))

@@ -10,6 +10,8 @@ import gc
 import os
 import sys
 
+from . import signals
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn, Optional
@@ -29,49 +31,6 @@ STEERING = (
     "SSLKEYLOGFILE",
 )
 
-# All that can be caught and would otherwise end the process with a status of their own, signal(7).
-SIGNALS = [
-    "HUP",
-    "INT",
-    "QUIT",
-    "TERM",
-    "USR1",
-    "USR2",
-    "ALRM",
-    "VTALRM",
-    "PROF",
-    "POLL",
-    "STKFLT",
-    "XCPU",
-    "XFSZ",
-    "PWR",
-]
-
-
-class Interrupted(BaseException):
-    """A signal: the run ends, its descriptors are closed and its draft is removed on the way."""
-
-
-_interruptible = False
-
-
-def _on_signal(number: int, _frame: object) -> None:
-    global _interruptible
-    if not _interruptible:
-        os._exit(FAILED)
-    _interruptible = False  # the next one ends the clean-up too
-    raise Interrupted("ended by signal %d" % number)
-
-
-def _catch_signals() -> None:
-    import signal
-
-    for name in SIGNALS:
-        number = getattr(signal, "SIG" + name, None)
-        # What the caller has chosen to ignore (nohup(1)) stays ignored.
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _on_signal)
-
 
 def _open_standard_descriptors() -> bool:
     """Makes sure that 0, 1 and 2 are open, so that no file gets one of those numbers; whether 1 was."""
@@ -87,11 +46,9 @@ def _open_standard_descriptors() -> bool:
 
 def main(arguments: Optional[list[str]] = None) -> NoReturn:
     """Runs the command with `arguments` (by default those of the process), and ends the process."""
-    global _interruptible
     status = FAILED
     log: Optional[Log] = None
     try:
-        _catch_signals()
         gc.disable()  # a run is over before collecting garbage would pay
         for name in STEERING:
             os.environ.pop(name, None)
@@ -100,15 +57,14 @@ def main(arguments: Optional[list[str]] = None) -> NoReturn:
 
         log = cli.Log()
         try:
-            _interruptible = True
             status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log)
-            _interruptible = False
+            signals.rest()
         except cli.Asked as asked:
-            _interruptible = False
             _print(asked.text, output)
             status = asked.status
     except BaseException as error:
-        _interruptible = False
+        signals.rest()
+        status = FAILED
         _report(error, log)
     finally:
         os._exit(status)
@@ -127,7 +83,7 @@ def _report(error: BaseException, log: Optional[Log]) -> None:
     anything, a key too."""
     from .errors import CaramelError
 
-    if isinstance(error, (CaramelError, Interrupted)):
+    if isinstance(error, (CaramelError, signals.Interrupted)):
         text = str(error)
     elif isinstance(error, OSError):
         text = "%s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else "")

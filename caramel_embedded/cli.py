@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from . import __version__
+from . import __version__, signals
 from .errors import CaramelError, Locked
 from .keyfile import KeyFile
 from .settings import Settings
@@ -188,6 +188,7 @@ def run(settings: Settings, log: Log) -> int:
     try:
         file = KeyFile.open(settings.key_file)
         try:
+            signals.catch()
             arguments = _arguments(settings, log)
             if file is None:
                 # Whatever is wrong with the settings has to show before anything is made.
@@ -254,19 +255,16 @@ def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> O
             hook.owe(file.path, identity.certificate)
         file.replace(bytes(identity), identity.modified, *place)
 
-    outcome = session.check(stored=data, store=store, modified=file.modified, **arguments)
     if not file.has(*place):
         # By replacing it: at no instant does the file have the new owner with the old mode.
-        file.replace(bytes(outcome.identity), file.modified, *place)
-    return outcome
+        file.replace(data, file.modified, *place)
+    return session.check(stored=data, store=store, modified=file.modified, **arguments)
 
 
 def _call_hook(settings: Settings, log: Log) -> None:
     """Calls the hook if it is owed. Raises `CaramelError`."""
-    if settings.hook:
+    if settings.hook and settings.client_id:
         from . import hook
 
-        called = hook.settle(
-            os.path.realpath(settings.key_file), settings.hook, str(settings.client_id), settings.timeout
-        )
+        called = hook.settle(os.path.realpath(settings.key_file), settings.hook, settings.client_id, settings.timeout)
         log.step("the hook was called" if called else "the hook is not owed")

@@ -34,7 +34,6 @@ FILED_REQUEST = b"NEW CERTIFICATE REQUEST"
 _BLOCK = re.compile(
     rb"-----BEGIN ([A-Z0-9 ]+)-----\n((?:[A-Za-z0-9+/]{64}\n)*[A-Za-z0-9+/]{1,64}={0,2}\n)-----END \1-----\n"
 )
-_LOOSE_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----[ \t]*\r?\n.*?-----END \1-----", re.DOTALL)
 
 # X.520 attribute types by the names that `ssl` gives them, and the last byte of their OID, 2.5.4.x.
 ATTRIBUTES = {
@@ -257,18 +256,16 @@ def examine(data: bytes, client_id: str, subjects: Sequence[Subject]) -> Identit
     The key has to be whole and one that Caramel signs; a request that is damaged or missing is made again with
     the same key. Raises `Foreign` with the reason where nothing can be kept.
     """
-    blocks: dict[bytes, bytes] = {}
-    for match in _LOOSE_BLOCK.finditer(data):
-        blocks.setdefault(match[1].replace(FILED_REQUEST, REQUEST), match[0] + b"\n")
-    key = _sound_key(blocks.get(KEY) or blocks.get(b"RSA PRIVATE KEY"))
+    key = _sound_key(_rough_block(data, KEY) or _rough_block(data, b"RSA PRIVATE KEY"))
     serialization = _import("cryptography.hazmat.primitives.serialization")
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    request = _kept_request(blocks.get(REQUEST), key, client_id, subjects)
+    filed = _rough_block(data, FILED_REQUEST) or _rough_block(data, REQUEST)
+    request = _kept_request(filed and filed.replace(FILED_REQUEST, REQUEST), key, client_id, subjects)
     if request is None:
         request = _request(key, client_id, subjects[0])
-    certificate = blocks.get(CERTIFICATE)
+    certificate = _rough_block(data, CERTIFICATE)
     return Identity(pem, request, certificate and sole_block(certificate, CERTIFICATE))
 
 
@@ -287,6 +284,14 @@ def key_bits(identity: Identity) -> int:
     """The size of the key in bits."""
     _, _, body = _blocks(identity.key)[0]
     return len(_key_modulus(_der(body))) * 8
+
+
+def _rough_block(data: bytes, label: bytes) -> Optional[bytes]:
+    """The first block with `label`, whatever its form. Takes time in proportion to the length, whatever `data` is."""
+    closing = b"-----END %s-----" % label
+    start = data.find(b"-----BEGIN %s-----" % label)
+    end = data.find(closing, start)
+    return data[start : end + len(closing)] + b"\n" if 0 <= start < end else None
 
 
 def require_sound_key(identity: Identity) -> None:

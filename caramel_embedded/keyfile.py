@@ -162,7 +162,10 @@ def _put(path: str, data: bytes, modified: Optional[float], owner: int, group: i
         while left:
             left = left[os.write(fd, left) :]
         if modified is not None:
-            os.utime(fd, (modified, modified))
+            try:
+                os.utime(fd, (modified, modified))
+            except OverflowError:
+                pass  # a time that this system can't count to; it only saves bytes on the link
         os.fsync(fd)  # the content before the name: rename(2) alone promises no order
         os.rename(draft, path)
     except BaseException as error:

@@ -8,7 +8,6 @@ repeats nothing by itself.
 from __future__ import annotations
 
 import http.client
-import json
 import socket
 import ssl
 import threading
@@ -62,6 +61,8 @@ class Answer:
         self.from_caramel, self.detail = False, ""
         # Caramel's own errors are RFC 9457 documents that repeat the status. A page by a proxy is not.
         if response.headers.get_content_type() == "application/problem+json":
+            import json
+
             try:
                 problem = json.loads(self.body)
                 self.from_caramel = problem["status"] == self.status
@@ -97,8 +98,17 @@ class Server:
     def connect(self, shown: Optional[Identity]) -> None:
         """Opens a connection, with the identity `shown` as client certificate if the server wants one.
 
-        Raises `Unreachable`, `Untrusted`.
+        Where the server drops the connection, opens one without it. Raises `Unreachable`, `Untrusted`.
         """
+        try:
+            self._open(shown)
+        except _Dropped:
+            if shown is None:
+                raise
+            self._say("the server dropped the connection: once more without client certificate")
+            self._open(None)
+
+    def _open(self, shown: Optional[Identity]) -> None:
         self.close()
         self._shown = shown
         self._connection = _Connection(self._address, self._trust, shown, self._deadline, self._say)
@@ -110,7 +120,9 @@ class Server:
         Where the server refuses the client certificate, asks once more without one, and without `since`: the other
         side has shown that it doesn't think much of what we have. Raises `Unreachable`, `Untrusted`, `Refused`.
         """
-        headers = {} if since is None else {"If-Modified-Since": _http_date(since)}
+        headers = {}
+        if since is not None and self._shown is not None:
+            headers["If-Modified-Since"] = _http_date(since)
         try:
             answer = self._ask("GET", request_hash, None, headers)
         except _Dropped:
@@ -121,7 +133,7 @@ class Server:
             if self._shown is None or answer.from_caramel or answer.status not in CERTIFICATE_REFUSALS:
                 return answer
             self._say("the server refused the request: once more without client certificate")
-        self.connect(None)
+        self._open(None)
         return self._ask("GET", request_hash, None, {})
 
     def post(self, request_hash: str, request: bytes) -> Answer:
@@ -186,6 +198,8 @@ class _Socket(ssl.SSLSocket):
 
 class _Connection(http.client.HTTPConnection):
     """An HTTP connection that opens itself, again if need be, to the pinned server and within the time limit."""
+
+    default_port = 443
 
     def __init__(
         self,
@@ -282,7 +296,8 @@ def _connected(addresses: list[Any], deadline: float) -> socket.socket:
         except OSError as error:
             plain.close()
             # Not a ConnectionError: nobody has seen our certificate yet.
-            problem = error if isinstance(error, socket.timeout) else OSError(None, error.strerror or str(error))
+            late = isinstance(error, (socket.timeout, TimeoutError))
+            problem = error if late else OSError(None, error.strerror or str(error))
         except BaseException:
             plain.close()
             raise
@@ -298,10 +313,12 @@ def _http_date(seconds: float) -> str:
 
 def _seconds(date: Optional[str]) -> Optional[float]:
     """Seconds since 1970 of an HTTP date; None where it is none."""
+    import calendar
     import email.utils
 
     try:
-        return email.utils.parsedate_to_datetime(date).timestamp() if date else None
+        parsed = email.utils.parsedate_tz(date) if date else None
+        return None if parsed is None else calendar.timegm(parsed[:9]) - (parsed[9] or 0)
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
 

@@ -217,7 +217,8 @@ def baked(name: str) -> Optional[bytes]:
 
 def _read(path: str, what: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
+        # Nothing that stands in the place of a file, a FIFO say, may make a run wait.
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             data = file.read(1 << 20) or b""
             if len(data) == 1 << 20:
                 raise UsageError("%s %s is far too long" % (what, path))

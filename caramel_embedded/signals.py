@@ -1,0 +1,48 @@
+"""Signals: one that comes while a run is at work ends it in order, with the status that says that it didn't work out.
+
+Until then, and for a run that finds the key file locked, the default will do: nothing has been touched yet.
+"""
+
+from __future__ import annotations
+
+import os
+
+STATUS = 127
+
+# All that can be caught and would otherwise end the process with a status of their own, signal(7).
+NAMES = (
+    *("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM"),
+    *("VTALRM", "PROF", "POLL", "STKFLT", "XCPU", "XFSZ", "PWR"),
+)
+
+
+class Interrupted(BaseException):
+    """A signal: the run ends, and what it has not finished is removed on the way."""
+
+
+_at_work = False
+
+
+def catch() -> None:
+    """From now on a signal raises `Interrupted` in the main thread. What is ignored (nohup(1)) stays ignored."""
+    global _at_work
+    import signal  # costs a run that is locked out a third of its time, by the module enum
+
+    for name in NAMES:
+        number = getattr(signal, "SIG" + name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+    _at_work = True
+
+
+def rest() -> None:
+    """From now on, with the outcome known, a signal that was caught before ends the process at once."""
+    global _at_work
+    _at_work = False
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    if not _at_work:
+        os._exit(STATUS)
+    rest()  # the next one ends the clean-up too
+    raise Interrupted("ended by signal %d" % number)
