@@ -115,24 +115,25 @@ class Log:
     def step(self, text: str) -> None:
         """A step on the way, for somebody who looks for a fault."""
         if self.verbose:
-            self._write("LOG_DEBUG", text)
+            self._write("DEBUG", text)
 
-    def result(self, status: int, text: str, news: bool = False) -> None:
-        """How it ended; `news`: something that happens rarely in a device's life."""
-        failed = status == FAILED
-        if failed or not self.quiet:
-            self._write("LOG_ERR" if failed else "LOG_NOTICE" if news else "LOG_INFO", text)
+    def result(self, status: int, text: str, priority: str = "INFO") -> None:
+        """How it ended. `priority`, where it did not fail: NOTICE for what happens rarely in a device's life, WARNING
+        for what its administrator has to know."""
+        if status == FAILED:
+            priority = "ERROR"
+        if not self.quiet or priority in ("ERROR", "WARNING"):
+            self._write(priority, text)
 
     def _write(self, priority: str, text: str) -> None:
         text = "".join(c if c.isprintable() else "?" for c in text)
         if self.client_id:
             text = "%s: %s" % (self.client_id, text)
         if self.syslog:
-            import syslog
+            from . import system_log
 
-            syslog.openlog(NAME, syslog.LOG_PID, syslog.LOG_DAEMON)
-            syslog.syslog(getattr(syslog, priority), text)
-            return
+            if system_log.send(getattr(system_log, priority), NAME, text):
+                return
         write(2, "%s: %s\n" % (NAME, text))
 
 
@@ -200,12 +201,12 @@ def run(settings: Settings, log: Log) -> int:
     except Locked as reason:
         log.result(LOCKED, str(reason))
         return LOCKED
-    except CaramelError:
-        _call_hook(settings, log)  # it can be owed for the certificate that is in place
+    except CaramelError as error:
+        _call_hook(settings, log, str(error))  # it can be owed for the certificate that is in place
         raise
-    _call_hook(settings, log)
+    _call_hook(settings, log, str(outcome))
     status = CERTIFIED if outcome.certified else PENDING
-    log.result(status, str(outcome), outcome.new)
+    log.result(status, str(outcome), "WARNING" if outcome.notes else "NOTICE" if outcome.new else "INFO")
     return status
 
 
@@ -261,10 +262,15 @@ def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> O
     return session.check(stored=data, store=store, modified=file.modified, **arguments)
 
 
-def _call_hook(settings: Settings, log: Log) -> None:
-    """Calls the hook if it is owed. Raises `CaramelError`."""
+def _call_hook(settings: Settings, log: Log, so_far: str) -> None:
+    """Calls the hook if it is owed. Raises `CaramelError`, which says `so_far` too: the run has one line to say all."""
     if settings.hook and settings.client_id:
         from . import hook
 
-        called = hook.settle(os.path.realpath(settings.key_file), settings.hook, settings.client_id, settings.timeout)
+        path = os.path.realpath(settings.key_file)
+        try:
+            called = hook.settle(path, settings.hook, settings.client_id, settings.timeout)
+        except CaramelError as error:
+            error.args = ("%s; %s" % (so_far, error),)
+            raise
         log.step("the hook was called" if called else "the hook is not owed")

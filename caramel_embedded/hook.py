@@ -51,8 +51,10 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
     note = _note(key_file)
     try:
         fd = os.open(note, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+    except FileNotFoundError:
         return False  # nothing is owed
+    except OSError as error:
+        raise StorageError("can't read %s: %s" % (note, error.strerror)) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         owed = os.read(fd, 4096).split()
@@ -70,6 +72,16 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
         raise StorageError("can't settle %s: %s" % (note, error.strerror)) from None
     finally:
         os.close(fd)
+
+
+def is_owed(key_file: str) -> bool:
+    """Whether the hook is owed for the certificate in `key_file`, as far as the caller may see that."""
+    certificate = _certificate_in(key_file)
+    try:
+        with open(_note(key_file), "rb") as file:
+            return certificate is not None and _hash(certificate) in file.read(4096).split()
+    except OSError:
+        return False
 
 
 def _note(key_file: str) -> str:
@@ -122,10 +134,12 @@ def _run(command: Sequence[str], environment: Mapping[str, str], limit: float) -
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
-        raise HookFailed("the hook %s had not ended after %g seconds" % (command[0], limit)) from None
+        raise HookFailed("the hook %s was ended after %g seconds" % (command[0], limit)) from None
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if status != 0:
+    if status < 0:
+        raise HookFailed("the hook %s was ended by signal %d" % (command[0], -status))
+    if status > 0:
         raise HookFailed("the hook %s failed with status %d" % (command[0], status))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from . import enrollment
 from . import identity as identities
 from .enrollment import Said, Stage, Step
-from .errors import Refused
+from .errors import Refused, UsageError
 from .identity import Foreign, Identity
 from .server import Server
 from .settings import client_id as _client_id
@@ -32,9 +32,10 @@ class Outcome:
         new: whether that certificate was fetched by this very check.
         identity: the `Identity` as it has been stored.
         not_after: when its certificate ends, seconds since 1970, UTC; None where there is no usable one.
+        notes: what a person has to know beside it, such as why the identity was started over; as a rule nothing.
     """
 
-    __slots__ = ("_notes", "certified", "identity", "new", "not_after")
+    __slots__ = ("certified", "identity", "new", "not_after", "notes")
 
     def __init__(
         self, identity: Identity, certified: bool, new: bool, facts: Optional[Facts], notes: list[str]
@@ -43,7 +44,7 @@ class Outcome:
         self.certified = certified
         self.new = certified and new
         self.not_after = facts.not_after if facts else None
-        self._notes = notes
+        self.notes = tuple(notes)
 
     def __str__(self) -> str:
         """One line for a person: what happened, and until when the certificate is valid."""
@@ -53,7 +54,7 @@ class Outcome:
             words = ["request %s waits to be signed" % self.identity.request_hash]
         if self.not_after is not None:
             words.append("valid until " + utc(self.not_after))
-        return "; ".join([*self._notes, ", ".join(words)])
+        return "; ".join([*self.notes, ", ".join(words)])
 
 
 class Stored:
@@ -138,6 +139,8 @@ def check(
 
     Safe to be called from several threads, each with an identity of its own.
     """
+    if not isinstance(ca_cert, bytes) or not isinstance(stored, (bytes, type(None))):
+        raise UsageError("ca_cert and stored are bytes: encode a text that a key chain keeps, or decode Base64")
     identities.require_entropy()  # OpenSSL would wait for it
     address = _server(server) if isinstance(server, str) else server
     _client_id(client_id)
@@ -171,11 +174,13 @@ class _Check:
         identity, facts = found.identity, found.facts
         for note in found.why:
             self._note(note)
+        if identity is not None and identity.certificate is not None:
+            time = facts.not_before if modified is None and facts else modified
+            identity = identity.with_certificate(identity.certificate, time)
         if identity is None and not data:
             identity = self._new()
         elif identity is not None and bytes(identity) != data:
-            # The same key in another form, or with its request made again.
-            self._store(identity.with_certificate(identity.certificate, modified if identity.certificate else None))
+            self._store(identity)  # the same key in another form, or with its request made again
         try:
             self._server.connect(identity if facts else None)
             if identity is None:

@@ -294,6 +294,10 @@ class Settings:
     def _get(self, name: str) -> Any:
         return self._first(self._layers, name)
 
+    def source(self, name: str) -> Optional[str]:
+        """Where the value of the setting `name` comes from; None where it has none."""
+        return next((source for source, values in self._layers if values.get(name)), None)
+
     def ca_cert(self) -> bytes:
         """The PEM text of the trusted CA: the named file's, else the baked-in one. Raises `UsageError`."""
         if self.ca_cert_file:
