@@ -263,7 +263,7 @@ def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> O
 
 
 def _call_hook(settings: Settings, log: Log, so_far: str) -> None:
-    """Calls the hook if it is owed. Raises `CaramelError`, which says `so_far` too: the run has one line to say all."""
+    """Calls the hook if it is owed. Raises `CaramelError`, which says `so_far` too: a run has one line for all."""
     if settings.hook and settings.client_id:
         from . import hook
 

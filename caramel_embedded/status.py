@@ -7,6 +7,7 @@ import os
 import stat
 import time
 
+from . import hook
 from . import identity as identities
 from .errors import StorageError
 from .keyfile import MAXIMUM
@@ -38,7 +39,7 @@ def report(settings: Settings, as_json: bool) -> tuple[str, int]:
 def collect(settings: Settings) -> dict[str, Any]:
     """The same as values with stable names; times in seconds since 1970 (UTC), null where there is nothing."""
     identities.require_entropy()
-    client_id, source = settings.client_id, "settings"
+    client_id, source = settings.client_id, settings.source("CARAMEL_CN")
     if client_id is None:
         from . import hardware
 
@@ -76,6 +77,8 @@ def collect(settings: Settings) -> dict[str, Any]:
         "key": {"type": "RSA", "bits": identities.key_bits(found.identity)} if found.identity else None,
         "request_sha256": found.identity.request_hash if found.identity else None,
         "certificate": certificate,
+        "remarks": found.why,
+        "hook": {"command": " ".join(settings.hook), "owed": hook.is_owed(path)} if settings.hook else None,
         "clock": {"now": int(trust.clock), "floor": int(trust.floor), "believed": not trust.clock_is_wrong},
         "next": _next(found, data, settings.server is not None),
     }
@@ -149,6 +152,7 @@ def _text(values: dict[str, Any]) -> str:
         ("key file", values["key_file"]),
     ]
     file, key, certificate, clock = values["file"], values["key"], values["certificate"], values["clock"]
+    owed = values["hook"] and values["hook"]["owed"]
     lines.append(("", "%(owner)s:%(group)s, mode %(mode)s" % file if file else "not there"))
     lines.append(("key", "%(type)s, %(bits)d bits" % key if key else "none that can be used"))
     lines.append(("request", values["request_sha256"] or "none"))
@@ -171,7 +175,9 @@ def _text(values: dict[str, Any]) -> str:
             ]
     if not clock["believed"]:
         lines.append(("clock", "wrong: %s, it is past %s" % (utc(clock["now"]), utc(clock["floor"]))))
-    lines.append(("next run", values["next"]))
+    # What is wrong with the certificate stands there already.
+    lines += [("", remark) for remark in values["remarks"] if not certificate or remark != certificate["why_not"]]
+    lines.append(("next run", values["next"] + (", then call the hook, which is owed" if owed else "")))
     return "".join("%-16s %s\n" % line for line in lines)
 
 
