@@ -50,9 +50,7 @@ print(int(time.time()))
 def install() -> None:
     """Puts the filter where the server's Python finds it."""
     (folder,) = (world.BUILD / "caramel" / "lib").glob("python3*/site-packages")
-    new = (
-        folder / f".caramel_conditional.{os.getpid()}"
-    )  # whole at once: another clone's server may be starting
+    new = folder / f".caramel_conditional.{os.getpid()}"  # whole at once: another clone's server may be starting
     shutil.copyfile(HERE.parent / "server" / "caramel_conditional.py", new)
     new.replace(folder / "caramel_conditional.py")
 
@@ -64,9 +62,7 @@ class FilteredCaramel(world.Caramel):
 
     def _write_ini(self) -> None:
         super()._write_ini()
-        ini = self.ini.read_text().replace(
-            "use = egg:caramel\n", "use = egg:caramel\nfilter-with = conditional\n", 1
-        )
+        ini = self.ini.read_text().replace("use = egg:caramel\n", "use = egg:caramel\nfilter-with = conditional\n", 1)
         self.ini.write_text(
             f"{ini}\n[filter:conditional]\n"
             f"paste.filter_app_factory = caramel_conditional:make_filter\nsettle = {self.settle}\n"

@@ -21,9 +21,10 @@ BUSY = 0.7
 PATIENCE = 60
 #: Seconds within which a fleet checks after a power cut, and what they stand for.
 SPREADS = (
-    (10, "no spread: boots differ by some seconds"),
-    (300, "5 minutes"),
-    (3600, "1 hour"),
+    (10, "10 s, no spread: boots differ a little"),
+    (60, "1 minute, as our timer for the boot"),
+    (300, "5 minutes, as our init script for the boot"),
+    (3600, "1 hour, as our hourly timer"),
     (21600, "6 hours"),
 )
 KINDS = (("plain", "as most are"), ("filter", "with the filter"), ("metered", "filter, metered nginx"))
@@ -167,6 +168,10 @@ def page(seen: Figures) -> str:
             work=_number(1000 * caramel),
             patience=PATIENCE,
             storm=storm,
+            burst_some=_thousands(FLEETS[1] / 60),
+            burst_some_time=_time(FLEETS[1] / 60 * caramel),
+            burst_many=_thousands(FLEETS[2] / 60),
+            burst_many_time=_time(FLEETS[2] / 60 * caramel),
             busy=f"{BUSY:.0%}".replace("%", " %"),
             share=BUSY,
             needed=needed,

@@ -332,17 +332,17 @@ def _which(program: str) -> str:
     return found
 
 
-def programs() -> list[Program]:
+def programs(folder: Path, authority: world.Authority) -> list[Program]:
     """Those that can be measured here; what is missing is said."""
+    command = world.BUILD / "venv" / "bin" / "caramel-embedded"
     found: list[Program] = []
-    for name, path in (
-        ("caramel-embedded", world.BUILD / "venv" / "bin" / "caramel-embedded"),
-        ("caramel-embedded, zipapp", world.BUILD / "caramel-embedded.pyz"),
-    ):
-        if path.exists():
-            found.append(Command(name, path))
-        else:
-            print(f"bench: not measured, because it isn't there: {path.relative_to(ROOT)}", file=sys.stderr)
+    if command.exists():
+        found.append(Command("caramel-embedded", command))
+        packed = zipapp(folder / "caramel-embedded.pyz", authority)
+        if packed:
+            found.append(Command("caramel-embedded, zipapp", packed))
+    else:
+        print("bench: the program itself is not installed, and so not measured", file=sys.stderr)
     return [
         *found,
         CurlScript("curl and openssl", HERE / "caramel-curl.sh"),
@@ -350,6 +350,19 @@ def programs() -> list[Program]:
         Urllib3(),
         Bare(),
     ]
+
+
+def zipapp(path: Path, authority: world.Authority) -> Path | None:
+    """The program in one file as `make zipapp` makes it, for the interpreter of the installed one."""
+    python = str(world.BUILD / "venv" / "bin" / "python")
+    command = [python, "-B", str(ROOT / "packaging" / "pyz.py"), "--output", str(path), "--python", python]
+    # What is baked in is what the environment says anyway.
+    settings = ["--server", "localhost:443", "--ca-cert", str(authority.certificate_file)]
+    done = subprocess.run([*command, *settings], stderr=subprocess.PIPE, check=False, timeout=120)
+    if done.returncode:
+        print(f"bench: no zipapp: {done.stderr.decode(errors='replace').strip()}", file=sys.stderr)
+        return None
+    return path
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------
@@ -487,9 +500,7 @@ class Bench:
         finally:
             world.end(process, 0.1)
         if status != program.statuses[state]:
-            raise SystemExit(
-                f"bench: {program.name}, {state}, under {Path(line[0]).name}: ended with {status}"
-            )
+            raise SystemExit(f"bench: {program.name}, {state}, under {Path(line[0]).name}: ended with {status}")
 
 
 #: strace's name of a descriptor of a regular file: a path, and none of a pipe, a socket, a memfd or a device.
@@ -552,8 +563,7 @@ def server_costs(stages: Mapping[str, Stage], checks: int, blocks: int = 7) -> d
         for name, stage in stages.items():
             one_block(stage, checks, costs[name])
     medians = {
-        name: {what: statistics.median(values) for what, values in cost.items()}
-        for name, cost in costs.items()
+        name: {what: statistics.median(values) for what, values in cost.items()} for name, cost in costs.items()
     }
     for name, cost in costs.items():
         medians[name]["row"] = statistics.mean(cost["row"])  # the file grows by pages: no median of that
@@ -656,11 +666,24 @@ LINES = (
     ("keep-alive off", "keepalive_timeout 0;", ""),
     ("no version in Server", "server_tokens off;", ""),
 )
+#: The lines about client certificates, and what else could stand there.
+ASKING = ("ssl_verify_client optional;", "ssl_client_certificate")
+OTHERWISE = (
+    (
+        "otherwise: optional_no_ca, without the CA's name",
+        {ASKING[0]: "ssl_verify_client optional_no_ca;", ASKING[1]: "ssl_trusted_certificate"},
+    ),
+    (
+        "otherwise: client certificates not asked for",
+        {ASKING[0]: "ssl_verify_client off;", ASKING[1]: "ssl_trusted_certificate"},
+    ),
+)
 
 
 def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
     """The whole benchmark; returns everything that the reports need, as JSON would have it."""
-    contestants = programs()
+    authority = world.Authority.by_caramel(folder / "ca")
+    contestants = programs(folder, authority)
     distances = [(distance, max(1, round(rounds * share))) for distance, share in DISTANCES]
     if quick:
         distances = distances[:1]
@@ -670,7 +693,6 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
     seen: dict[str, Any] = {"machine": machine(), "rounds": rounds, "runs": {}, "ratios": {}}
     seen.update({"traces": {}, "instructions": {}})
     with contextlib.ExitStack() as stack:
-        authority = world.Authority.by_caramel(folder / "ca")
         plain_caramel = stack.enter_context(world.Caramel(folder / "plain", authority))
         filtered_caramel = FilteredCaramel(folder / "filtered", authority)
         filtered_caramel.settle = 1.0
@@ -678,9 +700,7 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
         certificate = authority.server()
         # As most stand today: TLS 1.3, session tickets as nginx has them by default, no filter.
         plain_nginx = world.Nginx(folder / "nginx", plain_caramel, certificate, session_tickets=True)
-        filtered_nginx = world.Nginx(
-            folder / "nginx-filter", filtered_caramel, certificate, session_tickets=True
-        )
+        filtered_nginx = world.Nginx(folder / "nginx-filter", filtered_caramel, certificate, session_tickets=True)
         metered_nginx = MeteredNginx(folder / "nginx-metered", filtered_caramel, certificate)
         stages = []
         for caramel, nginx in (
@@ -753,8 +773,8 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
             seen["lines"][f"without: {name}"] = metered(bench, ours, cheap)
             progress.step(f"nginx without: {name}")
         metered_nginx.lines = {}
-        for name, kind in (("client certificates not asked for", "off"),):
-            metered_nginx.lines = {"ssl_verify_client optional;": f"ssl_verify_client {kind};"}
+        for name, lines in OTHERWISE:
+            metered_nginx.lines = lines
             metered_nginx.restart()
             seen["lines"][name] = metered(bench, ours, cheap)
         metered_nginx.lines = {}
@@ -766,13 +786,11 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
         seen["lines"]["without: the server's certificate alone"] = metered(bench, ours, cheap)
         metered_nginx.certificate = small_server(authority)
         metered_nginx.restart()
-        seen["lines"]["an elliptic server key besides"] = metered(bench, ours, cheap)
+        seen["lines"]["otherwise: an elliptic key for the server"] = metered(bench, ours, cheap)
         metered_nginx.certificate = leaf
         metered_nginx.restart()
         progress.step("nginx, line by line")
-        seen["server"] = server_costs(
-            {"plain": plain, "filter": filtered, "metered": cheap}, 10 if quick else 60
-        )
+        seen["server"] = server_costs({"plain": plain, "filter": filtered, "metered": cheap}, 10 if quick else 60)
         seen["capacity"] = capacity(filtered)
         progress.step("the server's processor time")
     return seen
@@ -811,13 +829,9 @@ def summary(several: Sequence[Sample]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="What one check costs, side by side with what people use today."
-    )
+    parser = argparse.ArgumentParser(description="What one check costs, side by side with what people use today.")
     parser.add_argument("--quick", action="store_true", help="no long distances; to see that it works")
-    parser.add_argument(
-        "--again", action="store_true", help="only write the reports again from the last figures"
-    )
+    parser.add_argument("--again", action="store_true", help="only write the reports again from the last figures")
     options = parser.parse_args()
     figures = world.BUILD / "bench" / "figures.json"
     if not options.again:
