@@ -15,7 +15,7 @@ import time
 
 from . import __version__
 from .errors import Refused, Unreachable, Untrusted
-from .trust import Facts
+from .trust import Facts, utc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .trust import Trust
 
 MAXIMUM_BODY = 65536  # bytes
+NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX_get_error(3)
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
 
@@ -33,14 +34,16 @@ class Answer:
     """An answer of whoever is behind the server's name.
 
     Attributes: status; body (bytes); last_modified (seconds since 1970, UTC, or None); from_caramel: whether the
-    application itself said it, and not a proxy in front of it; detail: its own words.
+    application itself said it, and not a proxy in front of it; detail: its own words; conditional: whether a 304
+    was asked for.
     """
 
-    __slots__ = ("body", "detail", "from_caramel", "last_modified", "status")
+    __slots__ = ("body", "conditional", "detail", "from_caramel", "last_modified", "status")
 
-    def __init__(self, response: http.client.HTTPResponse) -> None:
+    def __init__(self, response: http.client.HTTPResponse, conditional: bool = False) -> None:
         """Reads `response` to its end. Raises `Refused`, OSError, http.client.HTTPException."""
         self.status = response.status
+        self.conditional = conditional
         if response.getheader("Content-Encoding", "identity").lower() != "identity":
             raise Refused("the answer is compressed, though that was not asked for")
         lengths = set(response.headers.get_all("Content-Length", ()))
@@ -85,10 +88,11 @@ class Server:
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
-        """`timeout`: seconds for everything that is going to happen here, name look-up included, from now on."""
+        """`timeout`: seconds for everything that waits on the network, name look-up included, from `connect` on."""
         self._address = address
         self._trust = trust
-        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._deadline: Optional[float] = None
         self._say = say
         # A client ID has no character that would have to be quoted in a comment (RFC 9110, 5.6.5).
         self._headers = {"User-Agent": "caramel-embedded/%s (%s)" % (__version__, client_id)}
@@ -110,6 +114,9 @@ class Server:
 
     def _open(self, shown: Optional[Identity]) -> None:
         self.close()
+        if self._deadline is None:
+            # Only now: what went before, the making of a key say, has not waited on the network.
+            self._deadline = time.monotonic() + self._timeout
         self._shown = shown
         self._connection = _Connection(self._address, self._trust, shown, self._deadline, self._say)
         self._guarded(self._connection.connect)
@@ -158,7 +165,7 @@ class Server:
             if body is not None:
                 connection.putheader("Content-Length", str(len(body)))
             connection.endheaders(body)
-            return Answer(connection.getresponse())
+            return Answer(connection.getresponse(), "If-Modified-Since" in headers)
 
         answer: Answer = self._guarded(ask)
         self._say("%s: %s, %d bytes" % (method, answer, len(answer.body)))
@@ -170,8 +177,12 @@ class Server:
         try:
             return act()
         except ssl.SSLCertVerificationError as error:
+            clock = ""
+            if error.verify_code in (NOT_YET_VALID, HAS_EXPIRED):
+                clock = ", and it is %s by this device's clock" % utc(self._trust.clock)
             raise Untrusted(
-                "%s can't show a certificate that the trusted CA vouches for: %s" % (name, error.verify_message)
+                "%s can't show a certificate that the trusted CA vouches for: %s%s"
+                % (name, error.verify_message, clock)
             ) from None
         except (socket.timeout, TimeoutError):
             raise Unreachable("no answer from %s within the time limit" % name) from None

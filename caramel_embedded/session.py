@@ -199,7 +199,7 @@ class _Check:
                 identity, facts = self._new(), None
             if step is Step.ASK:
                 answer = self._server.get(identity.request_hash, since)
-                said, fetched, fetched_facts = self._understood(answer, identity, facts, since)
+                said, fetched, fetched_facts = self._understood(answer, identity, facts)
                 since = None
             else:
                 answer = self._server.post(identity.request_hash, identity.request)
@@ -229,13 +229,13 @@ class _Check:
         return facts.not_before if modified is None else modified
 
     def _understood(
-        self, answer: Answer, identity: Identity, facts: Optional[Facts], since: Optional[float]
+        self, answer: Answer, identity: Identity, facts: Optional[Facts]
     ) -> tuple[Said, Identity, Optional[Facts]]:
         """What an answer to a GET means; the identity with the certificate of the answer, and what that says.
 
         `facts`: of the stored certificate, where it is usable. Raises `Refused` for a certificate that isn't good.
         """
-        if answer.status == 304 and since is not None:
+        if answer.status == 304 and answer.conditional:
             return Said.NOT_MODIFIED, identity, facts
         if answer.status == 403 and answer.from_caramel:
             return Said.REJECTED, identity, None

@@ -13,7 +13,7 @@ import re
 import ssl
 import time
 
-from .errors import UsageError
+from .errors import NotReady, Untrusted, UsageError
 from .identity import REQUIRED, Identity
 
 TYPE_CHECKING = False
@@ -161,8 +161,11 @@ class Trust:
         """A TLS client's context that believes the trusted CA and nobody else.
 
         `identity`: the one to show, if any. The dates of the server's certificate are checked by OpenSSL where the
-        clock is believed; where it is wrong, that is left to the caller, with `why_not_in_date`.
+        clock is believed; where it is wrong, that is left to the caller, with `why_not_in_date`. Raises `Untrusted`
+        where the CA itself has ended, `NotReady`.
         """
+        if all(facts.not_after < self.now for _, facts in self._authorities):
+            raise Untrusted("the CA certificate has ended, it is %s by what this device knows" % utc(self.now))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name; loads no system CA
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # Up to 255 bytes of zeros in every greeting, for the sake of load balancers of 2013 (RFC 7685).
@@ -176,6 +179,8 @@ class Trust:
 
 def _load(context: ssl.SSLContext, identity: Identity) -> None:
     """Key and certificate into `context`, which wants a path: that of a file in memory, see memfd_create(2)."""
+    if not hasattr(os, "memfd_create"):
+        raise NotReady("this system has no files in memory, memfd_create(2): Linux 3.17 or newer does")
     fd = os.memfd_create("identity")
     try:
         with open(fd, "wb", buffering=0, closefd=False) as file:
