@@ -244,16 +244,19 @@ def _create(settings: Settings, arguments: Mapping[str, Any]) -> KeyFile:
 def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> Outcome:
     """The check of the library, with the key file to keep the bytes in."""
     from . import session
+    from .identity import certificate_in
 
     file.clean()
     data = file.read()
     place = (settings.owner, settings.group, settings.mode)
 
     def store(identity: Identity) -> None:
-        if settings.hook and identity.certificate is not None:
+        # Not for the same certificate, where only the request had to be made again.
+        certificate = identity.certificate
+        if settings.hook and certificate is not None and certificate != certificate_in(data):
             from . import hook
 
-            hook.owe(file.path, identity.certificate)
+            hook.owe(file.path, certificate)
         file.replace(bytes(identity), identity.modified, *place)
 
     if not file.has(*place):
