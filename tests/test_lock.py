@@ -1,0 +1,200 @@
+"""The lock: flock(2) on the key file itself, as flock(1) takes it; one process works, the others leave at once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import words
+import world
+from world import PLAIN, Asked, Authority, Caramel, Device, Nginx, Says, Scripted
+
+ID = "fffbeec0ffee"
+
+
+def flocks() -> list[Sequence[str]]:
+    """Who takes the lock on devices: util-linux, and BusyBox where it was built with that (Debian's isn't)."""
+    found: list[Sequence[str]] = [["flock"]]
+    if shutil.which("busybox"):
+        applets = subprocess.run(["busybox", "--list"], stdout=subprocess.PIPE, text=True, timeout=30).stdout
+        if "flock" in applets.split():
+            found.append(["busybox", "flock"])
+    return found
+
+
+FLOCKS = flocks()
+
+
+@pytest.fixture(scope="module")
+def pem(authority: Authority) -> Path:
+    return authority.server(file="lock.pem")
+
+
+@contextmanager
+def held(path: Path, flock: Sequence[str] = ("flock",)) -> Iterator[None]:
+    """Another process holds the lock on the file until the block is over."""
+    # The lock is there when what it guards has begun.
+    holder = subprocess.Popen(
+        [*flock, str(path), "sh", "-c", "echo; read gone"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=world.die_with_parent,
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline() == b"\n"
+        yield
+    finally:
+        world.end(holder)
+
+
+def is_free(path: Path, flock: Sequence[str] = ("flock",)) -> bool:
+    return subprocess.run([*flock, "-n", str(path), "true"], timeout=30).returncode == 0
+
+
+@pytest.mark.parametrize("flock", FLOCKS, ids=" ".join)
+def test_a_device_whose_file_is_locked_leaves_everything_alone(
+    tmp_path: Path, authority: Authority, pem: Path, flock: Sequence[str]
+) -> None:
+    with Scripted(pem, [None]) as server:
+        device = Device(tmp_path, server.address, authority.certificate_file, ID)
+        device.has(b"anything, for nobody reads it")
+        before = device.snapshot()
+        with held(device.key_file, flock):
+            run = device.run()
+        assert (run.status, run.out, server.connections) == (1, "", 0)
+        assert "another process holds the lock" in run.err and run.err.count("\n") == 1
+        assert device.snapshot() == before
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+        assert run.seconds < 5
+
+
+def test_the_lock_is_on_the_file_that_a_link_leads_to(tmp_path: Path, device: Device) -> None:
+    assert device.run().status == 69
+    link = tmp_path / "link.pem"
+    link.symlink_to(device.key_file)
+    with held(device.key_file):
+        target = device.key_file
+        device.key_file = link
+        assert device.run().status == 1
+    with held(link):
+        device.key_file = target
+        assert device.run().status == 1
+
+
+def test_after_the_lock_the_next_run_works(device: Device) -> None:
+    assert device.run().status == 69
+    with held(device.key_file):
+        assert device.run().status == 1
+    assert device.run().status == 69
+    assert is_free(device.key_file)
+
+
+def test_a_run_that_is_locked_out_loads_nothing_that_it_does_not_need(tmp_path: Path, authority: Authority) -> None:
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    device = Device(tmp_path / "device", "localhost:9", authority.certificate_file, ID, command=[PLAIN])
+    device.has(b"")
+    trace = tmp_path / "trace"
+    with held(device.key_file):
+        before = ["strace", "-f", "-qq", "-e", "trace=openat,open,socket,connect,execve", "-o", str(trace)]
+        run = device.run(before=before)
+    assert run.status == 1
+    calls = trace.read_text()
+    opened = [name for name in re.findall(r'open(?:at)?\(.*?"([^"]*)".*\) = \d', calls)]
+    assert any(name.endswith("identity.pem") for name in opened), "the trace shows what was opened"
+    unneeded = re.compile(
+        r"/(ssl|http/|_ssl|_hashlib|hashlib|socket|_socket|cryptography|email|json|subprocess|threading|cffi"
+        r"|libssl|libcrypto|urllib|logging|caramel_embedded/.*(server|session|trust|identity|hardware|status))"
+    )
+    assert [name for name in opened if unneeded.search(name)] == []
+    assert "socket(" not in calls and "connect(" not in calls
+
+
+@pytest.mark.parametrize("flock", FLOCKS, ids=" ".join)
+def test_a_working_run_holds_the_lock_also_on_the_file_that_replaced_the_first(
+    tmp_path: Path, authority: Authority, pem: Path, flock: Sequence[str]
+) -> None:
+    device = Device(tmp_path, None, authority.certificate_file, ID)
+    device.has(authority.identity(ID, not_before=world.now() - world.hours(1)))
+    free: list[bool] = []
+    inodes: list[int] = []
+    locked_out: list[int] = []
+
+    def says(asked: Asked) -> Says:
+        free.append(is_free(device.key_file, flock))
+        inodes.append(device.key_file.stat().st_ino)
+        locked_out.append(device.run().status)  # a run during a run
+        return [words.REJECTED, words.PENDING, words.PENDING][len(free) - 1]
+
+    with Scripted(pem, says) as server:
+        device.server = server.address
+        run = device.run()
+    assert run.status == 69
+    assert free == [False, False, False] and locked_out == [1, 1, 1]
+    assert inodes[0] != inodes[1] == inodes[2], "the rejected identity was replaced during the run"
+    assert is_free(device.key_file, flock)
+
+
+def test_a_first_boot_holds_the_lock_from_before_there_is_a_key(
+    tmp_path: Path, authority: Authority, pem: Path
+) -> None:
+    device = Device(tmp_path, None, authority.certificate_file, ID)
+    free: list[bool] = []
+
+    def says(asked: Asked) -> Says:
+        free.append(is_free(device.key_file))
+        return [words.UNKNOWN, words.PENDING, words.PENDING][len(free) - 1]
+
+    with Scripted(pem, says) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    assert free == [False, False, False]
+
+
+def test_a_file_that_is_replaced_while_a_run_waits_for_its_turn_is_not_worked_on_twice(
+    tmp_path: Path, authority: Authority, pem: Path
+) -> None:
+    """Who got a lock on what no longer has the name has got nothing."""
+    device = Device(tmp_path, None, authority.certificate_file, ID)
+    device.has(authority.identity(ID, certified=False))
+    old = tmp_path / "old"
+
+    def says(asked: Asked) -> Says:
+        # A backup of the old file is still locked; the path has another one, which nobody holds.
+        if not old.exists():
+            device.key_file.rename(old)
+            device.has(authority.identity(ID, certified=False))
+            inner.append(device.run().status)
+        return words.PENDING
+
+    inner: list[int] = []
+    with Scripted(pem, says) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    assert inner == [69]
+
+
+def test_fifty_first_boots_at_once_make_one_key_and_one_request(
+    device: Device, front: Nginx, caramel: Caramel
+) -> None:
+    device.command = [PLAIN]
+    with front.watched() as seen:
+        started = [device.start() for _ in range(50)]
+        runs = [device.finish(process, 120) for process in started]
+    statuses = sorted({run.status for run in runs})
+    assert set(statuses) <= {1, 69} and 69 in statuses, [run.err for run in runs if run.status not in (1, 69)]
+    assert [row.sha256 for row in caramel.requests(str(device.client_id))] == [device.request_hash()]
+    assert {asked.path for asked in seen} == {f"/{device.request_hash()}"}
+    assert [asked.method for asked in seen].count("POST") == 1
+    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}
+
+    caramel.sign(str(device.client_id))
+    started = [device.start() for _ in range(20)]
+    runs = [device.finish(process, 120) for process in started]
+    assert {run.status for run in runs} <= {0, 1} and 0 in {run.status for run in runs}
+    assert device.labels == ["PRIVATE KEY", "CERTIFICATE", "NEW CERTIFICATE REQUEST"]
