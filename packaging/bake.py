@@ -23,8 +23,9 @@ import re
 import ssl
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,7 +136,7 @@ def bake(
     return Baked(baked, pem, tuple(_in_terms(remark, terms) for remark in remarks))
 
 
-def _program():  # type: ignore[no-untyped-def]  # modules have no common type that says more
+def _program() -> tuple[Any, Any]:
     """The settings module of the tree that is built, never that of an older release on the build host."""
     sys.path.insert(0, str(ROOT))
     try:
@@ -159,9 +160,7 @@ def _interfaces(value: Optional[str], source: str) -> None:
     for name in (value or "").split(",") if value is not None else ():
         name = name.strip()
         if not INTERFACE.fullmatch(name):
-            raise BakeError(
-                f"{source}: CARAMEL_INTERFACES: {name!r} can't be the name of a network interface"
-            )
+            raise BakeError(f"{source}: CARAMEL_INTERFACES: {name!r} can't be the name of a network interface")
         if name == "lo":
             raise BakeError(f"{source}: CARAMEL_INTERFACES: 'lo' has no MAC address")
 
@@ -223,7 +222,9 @@ def _conf(values: dict[str, str], when: int) -> str:
 def _in_terms(message: str, terms: dict[str, str]) -> str:
     """Say after a setting's name what it is called where the person at the build has set it."""
     for name, word in terms.items():
-        message = re.sub(rf"\b{name}\b(?!=)", lambda _: f"{name} ({word})", message, count=1)
+        found = re.search(rf"\b{name}\b(?!=)", message)
+        if found:
+            message = f"{message[: found.end()]} ({word}){message[found.end() :]}"
     return message
 
 

@@ -92,5 +92,5 @@ install-none:
 deb: ## the Debian package, into build/: [CARAMEL_BAKE=/path/to/firmware.conf]
 	@BUILD="$(BUILD)" "$(PACKAGING)deb.sh"
 
-device-test: ## a Debian armhf tree under qemu that boots the init script and enrolls (root, some minutes)
+device-test: $(BUILD)/tests/installed $(BUILD)/caramel/installed ## a Debian armhf tree under qemu that boots the init script and enrolls (root, some minutes)
 	@BUILD="$(BUILD)" PYTHON="$(PYTHON)" "$(PACKAGING)device-test.sh"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Makes the program one executable file: a zip archive that Python starts from, with the firmware's settings inside.
 
-The same bits come out for the same sources, settings and Python, on any day and in any folder: names are sorted, times,
-modes and paths are fixed, and the only time in it is SOURCE_DATE_EPOCH, else that of the last git commit.
+The same bits come out for the same sources, settings and Python, on any day and in any folder: names are sorted,
+times, modes and paths are fixed, and the only time in it is SOURCE_DATE_EPOCH, else that of the last git commit.
 
-Beside each module lies its compiled form, for the Python that makes the archive; any other version finds that the magic
-number is not its own and compiles the module itself (zipimport does so, as importlib does). Nothing is
-deflated: a firmware image is compressed as a whole, and inflating costs a device time at every start.
+In front of the archive lie the compiled modules, for the version of Python that makes it; any other version takes the
+sources in the archive. Nothing is deflated: a firmware image is compressed as a whole, and inflating costs a device
+time at every start.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bake import ROOT, Baked, BakeError, bake, environment  # noqa: E402
+from bake import ROOT, Baked, BakeError, bake, environment
 
 PACKAGE = "caramel_embedded"
 
-#: What execve(2) needs to start it: a shell, which hands the file to Python. Python would start a zip archive by itself, but
-#: through runpy, which takes longer than the shell does; and a shell can say that there is no Python, with the
-#: right status. Behind the shell's last line come the compiled modules, and behind these the zip archive: zip files are
-#: read from their end.
+#: What execve(2) needs to start it: a shell, which hands the file to Python. Python would start a zip archive by
+#: itself, but through runpy, which takes longer than the shell does; and a shell can say that there is no Python, with
+#: the right status. Behind the shell's last line come the compiled modules, and behind these the zip archive: zip
+#: files are read from their end.
 START = r"""#!/bin/sh
 # caramel-embedded(8) {version} in one file: a shell script, compiled modules, and a zip archive of their sources.
 case $0 in */*) file=$0 ;; *) file=$(command -v -- "$0") ;; esac
