@@ -44,7 +44,8 @@ def collect(settings: Settings) -> dict[str, Any]:
     if client_id is None:
         from . import hardware
 
-        client_id, source = hardware.client_id(settings.interfaces)
+        client_id, found_in = hardware.client_id(settings.interfaces)
+        source = "the " + found_in
     trust = Trust(settings.ca_cert(), settings.build_time)
     path = os.path.realpath(settings.key_file)
     data, status = _read(path)
@@ -192,13 +193,13 @@ def _next(found: Stored, data: bytes, status: Optional[os.stat_result], settings
 
 def _text(values: dict[str, Any]) -> str:
     lines = [
-        ("client ID", "%(client_id)s (from the %(client_id_source)s)" % values),
+        ("client ID", "%(client_id)s, from %(client_id_source)s" % values),
         ("server", values["server"] or "none configured"),
         ("key file", values["key_file"]),
     ]
     file, key, certificate, clock = values["file"], values["key"], values["certificate"], values["clock"]
     lines.append(("", "%(owner)s:%(group)s, mode %(mode)s" % file if file else "not there"))
-    lines.append(("key", "%(type)s, %(bits)d bits" % key if key else "none that can be used"))
+    lines.append(("key", "%(type)s, %(bits)d bits" % key if key else "none that can be used" if file else "none"))
     lines.append(("request", values["request_sha256"] or "none"))
     if certificate is None:
         lines.append(("certificate", "none"))

@@ -336,7 +336,8 @@ def test_a_note_that_cannot_be_read_is_no_reason_to_forget_it(hooked: Hooked) ->
 
 def test_a_hook_that_starts_the_program_again_neither_waits_nor_recurses(hooked: Hooked) -> None:
     again = " ".join(hooked.device.arguments("--hook", str(hooked.script)))
-    hooked.hook(f"{again}", f"echo $? >>{hooked.folder}/inner")
+    # A limit, so that a program that does recurse is a failure and not a fork bomb.
+    hooked.hook(f"[ $(wc -l <{hooked.folder}/calls) -gt 3 ] && exit 0", again, f"echo $? >>{hooked.folder}/inner")
     hooked.sign()
     run = hooked.run()
     assert (run.status, run.seconds < 20, len(hooked.calls)) == (0, True, 1)
@@ -354,6 +355,26 @@ def test_of_many_runs_at_once_one_calls_it(hooked: Hooked) -> None:
     assert {run.status for run in runs} <= {0, 1}, [run.err for run in runs]
     assert len(hooked.calls) == 2
     assert hooked.litter == []
+
+
+def test_a_run_that_comes_too_late_to_the_note_does_not_call_it(hooked: Hooked) -> None:
+    hooked.hook("exit 1")
+    hooked.sign()
+    assert hooked.run().status == 127
+    hooked.hook()
+    hooked.device.command = [world.PLAIN]
+    # The second lock is the one on the note: by then it is open, and another run does what it asks for.
+    delay = ("strace", "-qq", "-o", os.devnull, "-e", "inject=flock:delay_enter=2000000:when=2")
+    asked = len(hooked.server.asked)
+    late = hooked.device.start("--hook", str(hooked.script), before=delay)
+    try:
+        world.until("the late run asks the server", lambda: len(hooked.server.asked) > asked)
+        world.until("another run has the key file", lambda: hooked.run().status == 0, pause=0.1)
+        assert (late.poll(), len(hooked.calls)) == (None, 2)
+        assert hooked.device.finish(late, 20).status == 0
+    finally:
+        world.end(late)
+    assert len(hooked.calls) == 2
 
 
 def test_a_run_that_is_locked_out_does_not_call_it(hooked: Hooked) -> None:

@@ -1,0 +1,326 @@
+"""`--status`: what a person wants to know at a glance, and the same for machines."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import world
+from world import Authority, Device, Snapshot, hours, now
+
+ID = "fffbeec0ffee"
+
+#: What monitoring relies on: names, and what may stand there.
+FORM: dict[str, Any] = {
+    "version": str,
+    "state": str,
+    "exit_status": int,
+    "client_id": str,
+    "client_id_source": str,
+    "server": (str, type(None)),
+    "key_file": str,
+    "file": {"owner": str, "group": str, "mode": str, "modified": int},
+    "key": {"type": str, "bits": int},
+    "request_sha256": (str, type(None)),
+    "certificate": {
+        "usable": bool,
+        "why_not": (str, type(None)),
+        "subject": (str, type(None)),
+        "issuer": (str, type(None)),
+        "serial_number": (str, type(None)),
+        "not_before": (int, type(None)),
+        "not_after": (int, type(None)),
+        "seconds_left": (int, type(None)),
+    },
+    "hook_owed": bool,
+    "remarks": list,
+    "clock": {"now": int, "floor": int, "believed": bool},
+    "next": str,
+}
+
+
+@pytest.fixture(scope="module")
+def key() -> world.PrivateKey:
+    return world.new_key()
+
+
+@pytest.fixture
+def device(tmp_path: Path, authority: Authority) -> Device:
+    return Device(tmp_path / "device", "ca.example.com", authority.certificate_file, ID)
+
+
+def has_form(value: Any, form: Any, name: str = "") -> None:
+    if isinstance(form, dict):
+        if value is None:
+            assert name in ("file", "key", "certificate")
+            return
+        assert list(value) == list(form), name
+        for key in form:
+            has_form(value[key], form[key], key)
+    else:
+        assert isinstance(value, form), (name, value)
+
+
+def status(
+    device: Device, *options: str, before: tuple[str, ...] = (), **more: Any
+) -> tuple[int, dict[str, Any], str]:
+    """The exit status, the values, and the text of the same state; neither may show the key or change the file."""
+    was = device.snapshot()
+    runs = [device.run("--status", *extra, *options, before=before, **more) for extra in ((), ("--json",))]
+    assert device.snapshot() == was
+    text, machine = runs
+    assert (text.status, text.err, machine.err) == (machine.status, "", "")
+    values = json.loads(machine.out)
+    has_form(values, FORM)
+    assert values["exit_status"] == machine.status
+    for run in runs:
+        assert run.out.isprintable() or set(run.out) - {"\n"} == set(run.out.replace("\n", ""))
+        assert "PRIVATE KEY" not in run.out
+        if was:
+            # Not the least bit of the key, in whatever form.
+            body = b"".join((device.block("PRIVATE KEY") or b"\n\n").split(b"\n")[1:-2]).decode()
+            assert not any(body[at : at + 16] in run.out for at in range(0, max(len(body) - 16, 0)))
+    return machine.status, values, text.out
+
+
+def line(text: str, name: str) -> str:
+    """What stands behind a name in the text."""
+    (found,) = (line[16:].strip() for line in text.splitlines() if line[:16].strip() == name)
+    return found
+
+
+def test_nothing_there(device: Device) -> None:
+    code, values, text = status(device)
+    assert (code, values["state"]) == (127, "none")
+    assert values["file"] is values["key"] is values["certificate"] is values["request_sha256"] is None
+    assert values["next"] == line(text, "next run") == "make a key and a request, and send the request"
+    assert line(text, "client ID") == f"{ID}, from the command line"
+    assert not device.key_file.exists()
+
+
+def test_a_request_only(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    device.has(authority.identity(ID, key=key, certified=False))
+    code, values, text = status(device)
+    assert (code, values["state"], values["certificate"]) == (69, "pending", None)
+    assert values["request_sha256"] == line(text, "request") == device.request_hash()
+    assert values["key"] == {"type": "RSA", "bits": 2048}
+    assert line(text, "certificate") == "none"
+    assert "whether the request is signed" in values["next"]
+
+
+def test_a_certificate(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    device.has(authority.identity(ID, key=key, not_before=now() - hours(1), not_after=now() + hours(50.5)), 0o640)
+    code, values, text = status(device, "--mode", "640")
+    assert (code, values["state"], values["remarks"]) == (0, "certified", [])
+    certificate, seen = device.certificate, values["certificate"]
+    assert certificate
+    assert (seen["usable"], seen["why_not"]) == (True, None)
+    assert seen["subject"] == "C=SE, ST=Östergötland, L=Linköping, O=Example AB, OU=Caramel, CN=" + ID
+    assert seen["issuer"].endswith("CN=Caramel Signing Certificate")
+    assert int(seen["serial_number"], 16) == certificate.serial_number
+    assert seen["not_before"] == certificate.not_valid_before_utc.timestamp()
+    assert seen["not_after"] == certificate.not_valid_after_utc.timestamp()
+    assert 0 <= certificate.not_valid_after_utc.timestamp() - time.time() - seen["seconds_left"] < 60
+    assert line(text, "subject") == seen["subject"] and line(text, "issuer") == seen["issuer"]
+    assert line(text, "valid until").startswith(f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC, 2 d 02 h ")
+    assert (values["server"], values["key_file"]) == ("ca.example.com:443", str(device.key_file))
+    assert values["file"]["mode"] == "0640" and "mode 0640" in text
+    assert values["next"] == "show the certificate, and ask for a newer one"
+    assert values["clock"]["believed"] is True and "clock" not in text
+
+
+def test_an_expired_certificate(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    device.has(authority.identity(ID, key=key, not_before=now() - hours(3), not_after=now() - hours(1)))
+    code, values, text = status(device)
+    assert (code, values["state"], values["certificate"]["usable"]) == (69, "pending", False)
+    assert values["certificate"]["why_not"].startswith("the stored certificate ended at ")
+    assert -3700 < values["certificate"]["seconds_left"] < -3500
+    assert line(text, "remark") == values["certificate"]["why_not"]
+    assert values["next"] == "ask for a certificate, and drop the one in the file"
+
+
+def test_a_certificate_by_another_authority(
+    device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
+) -> None:
+    other = Authority(tmp_path / "other", [("C", "SE"), ("O", "Line\x07feed"), ("CN", "Another")])
+    request = world.signing_request(key, authority.subject_for(ID))
+    device.has(world.key_file_content(key, request, other.sign(request, serial=0xABC)))
+    code, values, text = status(device)
+    assert (code, values["certificate"]["usable"]) == (69, False)
+    assert values["certificate"]["issuer"] == line(text, "issuer") == "C=SE, O=Line?feed, CN=Another"
+    assert values["certificate"]["serial_number"] == "0ABC"
+    assert "is not by the trusted CA" in line(text, "remark")
+
+
+def test_a_damaged_certificate(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    request = world.signing_request(key, authority.subject_for(ID))
+    damaged = authority.sign(request).replace(b"CERTIFICATE-----\nM", b"CERTIFICATE-----\nN", 1)
+    device.has(world.key_file_content(key, request, damaged))
+    code, values, text = status(device)
+    assert (code, values["state"], values["certificate"]["subject"]) == (69, "pending", None)
+    assert line(text, "certificate") == "not usable" and line(text, "remark")
+
+
+@pytest.mark.parametrize(
+    "what, why",
+    [
+        ("another device's", "for another client ID"),
+        ("no key file at all", "there is no private key"),
+    ],
+)
+def test_a_file_that_is_not_kept(
+    device: Device, authority: Authority, key: world.PrivateKey, what: str, why: str
+) -> None:
+    device.has(authority.identity("another", key=key) if what == "another device's" else b"hello\n")
+    code, values, text = status(device)
+    assert (code, values["state"], values["key"], values["certificate"]) == (127, "none", None, None)
+    (remark,) = values["remarks"]
+    assert why in remark and line(text, "remark") == remark
+    assert line(text, "key") == "none that can be used"
+    assert values["next"] == "start over with a new key"
+
+
+def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    request = world.signing_request(key, authority.subject_for(ID))
+    device.has(world.key_file_content(key, request))
+    pem = authority.sign(request)
+    import words
+
+    with world.Scripted(authority.server(file="status.pem"), [words.certificate(pem)]) as server:
+        device.server = server.address
+        assert device.run("--hook", "false").status == 127
+    code, values, text = status(device, "--hook", "false")
+    assert (code, values["hook_owed"]) == (0, True)
+    assert line(text, "next run").endswith("; call the hook, which is owed")
+    assert status(device)[1]["hook_owed"] is False  # there is none to be called
+
+
+def test_owner_and_mode_that_are_to_change(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    device.has(authority.identity(ID, key=key, certified=False), 0o644)
+    assert status(device)[1]["next"].startswith("set the file's owner and mode; ")
+    assert "owner" not in status(device, "--mode", "644")[1]["next"]
+    assert status(device, "--mode", "644", "--group", "4242")[1]["next"].startswith("set the file's owner")
+    os.chown(device.key_file, 4242, 4343)
+    seen = status(device)[1]["file"]
+    assert (seen["owner"], seen["group"], seen["mode"]) == ("4242", "4343", "0644")
+
+
+def test_no_server_and_what_is_there_counts(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    device.has(authority.identity(ID, key=key))
+    device.server = None
+    code, values, _ = status(device)
+    assert (code, values["server"], values["next"]) == (0, None, "nothing: no server is configured")
+
+
+@pytest.mark.parametrize("source", ["the environment", "the file", "the hardware"])
+def test_where_the_client_id_comes_from(device: Device, authority: Authority, source: str, tmp_path: Path) -> None:
+    device.client_id = None
+    env = {}
+    if source == "the environment":
+        env = {"CARAMEL_CN": ID}
+    elif source == "the file":
+        assert device.config
+        device.config.write_text(f"CARAMEL_CN={ID}\n")
+        source = str(device.config)
+    else:
+        # What this machine's hardware says is not to be foreseen: the status has to say what a run says.
+        said = device.run("-v", "--server", "localhost:1").err
+        if "client ID from the " not in said:
+            run = device.run("--status")
+            assert (run.status, run.out, "give a client ID" in run.err) == (127, "", True)
+            return
+        source = "the " + said.partition("client ID from the ")[2].splitlines()[0]
+    _, values, text = status(device, env=env)
+    assert values["client_id_source"] == source
+    assert line(text, "client ID") == f"{values['client_id']}, from {source}"
+
+
+def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    device.has(authority.identity(ID, key=key))
+    code, values, text = status(device, before=("faketime", "1970-01-02 00:00:00"))
+    assert (code, values["clock"]["believed"]) == (0, False)
+    assert values["clock"]["now"] < 200000 < values["clock"]["floor"]
+    assert line(text, "clock").startswith("wrong: 1970-01-0")
+    # Time left counts from the latest time that has certainly passed.
+    assert 0 < values["certificate"]["seconds_left"] <= 4 * 24 * 3600
+
+
+def test_neither_lock_nor_network_nor_a_write(
+    device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
+) -> None:
+    device.has(authority.identity(ID, key=key))
+    device.command = [world.PLAIN]
+    device.server = "localhost"
+    trace = tmp_path / "trace"
+    with open(device.key_file, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run = device.run("--status", before=("strace", "-f", "-qq", "-o", str(trace)))
+    assert run.status == 0
+    calls = [text.split(maxsplit=1)[1] for text in trace.read_text().splitlines()]
+    # (A look-up of the owner's name may ask nscd through a UNIX socket.)
+    forbidden = (
+        "socket(AF_INET",
+        "flock(",
+        "rename",
+        "unlink",
+        "mkdir",
+        "fsync",
+        "fdatasync",
+        "utime",
+        "chmod",
+        "chown",
+    )
+    assert not [call for call in calls if call.startswith(forbidden)]
+    writable = [call for call in calls if call.startswith("open") and ("O_WRONLY" in call or "O_RDWR" in call)]
+    assert not [call for call in writable if '"/dev/' not in call]
+
+
+@pytest.mark.parametrize("what", ["folder", "fifo", "socket"])
+def test_what_is_no_file_is_said_at_once(device: Device, what: str) -> None:
+    if what == "folder":
+        device.key_file.mkdir()
+    elif what == "fifo":
+        os.mkfifo(device.key_file)
+    else:
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(str(device.key_file))
+    run = device.run("--status", "--json", timeout=20)
+    assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)
+    assert str(device.key_file) in run.err
+
+
+@pytest.mark.parametrize(
+    "options", [("--json",), ("--status", "--ca-cert", "/nonexistent"), ("--status", "--mode", "999")]
+)
+def test_wrong_usage_is_127_with_an_empty_output(device: Device, options: tuple[str, ...]) -> None:
+    run = device.run(*options)
+    assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)
+
+
+def test_it_agrees_with_the_check(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    """What it calls usable is what a check goes on with."""
+    import words
+
+    for moment, usable in ((now() + hours(1), True), (now() - hours(1), False)):
+        device.has(authority.identity(ID, key=key, not_before=now() - hours(24), not_after=moment))
+        assert (status(device)[0] == 0) is usable
+        with world.Scripted(authority.server(file="status.pem"), [words.PENDING]) as server:
+            device.server = server.address
+            assert device.run().status == 69
+        assert ("CERTIFICATE" in device.labels) is usable
+
+
+def test_a_reader_sees_a_whole_file_at_any_time(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+    """It reads what it says of owner and time from the same file as the content, also while that is replaced."""
+    device.has(authority.identity(ID, key=key))
+    before = Snapshot.of(device.key_file)
+    _, values, _ = status(device)
+    assert values["file"]["modified"] == before.mtime_ns // 10**9
+    assert datetime.datetime.fromtimestamp(values["clock"]["now"], datetime.timezone.utc) <= now() + hours(1)
