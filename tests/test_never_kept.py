@@ -1,0 +1,268 @@
+"""What is never kept: the device starts over with a new key where the old one is of no use, and says why.
+
+Otherwise the key stays: nobody has to sign a second time for a device that lost nothing but its certificate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import words
+import world
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from world import Authority, Caramel, Device, Scripted, hours, key_file_content, now, signing_request
+
+Make = Callable[[Authority, str], bytes]
+
+
+def of(key: world.PrivateKey, authority: Authority, client_id: str) -> bytes:
+    """A whole key file with this key."""
+    return key_file_content(key, signing_request(key, authority.subject_for(client_id)))
+
+
+def encrypted(authority: Authority, client_id: str) -> bytes:
+    key = world.new_key()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
+    return of(key, authority, client_id).replace(world.private_pem(key), pem)
+
+
+def old_style_encrypted(authority: Authority, client_id: str) -> bytes:
+    """Asks on the terminal with careless programs, and then waits."""
+    key = world.new_key()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
+    return of(key, authority, client_id).replace(world.private_pem(key), pem)
+
+
+def damaged(authority: Authority, client_id: str) -> bytes:
+    """Some lines of the key are gone: a worn flash block."""
+    lines = of(world.new_key(), authority, client_id).splitlines(keepends=True)
+    return b"".join([*lines[:6], *lines[9:]])
+
+
+def zeroed(authority: Authority, client_id: str) -> bytes:
+    """What a power cut leaves of a file that another program wrote in place."""
+    content = of(world.new_key(), authority, client_id)
+    return content[:512] + b"\0" * (len(content) - 512)
+
+
+def edwards(authority: Authority, client_id: str) -> bytes:
+    key = ed25519.Ed25519PrivateKey.generate()
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def another_authoritys(authority: Authority, client_id: str) -> bytes:
+    """Whose request the server would answer with "Bad subject"."""
+    subject = [("C", "SE"), ("O", "Another company"), ("CN", client_id)]
+    key = world.new_key()
+    return key_file_content(key, signing_request(key, subject))
+
+
+def without_organization(authority: Authority, client_id: str) -> bytes:
+    key = world.new_key()
+    wanted = [pair for pair in authority.subject_for(client_id) if pair[0] != "O"]
+    return key_file_content(key, signing_request(key, wanted))
+
+
+def in_another_order(authority: Authority, client_id: str) -> bytes:
+    key = world.new_key()
+    wanted = list(authority.subject_for(client_id))
+    wanted[1], wanted[2] = wanted[2], wanted[1]
+    return key_file_content(key, signing_request(key, wanted))
+
+
+NEVER_KEPT: dict[str, tuple[Make, str]] = {
+    "text": (lambda a, i: b"hello\n", "no private key"),
+    "zeros": (lambda a, i: b"\0" * 4096, "no private key"),
+    "half a file": (lambda a, i: of(world.new_key(), a, i)[:600], "no private key"),
+    "a key without request or end": (lambda a, i: of(world.new_key(), a, i)[:1600], "no private key"),
+    "no key": (lambda a, i: signing_request(world.new_key(), a.subject_for(i)), "no private key"),
+    "a damaged key": (damaged, "can't be read"),
+    "half zeros": (zeroed, "no private key"),
+    "an encrypted key": (encrypted, "no private key"),
+    "a key of old style, encrypted": (old_style_encrypted, "can't be read"),
+    "an EC key": (lambda a, i: of(ec.generate_private_key(ec.SECP256R1()), a, i), "not an RSA key"),
+    "an Ed25519 key": (edwards, "not an RSA key"),
+    "1024 bits": (lambda a, i: of(world.new_key(1024), a, i), "1024 bits"),
+    "3072 bits": (lambda a, i: of(world.new_key(3072), a, i), "3072 bits"),
+    "a cloned card": (lambda a, i: a.identity("cafe00000000"), "another client ID, 'cafe00000000'"),
+    "a cloned card, certified": (lambda a, i: a.identity("cafe00000000", certified=True), "another client ID"),
+    "a longer client ID": (lambda a, i: a.identity(i + "0"), "another client ID"),
+    "another case of the client ID": (lambda a, i: a.identity(i.upper()), "another client ID"),
+    "another CA's subject": (another_authoritys, "refuse the subject"),
+    "a subject without O": (without_organization, "refuse the subject"),
+    "a subject in another order": (in_another_order, "refuse the subject"),
+}
+
+
+@pytest.mark.parametrize("what", NEVER_KEPT)
+def test_a_device_starts_over_with_what_it_cannot_keep(
+    device: Device, caramel: Caramel, authority: Authority, what: str
+) -> None:
+    make, reason = NEVER_KEPT[what]
+    device.has(make(authority, str(device.client_id)))
+    old = device.key_file.read_bytes()
+    run = device.run(timeout=30)
+    assert (run.status, run.out, run.err.count("\n")) == (69, "", 1), run
+    assert reason in run.err and "starting over with a new key" in run.err
+    assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
+    for _, block in device.blocks():
+        assert block not in old
+    assert [row.sha256 for row in caramel.requests(str(device.client_id))] == [device.request_hash()]
+    # The new life is good: nothing starts over again.
+    before = device.snapshot()
+    assert device.run().status == 69
+    assert device.snapshot() == before
+
+
+@pytest.mark.parametrize("content", [b"", "absent"])
+def test_an_empty_file_is_a_first_boot(device: Device, content: object) -> None:
+    """Also what `flock KEYFILE` leaves behind where there was none."""
+    if isinstance(content, bytes):
+        device.has(content)
+    run = device.run()
+    assert run.status == 69 and "starting over" not in run.err
+
+
+def test_a_file_of_a_megabyte_and_more_is_not_ours(device: Device, authority: Authority) -> None:
+    device.has(b"\n" * (3 << 20))
+    run = device.run()
+    assert run.status == 69 and "starting over" in run.err
+    assert device.key_file.stat().st_size < 8192
+
+
+# --- The key is kept ---
+
+
+@pytest.fixture(scope="module")
+def key() -> world.PrivateKey:
+    return world.new_key()
+
+
+UNUSABLE = {
+    "ended": (lambda a, r, p: a.sign(r, not_after=now() - hours(1)), "ended at"),
+    "by another CA": (lambda a, r, p: Authority(p / "other").sign(r), "not by the trusted CA"),
+    "by another CA of the same name": (
+        lambda a, r, p: Authority(p / "other", world.SUBJECT).sign(r),
+        "not by the trusted CA",
+    ),
+    "another device's": (lambda a, r, p: a.sign(r, subject=a.subject_for("cafe00000000")), "another device's"),
+    "another key's": (lambda a, r, p: a.sign(r, public_key=world.new_key().public_key()), "another key's"),
+    "a CA's": (lambda a, r, p: a.pem, "another key's"),
+    "for servers only": (lambda a, r, p: a.sign(r, usage=[world.SERVER_AUTH]), "not by the trusted CA"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_certificate_that_stopped_being_usable_is_dropped_and_its_key_kept(
+    device: Device, caramel: Caramel, authority: Authority, key: world.PrivateKey, tmp_path: Path, what: str
+) -> None:
+    make, reason = UNUSABLE[what]
+    request = signing_request(key, authority.subject_for(str(device.client_id)))
+    device.has(key_file_content(key, request, make(authority, request, tmp_path)))
+    run = device.run()
+    assert run.status == 69 and re.search(f"stored certificate .*{reason}", run.err), run.err
+    assert device.key_file.read_bytes() == key_file_content(key, request)
+    assert [row.sha256 for row in caramel.requests(str(device.client_id))] == [device.request_hash()]
+
+
+def test_a_certificate_that_is_none_is_dropped_and_its_key_kept(
+    device: Device, authority: Authority, key: world.PrivateKey
+) -> None:
+    request = signing_request(key, authority.subject_for(str(device.client_id)))
+    rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    device.has(key_file_content(key, request, rubbish))
+    assert device.run().status == 69
+    assert device.key_file.read_bytes() == key_file_content(key, request)
+
+
+def test_an_unusable_certificate_goes_only_when_a_trustworthy_server_was_asked(
+    tmp_path: Path, authority: Authority
+) -> None:
+    """A clock that has jumped ahead lies about the end of a certificate; see also `test_trust.py`."""
+    device = Device(tmp_path / "device", None, authority.certificate_file, "fffbeec0ffee")
+    device.has(authority.identity("fffbeec0ffee", not_after=now() - hours(1)))
+    before = device.snapshot()
+    with Scripted(authority.server(), [words.page(503)]) as server:
+        device.server = server.address
+        assert device.run().status == 127
+    assert device.snapshot() == before
+
+
+def test_an_unusable_certificate_is_not_shown(device: Device, authority: Authority) -> None:
+    device.has(authority.identity(str(device.client_id), not_after=now() - hours(1)))
+    with Scripted(authority.server(), [words.PENDING], client_ca=authority.certificate_file) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    assert [asked.client_certificate for asked in server.asked] == [None]
+    assert not server.asked[0].if_modified_since
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "another key's", "cut"])
+def test_a_damaged_request_is_made_again_with_the_same_key_and_hash(
+    device: Device, caramel: Caramel, authority: Authority, fault: str
+) -> None:
+    """The same key and subject make the same request, so what the administrator has signed stays signed."""
+    assert device.run().status == 69
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0
+    good, sha256 = device.key_file.read_bytes(), device.request_hash()
+    blocks = dict(device.blocks())
+    request = blocks["NEW CERTIFICATE REQUEST"]
+    lines = request.splitlines(keepends=True)
+    other = signing_request(world.new_key(), authority.subject_for(str(device.client_id)))
+    instead = {
+        "missing": b"",
+        "damaged": b"".join([*lines[:4], *lines[6:]]),
+        "another key's": other.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST"),
+        "cut": b"".join(lines[:-2]),
+    }[fault]
+    device.has(good.replace(request, instead))
+    run = device.run()
+    assert run.status == 0
+    assert device.key_file.read_bytes() == good and device.request_hash() == sha256
+
+
+@pytest.mark.parametrize("bits", [2048, 4096])
+def test_a_key_that_caramel_signs_is_kept(device: Device, caramel: Caramel, authority: Authority, bits: int) -> None:
+    device.has(of(world.new_key(bits), authority, str(device.client_id)))
+    before = device.snapshot()
+    assert device.run().status == 69
+    assert device.snapshot() == before
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0
+
+
+def test_a_key_that_turns_out_to_be_damaged_when_its_certificate_comes(
+    device: Device, caramel: Caramel, authority: Authority
+) -> None:
+    """Its modulus is whole, the rest of it isn't: that is not to be seen at a glance, but nothing works with it."""
+    key = world.new_key()
+    request = signing_request(key, authority.subject_for(str(device.client_id)))
+    lines = world.private_pem(key).splitlines(keepends=True)
+    # Deep in the private exponent and the primes; the structure, and the modulus before them, stay as they are.
+    lines[12] = lines[12][:20] + lines[12][20:24].swapcase() + lines[12][24:]
+    lines[18] = lines[18][:20] + lines[18][20:24].swapcase() + lines[18][24:]
+    device.has(b"".join(lines) + request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST"))
+    old = device.request
+    assert device.run().status == 69
+    assert device.request == old
+    caramel.sign(str(device.client_id))
+    run = device.run()
+    assert run.status == 69 and "starting over with a new key" in run.err
+    assert device.request != old
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0

@@ -1,0 +1,460 @@
+"""Trust: one CA and nothing else, and what a device believes of the time when its clock starts in 1970."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import shutil
+import ssl
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import words
+import world
+from world import PLAIN, Asked, Authority, Caramel, Device, Nginx, Says, Scripted, hours, now
+
+import caramel_embedded
+from caramel_embedded.errors import UsageError
+from caramel_embedded.trust import Facts, Trust
+
+ID = "fffbeec0ffee"
+
+#: A date as a device without a battery clock has it at each boot.
+FIRST_BOOT = "1970-01-01 00:00:10"
+
+
+@pytest.fixture(scope="module")
+def pem(authority: Authority) -> Path:
+    return authority.server(file="trust.pem")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A CA that others trust: same name, another key."""
+    return Authority(tmp_path_factory.mktemp("other"))
+
+
+@pytest.fixture
+def pending(tmp_path: Path, authority: Authority) -> Device:
+    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
+    device.has(authority.identity(ID, certified=False))
+    return device
+
+
+def clock(moment: object) -> Sequence[str]:
+    """Starts a command with its clock at this moment (UTC); how fast time goes by stays as it is."""
+    if not shutil.which("faketime"):
+        pytest.skip("faketime is not installed")
+    text = moment.strftime("%Y-%m-%d %H:%M:%S") if isinstance(moment, datetime.datetime) else str(moment)
+    return ["env", "TZ=UTC", "faketime", "--exclude-monotonic", text]
+
+
+# --- Only the configured CA ---
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_no_variable_makes_a_device_trust_another_ca(
+    pending: Device, other: Authority, tmp_path: Path, variable: str
+) -> None:
+    """It holds for the server's certificate, and for the one that it hands out."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    shutil.copy(other.certificate_file, folder / "ca.pem")
+    subprocess.run(["openssl", "rehash", str(folder)], check=True)
+    value = str(folder) if variable.endswith("_DIR") else str(other.certificate_file)
+    # The variable does what is said of it, with programs that look at it.
+    if variable.startswith("SSL_"):
+        code = "import ssl; print(len(ssl.create_default_context().get_ca_certs()))"
+        python = str(Path(PLAIN).parent / "python")
+        seen = subprocess.run([python, "-c", code], env={variable: value}, stdout=subprocess.PIPE, check=True)
+        assert variable.endswith("_DIR") or seen.stdout == b"1\n"
+    before = pending.snapshot()
+    with Scripted(other.server(), [words.REJECTED]) as server:
+        pending.server = server.address
+        run = pending.run(env={variable: value})
+    assert run.status == 127 and server.asked == []
+    assert pending.snapshot() == before
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_no_variable_keeps_a_device_from_trusting_its_own_ca(device: Device, variable: str) -> None:
+    assert device.run(env={variable: "/nonexistent"}).status == 69
+
+
+def test_the_systems_own_certificates_do_not_count(pending: Device, other: Authority, tmp_path: Path) -> None:
+    """Somebody has put a CA of their own into the system's bundle, where every other program believes in it."""
+    python = str(Path(PLAIN).parent / "python")
+    show = "import ssl; p = ssl.get_default_verify_paths(); print(p.openssl_cafile); print(p.openssl_capath)"
+    file, folder = subprocess.run([python, "-c", show], stdout=subprocess.PIPE, check=True, text=True).stdout.split()
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode or not Path(folder).is_dir():
+        pytest.skip("no mount namespace, or no folder of system certificates here")
+    system = tmp_path / "system"
+    system.mkdir()
+    shutil.copy(other.certificate_file, system / "ca.pem")
+    shutil.copy(other.certificate_file, system / "ca-certificates.crt")
+    subprocess.run(["openssl", "rehash", str(system)], check=True)
+    mounts = f"mount --bind {system} {folder}"
+    if Path(file).exists():
+        mounts += f" && mount --bind {other.certificate_file} {Path(file).resolve()}"
+    before = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+    with Scripted(other.server(), [words.REJECTED]) as server:
+        believer = (
+            "import socket, ssl, sys; s = socket.create_connection(('localhost', int(sys.argv[1])));"
+            "ssl.create_default_context().wrap_socket(s, server_hostname='localhost')"
+        )
+        subprocess.run([*before, python, "-c", believer, str(server.port)], check=True)
+        assert server.handshakes == 1, "the system does believe in it"
+        pending.server = server.address
+        assert pending.run(before=before).status == 127
+        assert server.asked == []
+
+
+def test_no_openssl_configuration_file_steers_a_run(device: Device, tmp_path: Path) -> None:
+    """One that would break TLS for whoever reads it: the run doesn't."""
+    configuration = tmp_path / "openssl.cnf"
+    configuration.write_text(
+        "openssl_conf = init\n[init]\nssl_conf = ssl\n[ssl]\nsystem_default = x\n[x]\nMaxProtocol = TLSv1.1\n"
+    )
+    env = {"OPENSSL_CONF": str(configuration)}
+    code = "import ssl; c = ssl.create_default_context(); print(int(c.maximum_version))"
+    python = str(Path(PLAIN).parent / "python")
+    done = subprocess.run([python, "-I", "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(int(ssl.TLSVersion.TLSv1_1)), "it does break other programs"
+    assert device.run(env=env).status == 69
+
+
+def test_no_keys_are_logged_for_whoever_listens(device: Device, tmp_path: Path) -> None:
+    assert device.run(env={"SSLKEYLOGFILE": str(tmp_path / "keys")}).status == 69
+    assert not (tmp_path / "keys").exists()
+
+
+def test_no_proxy_is_asked(device: Device) -> None:
+    with Scripted(device_certificate(device), [None], instead_of_tls=world.hang_up) as proxy:
+        env = {
+            name: f"http://{proxy.address}"
+            for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        }
+        assert device.run(env=env).status == 69
+        assert proxy.connections == 0
+
+
+def device_certificate(device: Device) -> Path:
+    assert device.ca
+    return Authority.open(device.ca.parent).server(file="proxy.pem")
+
+
+def test_another_ca_of_the_same_name_is_another_ca(pending: Device, other: Authority) -> None:
+    with Scripted(other.server(), [words.REJECTED]) as server:
+        pending.server = server.address
+        run = pending.run()
+    assert run.status == 127 and "vouches for" in run.err and server.asked == []
+
+
+def test_a_certificate_that_the_ca_signed_for_a_device_makes_it_no_ca(
+    pending: Device, authority: Authority, tmp_path: Path
+) -> None:
+    """A stolen device signs a server's certificate with its own key, and sends its certificate along."""
+    stolen = Authority(tmp_path / "stolen", [("CN", "stolen")])
+    intermediate = authority.issue(stolen.key.public_key(), [("CN", "stolen")])
+    server_file = stolen.server()
+    server_file.write_bytes(server_file.read_bytes() + intermediate)
+    with Scripted(server_file, [words.REJECTED]) as server:
+        pending.server = server.address
+        assert pending.run().status == 127 and server.asked == []
+
+
+# --- The server's name ---
+
+
+@pytest.mark.parametrize(
+    "names, asked, fits",
+    [
+        (["localhost"], "localhost", True),
+        (["ca.example.com", "localhost"], "localhost", True),
+        (["LOCALHOST"], "localhost", True),
+        (["ca.example.com"], "localhost", False),
+        (["*"], "localhost", False),
+        (["localhost.example.com"], "localhost", False),
+        (["localhost"], "127.0.0.1", False),
+    ],
+)
+def test_the_servers_name_has_to_match(
+    pending: Device, authority: Authority, names: list[str], asked: str, fits: bool
+) -> None:
+    key = world.new_key()
+    # A common name doesn't count where there are alternative names (RFC 6125, 6.4.4), and Caramel always makes those.
+    certificate = authority.issue(key.public_key(), [("CN", "localhost")], names=names)
+    file = pending.folder / "server.pem"
+    file.write_bytes(certificate + world.private_pem(key))
+    with Scripted(file, [words.PENDING]) as server:
+        pending.server = f"{asked}:{server.port}"
+        assert pending.run().status == (69 if fits else 127)
+        assert bool(server.asked) == fits
+
+
+def test_a_name_without_tls_at_all_is_nobodys(pending: Device) -> None:
+    with Scripted(device_certificate(pending), [None], instead_of_tls=plain_http) as server:
+        pending.server = server.address
+        assert pending.run().status == 127
+
+
+def plain_http(connection: object, over: object) -> None:
+    import socket
+
+    assert isinstance(connection, socket.socket)
+    connection.recv(100)
+    connection.sendall(words.REJECTED)
+
+
+# --- The clock ---
+
+
+def baked(device: Device, build_time: datetime.datetime) -> None:
+    """Gives the device a firmware that was built at this time."""
+    source = Path(caramel_embedded.__file__).parent
+    firmware = device.folder / "firmware"
+    shutil.copytree(source, firmware / "caramel_embedded", ignore=shutil.ignore_patterns("__pycache__", "baked.*"))
+    (firmware / "caramel_embedded" / "baked.conf").write_text(f"BUILD_TIME={int(build_time.timestamp())}\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(firmware)!r}); from caramel_embedded.__main__ import main; "
+        "main(sys.argv[1:])"
+    )
+    device.command = [str(Path(PLAIN).parent / "python"), "-I", "-c", code]
+
+
+@pytest.fixture
+def old(pending: Device) -> Device:
+    """The same device with a firmware that was built long ago, so that other things tell a later time."""
+    baked(pending, now() - hours(1000))
+    return pending
+
+
+def test_a_first_boot_in_1970_enrolls_and_gets_its_certificate(
+    device: Device, caramel: Caramel, front: Nginx
+) -> None:
+    """Nothing is valid yet by its clock: neither the CA nor the server nor what is signed for it."""
+    before = clock(FIRST_BOOT)
+    assert device.run(before=before).status == 69
+    caramel.sign(str(device.client_id))
+    run = device.run(before=before)
+    assert run.status == 0, run.err
+    with front.watched() as seen:
+        unchanged = device.snapshot()
+        assert device.run(before=before).status == 0
+    assert [asked.verify for asked in seen] == ["SUCCESS"]
+    assert device.snapshot() == unchanged
+    assert device.run().status == 0, "and with the right time"
+
+
+def test_in_1970_what_ended_before_the_floor_is_refused(old: Device, authority: Authority) -> None:
+    """The floor is the CA's notBefore, a day ago."""
+    ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(25), file="before-floor.pem")
+    with Scripted(ended, [words.REJECTED]) as server:
+        old.server = server.address
+        run = old.run(before=clock(FIRST_BOOT))
+    assert run.status == 127 and "ended at" in run.err and server.asked == []
+
+
+def test_in_1970_what_ended_after_the_floor_is_believed(old: Device, authority: Authority) -> None:
+    """The device can't know better."""
+    ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(1), file="after-floor.pem")
+    with Scripted(ended, [words.PENDING]) as server:
+        old.server = server.address
+        assert old.run(before=clock(FIRST_BOOT)).status == 69
+        assert old.run().status == 127
+
+
+def test_in_1970_the_stored_certificate_tells_a_later_time(authority: Authority, old: Device) -> None:
+    """The floor is the stored certificate's notBefore, an hour ago: what ended two hours ago is over."""
+    old.has(authority.identity(ID, not_before=now() - hours(1)))
+    without = old.folder / "without.pem"
+    without.write_bytes(authority.identity(ID, certified=False))
+    ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(2), file="before-stored.pem")
+    with Scripted(ended, [words.PENDING]) as server:
+        old.server = server.address
+        run = old.run(before=clock(FIRST_BOOT))
+        assert run.status == 127 and "ended at" in run.err and server.asked == []
+        old.key_file = without
+        assert old.run(before=clock(FIRST_BOOT)).status == 69, "a device without that certificate can't know"
+
+
+def test_a_strangers_certificate_in_the_file_tells_no_time(pending: Device, authority: Authority, pem: Path) -> None:
+    """Else whoever can write a certificate could make a device believe that all others have ended."""
+    foreign = Authority(pending.folder / "foreign", not_before=now() - hours(1))
+    content = pending.key_file.read_bytes()
+    late = foreign.sign(pending.request, not_before=now() + hours(24 * 365), not_after=now() + hours(24 * 366))
+    pending.has(content.replace(b"-----BEGIN NEW", late + b"-----BEGIN NEW"))
+    with Scripted(pem, [words.PENDING]) as server:
+        pending.server = server.address
+        run = pending.run(before=clock(FIRST_BOOT))
+    assert run.status == 69 and "not by the trusted CA" in run.err
+
+
+def test_in_1970_the_firmwares_build_time_is_the_floor(pending: Device, authority: Authority) -> None:
+    """It is later than the CA's notBefore: the server's certificate ended in between."""
+    ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(3), file="before-build.pem")
+    with Scripted(ended, [words.PENDING]) as server:
+        pending.server = server.address
+        baked(pending, now() - hours(2))
+        run = pending.run(before=clock(FIRST_BOOT))
+        assert run.status == 127 and "ended at" in run.err and server.asked == []
+        shutil.rmtree(pending.folder / "firmware")
+        baked(pending, now() - hours(4))
+        assert pending.run(before=clock(FIRST_BOOT)).status == 69
+
+
+def test_in_1970_a_new_certificate_that_ended_before_the_floor_is_refused(
+    old: Device, authority: Authority, pem: Path
+) -> None:
+    before = old.snapshot()
+    ended = authority.sign(old.request, not_before=now() - hours(60), not_after=now() - hours(25))
+    with Scripted(pem, [words.certificate(ended)]) as server:
+        old.server = server.address
+        run = old.run(before=clock(FIRST_BOOT))
+    assert run.status == 127 and "ended at" in run.err
+    assert old.snapshot() == before
+
+
+def test_a_believed_clock_refuses_what_is_not_valid_yet(pending: Device, authority: Authority) -> None:
+    early = authority.server(not_before=now() + hours(1), not_after=now() + hours(9), file="early.pem")
+    with Scripted(early, [words.REJECTED]) as server:
+        pending.server = server.address
+        run = pending.run()
+    assert run.status == 127 and "not yet valid" in run.err and server.asked == []
+
+
+def test_a_stored_certificate_that_has_not_begun_shows_that_the_clock_is_wrong(
+    pending: Device, authority: Authority, pem: Path
+) -> None:
+    """The clock has lost a day: what is in the file was valid once, so that day has passed."""
+    pending.has(authority.identity(ID, not_before=now() + hours(12), not_after=now() + hours(60)))
+    before = pending.snapshot()
+    with Scripted(pem, [words.certificate(pending.block("CERTIFICATE") or b"")]) as server:
+        pending.server = server.address
+        assert pending.run().status == 0
+    assert pending.snapshot() == before
+
+
+def test_in_2080_nothing_is_believed_and_nothing_is_lost(device: Device, caramel: Caramel) -> None:
+    assert device.run().status == 69
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0
+    before = device.snapshot()
+    run = device.run(before=clock("2080-01-01 00:00:00"))
+    assert run.status == 127 and re.search("expired|ended", run.err)
+    assert device.snapshot() == before
+    assert device.run().status == 0
+
+
+def test_a_device_that_slept_for_a_year_recovers(device: Device, caramel: Caramel, authority: Authority) -> None:
+    """Its clock runs, its certificate has ended long ago, the server has signed a new one meanwhile."""
+    assert device.run().status == 69
+    key, request = (block for _, block in device.blocks())
+    year = 24 * 365
+    old = authority.sign(device.request, not_before=now() - hours(year), not_after=now() - hours(year - 48))
+    device.has(key + old + request)
+    caramel.sign(str(device.client_id))
+    run = device.run()
+    assert run.status == 0 and "new certificate" in run.err
+    assert device.block("CERTIFICATE") == caramel.certificates(device.request_hash())[-1]
+
+
+# --- The rule by itself ---
+
+T = 1_600_000_000  # the CA's notBefore in what follows
+FAR = T + 10**8
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("dated"), not_before=moment(T), not_after=moment(FAR))
+
+
+def moment(seconds: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+
+
+def facts(not_before: int, not_after: int) -> Facts:
+    date = "%b %d %H:%M:%S %Y GMT"
+    return Facts(
+        {
+            "subject": ((("commonName", ID),),),
+            "notBefore": moment(not_before).strftime(date),
+            "notAfter": moment(not_after).strftime(date),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "clock, build, certificate, good",
+    [
+        # A clock at or past the floor is believed, to the second.
+        (T, 0, (T, T + 10), True),
+        (T + 5, 0, (T, T + 10), True),
+        (T + 10, 0, (T, T + 10), True),
+        (T + 11, 0, (T, T + 10), False),
+        (T, 0, (T + 1, T + 10), False),
+        (T + 1, 0, (T + 1, T + 10), True),
+        (T + 1000, T + 1000, (T + 1001, T + 2000), False),
+        # One behind it is wrong: what isn't valid yet is accepted, what ended before the floor isn't.
+        (T - 1, 0, (T + 1, T + 10), True),
+        (0, 0, (T + 5000, T + 6000), True),
+        (0, 0, (T - 10, T), True),
+        (0, 0, (T - 10, T - 1), False),
+        (T - 5, 0, (T - 10, T - 1), False),
+        (T + 999, T + 1000, (T, T + 1000), True),
+        (T + 999, T + 1000, (T, T + 999), False),
+        (T + 999, T + 1000, (T + 5000, T + 6000), True),
+        # A build time before the CA's notBefore is no news.
+        (T, T - 1000, (T + 1, T + 10), False),
+    ],
+)
+def test_the_rule_of_the_clock(
+    dated: Authority, clock: int, build: int, certificate: tuple[int, int], good: bool
+) -> None:
+    trust = Trust(dated.pem, build, clock)
+    assert (trust.why_not_in_date(facts(*certificate)) is None) == good
+    assert trust.clock_is_wrong == (clock < max(T, build))
+
+
+def test_a_genuine_certificate_raises_the_floor_and_never_lowers_it(dated: Authority) -> None:
+    trust = Trust(dated.pem, 0, T + 10)
+    trust.learn(facts(T + 20, T + 30))
+    assert trust.clock_is_wrong and trust.now == T + 20
+    trust.learn(facts(T - 20, T + 30))
+    assert trust.now == T + 20
+
+
+def test_of_two_roots_the_older_one_is_the_floor(dated: Authority, tmp_path: Path) -> None:
+    """A new root may be handed out before it begins."""
+    new = Authority(tmp_path, not_before=moment(T + 5000), not_after=moment(FAR))
+    for text in (dated.pem + new.pem, new.pem + dated.pem):
+        trust = Trust(text, 0, T + 10)
+        assert not trust.clock_is_wrong and trust.floor == T
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_ca_file_may_have_any_line_end_and_text_around(dated: Authority, line_end: bytes) -> None:
+    text = b"The root of 2020" + line_end + dated.pem.replace(b"\n", line_end) + line_end + b"# end"
+    assert Trust(text, 0, T).subjects == Trust(dated.pem, 0, T).subjects
+
+
+def test_a_ca_that_is_none_is_refused(dated: Authority) -> None:
+    with pytest.raises(UsageError):
+        Trust(b"", 0, T)
+    with pytest.raises(UsageError):
+        Trust(dated.sign(world.signing_request(world.new_key(), [("CN", ID)])), 0, T)
+
+
+def test_the_servers_answer_is_asked_over_the_same_trusted_connection(pending: Device, pem: Path) -> None:
+    """No second look at the name, no second connection: whoever showed the certificate says the answer."""
+
+    def says(asked: Asked) -> Says:
+        return words.PENDING if asked.method == "POST" or len(server.asked) > 1 else words.UNKNOWN
+
+    with Scripted(pem, says) as server:
+        pending.server = server.address
+        assert pending.run().status == 69
+    assert server.connections == 1
