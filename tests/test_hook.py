@@ -416,6 +416,16 @@ def test_what_is_owed_stays_owed_while_a_newer_certificate_cannot_be_stored(hook
     assert (hooked.run().status, len(hooked.calls)) == (0, 3)
 
 
+def test_a_certificate_that_could_not_be_stored_is_no_news(hooked: Hooked) -> None:
+    hooked.sign()
+    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
+    hooked.sign(72)
+    hooked.device.command = [world.PLAIN]
+    run = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=3"))
+    assert (run.status, len(hooked.calls)) == (127, 1)
+    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+
+
 def test_a_run_ends_when_the_hook_has_and_not_later(hooked: Hooked) -> None:
     hooked.hook("sleep 1")
     hooked.sign()

@@ -1,0 +1,219 @@
+"""`--syslog`: one message a run, with a priority that means something, and a daemon that hangs holds nobody up.
+
+The command runs in a mount namespace whose ``/dev`` is the test's own, so that the machine's log is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import words
+import world
+from world import Authority, Device, Run, Says, Scripted, hours, now
+
+ID = "fffbeec0ffee"
+ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
+DAEMON = 3
+
+#: In a namespace of its own: the folder $1 becomes /dev, with the few devices that everybody has; then the rest runs.
+OWN_DEV = """
+dev=$1; shift
+for name in null zero full random urandom; do
+    : >>"$dev/$name" && mount --bind "/dev/$name" "$dev/$name" || exit 99
+done
+mount --rbind "$dev" /dev || exit 99
+exec "$@"
+"""
+
+MESSAGE = re.compile(rb"<(\d+)>([A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d) caramel-embedded\[(\d+)\]: (.*)", re.DOTALL)
+
+
+class Logged:
+    """A device whose messages go to a socket of the test's."""
+
+    def __init__(self, folder: Path, authority: Authority, kind: int = socket.SOCK_DGRAM) -> None:
+        self.authority = authority
+        self.device = Device(folder / "device", "localhost:1", authority.certificate_file, ID)
+        self.dev = folder / "dev"
+        self.dev.mkdir()
+        self.socket = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+
+    def listen(self) -> None:
+        self.socket.bind(str(self.dev / "log"))
+        if self.socket.type & socket.SOCK_STREAM:
+            self.socket.listen()
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        unshare = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--map-root-user", "--mount")
+        return (*unshare, "sh", "-c", OWN_DEV, "sh", str(self.dev))
+
+    def run(self, *options: str, answers: tuple[Says, ...] = (), before: tuple[str, ...] = ()) -> Run:
+        """One run with --syslog, against a server that gives these answers, or against none."""
+        started = time.monotonic()
+        if not answers:
+            return self._finish(started, before, options)
+        with Scripted(self.authority.server(file="syslog.pem"), answers) as server:
+            self.device.server = server.address
+            return self._finish(started, before, options)
+
+    def _finish(self, started: float, before: tuple[str, ...], options: tuple[str, ...]) -> Run:
+        process = self.device.start("--syslog", *options, before=(*self.before, *before))
+        self.pid = process.pid
+        run = self.device.finish(process, 30, started)
+        assert (run.status != 99, run.out) == (True, ""), run.err
+        return run
+
+    def messages(self) -> list[tuple[int, str]]:
+        """Priority and text of what has come since the last call; all of them are the last run's."""
+        found: list[tuple[int, str]] = []
+        while True:
+            try:
+                data = self.socket.recv(65536)
+            except BlockingIOError:
+                return found
+            match = MESSAGE.fullmatch(data)
+            assert match, data
+            facility, priority = divmod(int(match[1]), 8)
+            assert (facility, int(match[3])) == (DAEMON, self.pid)
+            said = time.strptime(f"{time.strftime('%Y')} {match[2].decode()}", "%Y %b %d %H:%M:%S")
+            assert abs(time.mktime(said) - time.time()) < 120
+            found.append((priority, match[4].decode()))
+
+
+@pytest.fixture(scope="module")
+def key() -> world.PrivateKey:
+    return world.new_key()
+
+
+@pytest.fixture
+def logged(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> Iterator[Logged]:
+    if not shutil.which("unshare"):
+        pytest.skip("unshare(1) is not installed")
+    logged = Logged(tmp_path, authority)
+    logged.device.has(authority.identity(ID, key=key, certified=False))
+    with logged.socket:
+        logged.listen()
+        yield logged
+
+
+def certificate(logged: Logged, life: int = 48) -> bytes:
+    pem = logged.authority.sign(logged.device.request, not_before=now() - hours(1), not_after=now() + hours(life))
+    return words.certificate(pem)
+
+
+def test_each_outcome_is_one_message_with_a_priority_that_means_something(logged: Logged) -> None:
+    one = certificate(logged)
+    for says, status, priority, text in (
+        ((words.PENDING,), 69, INFO, "waits to be signed"),
+        ((one,), 0, NOTICE, "new certificate, valid until "),
+        ((one,), 0, INFO, "certificate unchanged, valid until "),
+        ((words.page(500),), 127, ERROR, "status 500"),
+        ((), 127, ERROR, "can't be reached"),
+        ((words.REJECTED, words.PENDING, words.PENDING), 69, WARNING, "the administrator rejected the request"),
+    ):
+        run = logged.run(answers=says)
+        assert (run.status, run.err) == (status, "")
+        ((said, message),) = logged.messages()
+        assert (said, message.startswith(f"{ID}: "), text in message) == (priority, True, True), message
+
+
+def test_a_run_that_is_locked_out_says_so_without_alarm(logged: Logged) -> None:
+    run = logged.run(before=("flock", str(logged.device.key_file)))
+    assert (run.status, run.err) == (1, "")
+    # flock(1) has the process ID that was started, and the run another one.
+    data = logged.socket.recv(65536)
+    assert data.startswith(b"<%d>" % (DAEMON << 3 | INFO)) and b"holds the lock" in data
+
+
+def test_wrong_settings_are_logged_as_well(logged: Logged) -> None:
+    run = logged.run("--mode", "999")
+    assert (run.status, run.err) == (127, "")
+    ((priority, message),) = logged.messages()
+    assert priority == ERROR and "CARAMEL_MODE" in message
+
+
+def test_steps_are_for_debugging(logged: Logged) -> None:
+    assert logged.run("-v", answers=(words.PENDING,)).err == ""
+    *steps, (priority, result) = logged.messages()
+    assert (priority, "waits to be signed" in result) == (INFO, True)
+    assert steps and {priority for priority, _ in steps} == {DEBUG}
+    assert any("connected to localhost" in text for _, text in steps)
+
+
+def test_quiet_is_about_what_went_wrong(logged: Logged) -> None:
+    one = certificate(logged)
+    for says, priorities in (
+        ((words.PENDING,), []),
+        ((one,), []),
+        ((words.page(500),), [ERROR]),
+        ((words.REJECTED, words.PENDING, words.PENDING), [WARNING]),
+    ):
+        assert logged.run("-q", answers=says).err == ""
+        assert [priority for priority, _ in logged.messages()] == priorities
+
+
+def test_a_daemon_that_hangs_holds_nobody_up(logged: Logged) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as other:
+        other.connect(str(logged.dev / "log"))
+        with pytest.raises(BlockingIOError):
+            while True:
+                other.send(b"until its queue is full")
+    run = logged.run("-v", answers=(words.PENDING,))
+    assert (run.status, run.seconds < 20) == (69, True)
+    # What the log doesn't take is not lost.
+    assert run.err.splitlines()[-1].endswith("waits to be signed")
+
+
+@pytest.mark.parametrize("what", ["absent", "dead", "no socket"])
+def test_without_a_daemon_it_is_standard_error(logged: Logged, what: str) -> None:
+    logged.socket.close()
+    if what != "dead":
+        (logged.dev / "log").unlink()
+    if what == "no socket":
+        (logged.dev / "log").write_text("")
+    run = logged.run(answers=(words.PENDING,))
+    assert (run.status, run.err.count("\n")) == (69, 1)
+    assert run.err.startswith(f"caramel-embedded: {ID}: request ")
+    assert what != "no socket" or (logged.dev / "log").read_text() == ""
+
+
+def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> None:
+    logged = Logged(tmp_path, authority, socket.SOCK_STREAM)
+    logged.device.has(authority.identity(ID, key=key, certified=False))
+    with logged.socket:
+        logged.listen()
+        run = logged.run(answers=(words.PENDING,))
+        assert (run.status, run.err) == (69, "")
+        connection, _ = logged.socket.accept()
+        with connection:
+            data = connection.recv(65536)
+    assert MESSAGE.fullmatch(data) and data.endswith(b"waits to be signed\0")
+
+
+def test_a_line_of_the_log_is_one_line_and_not_too_long(logged: Logged) -> None:
+    said = words.problem(500, "Bad", "first\nsecond\x1b[31m" + "x" * 5000)
+    assert logged.run("-v", answers=(said,)).status == 127
+    for _, text in logged.messages():
+        assert "\n" not in text and "\x1b" not in text and len(text) < 1024
+
+
+def test_busybox_syslogd_understands_it(logged: Logged, tmp_path: Path) -> None:
+    if not shutil.which("busybox"):
+        pytest.skip("busybox is not installed")
+    logged.socket.close()
+    (logged.dev / "log").unlink()
+    daemon = world.Daemon([*logged.before, "busybox", "syslogd", "-n", "-O", tmp_path / "messages"], tmp_path / "out")
+    with daemon:
+        world.until("syslogd listens", lambda: (logged.dev / "log").exists())
+        run = logged.run(answers=(certificate(logged),))
+        assert (run.status, run.err) == (0, "")
+        line = f" daemon.notice caramel-embedded[{logged.pid}]: {ID}: new certificate, valid until "
+        world.until("it is in the file", lambda: line in (tmp_path / "messages").read_text())
