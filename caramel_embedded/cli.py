@@ -258,10 +258,12 @@ def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> O
 
             hook.owe(file.path, certificate)
         file.replace(bytes(identity), identity.modified, *place)
+        arguments["say"]("stored in %s" % file.path)
 
     if not file.has(*place):
         # By replacing it: at no instant does the file have the new owner with the old mode.
         file.replace(data, file.modified, *place)
+        arguments["say"]("owner, group and mode of %s set" % file.path)
     return session.check(stored=data, store=store, modified=file.modified, **arguments)
 
 

@@ -49,8 +49,8 @@ class Step(enum.Enum):
     POST = "post the request"
     ASK = "ask for the certificate"
     START_OVER = "make a new identity, store it, post its request"
-    STORE = "store the certificate: certified"
-    KEEP = "keep the stored certificate: certified"
+    STORE = "certified: store the certificate if it is a new one"
+    KEEP = "certified: keep the stored certificate"
     WAIT = "pending: somebody has to sign"
     FAIL = "leave everything as it is"
 

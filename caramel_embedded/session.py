@@ -174,6 +174,8 @@ class _Check:
         identity, facts = found.identity, found.facts
         for note in found.why:
             self._note(note)
+        if identity is not None:
+            self._say("found %r, %s certificate" % (identity, "a usable" if facts else "no usable"))
         if identity is not None and identity.certificate is not None:
             time = facts.not_before if modified is None and facts else modified
             identity = identity.with_certificate(identity.certificate, time)
