@@ -64,7 +64,7 @@ def server(text: str) -> tuple[str, int]:
         good = _ADDRESS_CHARACTERS.issuperset(host)
     else:
         good = _HOST_CHARACTERS.issuperset(host) and all(map(_is_label, host.split(".")))
-    if not host or len(host) > 253 or not good:
+    if not host or "/" in text or len(host) > 253 or not good:
         raise UsageError("%r is no server name: HOST or HOST:PORT, without https:// and path" % text)
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         raise UsageError("%r has no port from 1 to 65535 behind its colon" % text)
