@@ -29,7 +29,7 @@ demo-server: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## a Caramel ser
 test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and all tests
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
-	$(BUILD)/tests/bin/mypy $(wildcard caramel_embedded packaging server tests demo bench torture)
+	$(BUILD)/tests/bin/mypy $(wildcard caramel_embedded packaging server tests demo bench torture examples)
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
 	@# The command under test is the one beside pytest, because coverage is there as well: it says which lines ran in
 	@# all of the command's runs. Its report comes before pytest's last line, which says how the tests went.

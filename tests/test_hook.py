@@ -166,9 +166,9 @@ def test_the_setting_works_in_a_file_and_in_the_environment(hooked: Hooked) -> N
 def test_its_output_goes_to_standard_error_and_its_input_is_empty(hooked: Hooked) -> None:
     hooked.hook("echo to output", "echo to error >&2", "cat")
     hooked.sign()
-    run = hooked.run()
+    run = hooked.run(before=("sh", "-c", 'echo typed | "$@"', "sh"))
     assert (run.status, run.out) == (0, "")
-    assert run.err.splitlines()[:2] == ["to output", "to error"]
+    assert run.err.splitlines()[:2] == ["to output", "to error"] and len(run.err.splitlines()) == 3
 
 
 def test_it_gets_words_and_no_shell(hooked: Hooked) -> None:
