@@ -26,7 +26,7 @@ from bake import ROOT, Baked, BakeError, bake, environment
 PACKAGE = "caramel_embedded"
 
 #: What execve(2) needs to start it: a shell, which hands the file to Python. Python would start a zip archive by
-#: itself, but through runpy, which takes longer than the shell does; and a shell can say that there is no Python, with
+#: itself, but through runpy, which takes longer than the shell does; and a shell can say that Python is missing, with
 #: the right status. Behind the shell's last line come the compiled modules, and behind these the zip archive: zip
 #: files are read from their end.
 START = r"""#!/bin/sh
