@@ -173,6 +173,16 @@ def test_an_identity_is_a_value_in_the_forms_that_interfaces_want(application: A
         identity.other = 1  # type: ignore[attr-defined]
 
 
+def test_a_certificate_that_is_dropped_is_no_new_one(
+    application: Application, server: Signing, authority: Authority
+) -> None:
+    application.stored = authority.identity(ID, not_before=now() - hours(3), not_after=now() - hours(1))
+    server.answers = [words.PENDING]
+    outcome = application.check()
+    assert (outcome.certified, outcome.new, outcome.not_after, len(outcome.notes)) == (False, False, None, 1)
+    assert application.stores[-1].certificate is None and application.stores[-1].modified is None
+
+
 def test_the_time_of_a_certificate_is_known_after_every_check(application: Application, server: Signing) -> None:
     outcome = application.check()
     certificate = outcome.identity.certificate
@@ -373,11 +383,13 @@ def test_several_threads_with_an_identity_each(authority: Authority, server: Sig
 
 #: A program with nothing but the library in it, which keeps its identity in a variable.
 ALONE = """
+import os
 import sys
 import caramel_embedded
 
 assert not {"ssl", "socket", "cryptography", "argparse", "signal"} & set(sys.modules), "loaded before it is needed"
 kept = [None]
+before = dict(os.environ)
 with open(sys.argv[2], "rb") as file:
     ca_cert = file.read()
 for turn in range(2):
@@ -386,6 +398,7 @@ for turn in range(2):
         store=lambda identity: kept.__setitem__(0, bytes(identity)), timeout=20,
     )
     print(outcome.certified, outcome.new)
+assert os.environ == before
 """
 
 
