@@ -126,7 +126,7 @@ def page(seen: Figures) -> str:
         rates,
     )
     needed = table(
-        ["devices", "work", f"spread for {BUSY:.0%} of one process", "with four processes"],
+        ["devices", "work", f"spread for {100 * BUSY:.0f} % of one process", "with four processes"],
         [
             [
                 _thousands(devices),
@@ -172,7 +172,7 @@ def page(seen: Figures) -> str:
             burst_some_time=_time(FLEETS[1] / 60 * caramel),
             burst_many=_thousands(FLEETS[2] / 60),
             burst_many_time=_time(FLEETS[2] / 60 * caramel),
-            busy=f"{BUSY:.0%}".replace("%", " %"),
+            busy=f"{100 * BUSY:.0f} %",
             share=BUSY,
             needed=needed,
         )

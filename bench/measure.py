@@ -48,7 +48,7 @@ from proxy import DelayingProxy, Traffic  # noqa: E402
 
 STATES = ("unchanged", "locked out", "pending", "renewed", "first enrollment")
 #: Seconds there and back, and how many of the rounds are made at that distance.
-DISTANCES = ((0.0, 1.0), (0.1, 0.34), (0.6, 0.2))
+DISTANCES = ((0.0, 1.0), (0.1, 0.34), (0.6, 0.34))
 #: The longest that a single run may take, in seconds.
 PATIENCE = 60.0
 CLIENT_ID = "fffbeec0ffee"
@@ -592,7 +592,7 @@ def one_block(stage: Stage, checks: int, cost: dict[str, list[float]]) -> None:
     cost["answer"].append(answer.status)
 
 
-def capacity(stage: Stage, seconds: float = 3.0, tries: int = 3) -> float:
+def capacity(stage: Stage, seconds: float = 2.0, tries: int = 6) -> float:
     """Checks a second that one process of Caramel answers at best: four at a time, without TLS."""
     since = formatdate(stage.modified, usegmt=True)
 

@@ -64,7 +64,7 @@ def reached(seen: Figures) -> list[tuple[str, str, str, bool | None]]:
     line("unchanged", "instructions: the same, without the wobble", f"{share:.2f} times", share <= 0.85)
     missing(
         "unchanged",
-        "the Rust client (0.95 times, by an earlier measurement; its registry isn't reachable here)",
+        "to compare with: the Rust client, 0.95 times by an earlier measurement",
     )
     share = ours["memory"][1] / floor["memory"][1]
     line("unchanged", "peak memory at most 1.05 times the urllib3 floor", f"{share:.2f} times", share <= 1.05)
@@ -73,8 +73,9 @@ def reached(seen: Figures) -> list[tuple[str, str, str, bool | None]]:
         good = (far["connections"], far["round_trips"]) == (1, 3)
         figure = f"{far['connections']} and {far['round_trips']}"
         line("unchanged", "one connection, three round trips", figure, good)
-        expected = 1800 + ours["wall"][1]
-        off = far["wall"][1] / expected - 1
+        # The quicker quarter of both: at three times as many waits, a busy machine is late three times as often.
+        expected = 1800 + ours["wall"][0]
+        off = far["wall"][0] / expected - 1
         line(
             "unchanged",
             "wall time at 0.6 s within 5 % of 1.8 s and the run at 0 s",
