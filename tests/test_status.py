@@ -242,6 +242,17 @@ def test_where_the_client_id_comes_from(device: Device, authority: Authority, so
     assert line(text, "client ID") == f"{values['client_id']}, from {source}"
 
 
+def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, where the machine of the test has nothing that lasts."""
+    from caramel_embedded import hardware, settings
+    from caramel_embedded import status as module
+
+    monkeypatch.setattr(hardware, "client_id", lambda interfaces: (interfaces[0], "serial number in /sys/it"))
+    given = {"CARAMEL_CA_CERT": str(authority.certificate_file), "CARAMEL_KEY_FILE": str(device.key_file)}
+    text, _ = module.report(settings.Settings({**given, "CARAMEL_INTERFACES": "eth7"}, {}), False)
+    assert line(text, "client ID") == "eth7, from the serial number in /sys/it"
+
+
 def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.PrivateKey) -> None:
     device.has(authority.identity(ID, key=key))
     code, values, text = status(device, before=("faketime", "1970-01-02 00:00:00"))

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import words
@@ -72,7 +73,10 @@ class Logged:
         return run
 
     def messages(self) -> list[tuple[int, str]]:
-        """Priority and text of what has come since the last call; all of them are the last run's."""
+        """Priority and text of what has come since the last call; all of it is the last run's."""
+        return self.messages_of_any_run(self.pid)
+
+    def messages_of_any_run(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
         found: list[tuple[int, str]] = []
         while True:
             try:
@@ -82,7 +86,7 @@ class Logged:
             match = MESSAGE.fullmatch(data)
             assert match, data
             facility, priority = divmod(int(match[1]), 8)
-            assert (facility, int(match[3])) == (DAEMON, self.pid)
+            assert facility == DAEMON and pid in (None, int(match[3]))
             said = time.strptime(f"{time.strftime('%Y')} {match[2].decode()}", "%Y %b %d %H:%M:%S")
             assert abs(time.mktime(said) - time.time()) < 120
             found.append((priority, match[4].decode()))
@@ -201,7 +205,10 @@ def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world
 def test_a_line_of_the_log_is_one_line_and_not_too_long(logged: Logged) -> None:
     said = words.problem(500, "Bad", "first\nsecond\x1b[31m" + "x" * 5000)
     assert logged.run("-v", answers=(said,)).status == 127
-    for _, text in logged.messages():
+    assert logged.run("--ca-cert", "/no\nsuch" + "/file" * 600).status == 127
+    messages = logged.messages_of_any_run()
+    assert len(messages) > 2 and "the CA certificate /no?such/file/file" in messages[-1][1]
+    for _, text in messages:
         assert "\n" not in text and "\x1b" not in text and len(text) < 1024
 
 
