@@ -1,0 +1,564 @@
+"""What goes into an image: baked-in settings, the one-file program, make install, the wheel, the Debian package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Optional, Union
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from world import ROOT, SERVER_AUTH, Authority, environment, hours, new_key, now, private_pem, signing_request
+
+Done = subprocess.CompletedProcess[str]
+
+#: Some moment in the past, which is a build's own time in most of these tests.
+EPOCH = "1700000000"
+
+
+def run(*command: Union[str, Path], env: Optional[Mapping[str, str]] = None, cwd: Path = ROOT) -> Done:
+    return subprocess.run(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(SOURCE_DATE_EPOCH=EPOCH) if env is None else dict(env),
+        timeout=300,
+    )
+
+
+def bake(folder: Path, conf: str, *options: str, **env: str) -> Done:
+    """Bakes the lines of `conf` into folder/out."""
+    (folder / "firmware.conf").write_text(conf)
+    environ = environment(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
+    script = ROOT / "packaging/bake.py"
+    return run(
+        sys.executable, "-B", script, "--conf", folder / "firmware.conf", *options, folder / "out", env=environ
+    )
+
+
+def refused(done: Done) -> str:
+    """The one line with which a build has failed."""
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("caramel-embedded: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Its folder has a space in its name, which none of the tools may stumble on."""
+    return Authority(tmp_path_factory.mktemp("a b"))
+
+
+# --- Baked in -------------------------------------------------------------------------------------------
+
+
+def test_settings_are_baked_in_with_the_time_of_the_build(tmp_path: Path, ca: Authority) -> None:
+    done = bake(
+        tmp_path,
+        "# our firmware\nCARAMEL_CA=ca.example.com:8443\n\nCARAMEL_HOOK='/bin/x \"a b\"'\n"
+        f'CARAMEL_CA_CERT="{ca.certificate_file}"\nCARAMEL_GROUP=nobody-here-knows\n',
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/baked.conf").read_text().splitlines()[1:] == [
+        "CARAMEL_CA=ca.example.com:8443",
+        "CARAMEL_GROUP=nobody-here-knows",
+        "CARAMEL_HOOK='/bin/x \"a b\"'",
+        f"BUILD_TIME={EPOCH}",
+    ]
+    assert (tmp_path / "out/baked.pem").read_bytes() == ca.pem
+
+
+def test_without_source_date_epoch_the_time_is_now(tmp_path: Path) -> None:
+    before = int(now().timestamp())
+    done = bake(tmp_path, "", SOURCE_DATE_EPOCH="")
+    assert done.returncode == 0
+    time = int((tmp_path / "out/baked.conf").read_text().strip().rpartition("=")[2])
+    assert before <= time <= int(now().timestamp())
+
+
+def test_a_ca_certificate_is_found_beside_the_file_that_names_it(tmp_path: Path, ca: Authority) -> None:
+    shutil.copy(ca.certificate_file, tmp_path / "our ca.pem")
+    assert bake(tmp_path, 'CARAMEL_CA_CERT="our ca.pem"\n').returncode == 0
+    assert (tmp_path / "out/baked.pem").read_bytes() == ca.pem
+
+
+def test_what_an_earlier_build_has_baked_in_is_gone(tmp_path: Path, ca: Authority) -> None:
+    bake(tmp_path, f'CARAMEL_CA_CERT="{ca.certificate_file}"\nCARAMEL_CA=old\n')
+    bake(tmp_path, "CARAMEL_TIMEOUT=5\n")
+    assert not (tmp_path / "out/baked.pem").exists()
+    assert "old" not in (tmp_path / "out/baked.conf").read_text()
+
+
+def test_two_roots_and_text_around_them(tmp_path: Path, ca: Authority) -> None:
+    other = Authority(tmp_path / "other")
+    text = b"our old root\n" + ca.pem + b"\nour new root\n" + other.pem + ca.pem
+    (tmp_path / "roots.pem").write_bytes(text)
+    assert bake(tmp_path, "CARAMEL_CA_CERT=roots.pem\n").returncode == 0
+    assert (tmp_path / "out/baked.pem").read_bytes() == ca.pem + other.pem
+
+
+def test_windows_line_ends_in_the_ca_certificate_are_converted_and_the_build_says_so(
+    tmp_path: Path, ca: Authority
+) -> None:
+    (tmp_path / "ca.pem").write_bytes(b"\xef\xbb\xbf" + ca.pem.replace(b"\n", b"\r\n"))
+    done = bake(tmp_path, "CARAMEL_CA_CERT=ca.pem\r\nCARAMEL_CA=a.example\r\n")
+    assert done.returncode == 0
+    assert "Windows line ends" in done.stderr
+    assert (tmp_path / "out/baked.pem").read_bytes() == ca.pem
+    assert "CARAMEL_CA=a.example\n" in (tmp_path / "out/baked.conf").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("CARAMEL_CA ca.example.com", "line 1"),
+        ("CARAMEL_CA=https://ca.example.com/", "CARAMEL_CA"),
+        ("CARAMEL_SERVER=ca.example.com", "there is no setting CARAMEL_SERVER"),
+        ("SERVER=ca.example.com", "there is no setting SERVER"),
+        ("BUILD_TIME=5", "SOURCE_DATE_EPOCH"),
+        ("CARAMEL_CN=a,b", "CARAMEL_CN"),
+        ("CARAMEL_MODE=rw", "CARAMEL_MODE"),
+        ("CARAMEL_TIMEOUT=-1", "CARAMEL_TIMEOUT"),
+        ("CARAMEL_INTERFACES=eth0,verylonginterfacename0", "CARAMEL_INTERFACES"),
+        ("CARAMEL_INTERFACES=eth0,,eth1", "CARAMEL_INTERFACES"),
+        ("CARAMEL_INTERFACES=eth0:1", "can't be the name of a network interface"),
+        ("CARAMEL_INTERFACES=lo", "'lo' has no MAC address"),
+        ("CARAMEL_KEY_FILE=identity.pem", "must begin with a slash"),
+        ("CARAMEL_HOOK=two words", "quotes"),
+        ("CARAMEL_CA_CERT=missing.pem", "No such file"),
+    ],
+)
+def test_a_bad_setting_fails_the_build(tmp_path: Path, line: str, word: str) -> None:
+    assert word in refused(bake(tmp_path, line + "\n"))
+    assert not (tmp_path / "out").exists()
+
+
+def leaf(ca: Authority) -> bytes:
+    return ca.issue(new_key().public_key(), [("CN", "leaf")], usage=[SERVER_AUTH])
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("no certificate", "holds no PEM certificate"),
+        ("der", "looks like DER"),
+        ("request", "certificate request"),
+        ("private key", "private key"),
+        ("leaf", "not a CA's certificate"),
+        ("root and leaf", "certificate 2: not a CA's certificate"),
+        ("damaged", "damaged"),
+        ("ended", "before this build"),
+        ("folder", "Is a directory"),
+    ],
+)
+def test_what_is_no_ca_certificate_fails_the_build(tmp_path: Path, ca: Authority, what: str, word: str) -> None:
+    path = tmp_path / "ca.pem"
+    if what == "folder":
+        path.mkdir()
+    else:
+        key = new_key()
+        content = {
+            "no certificate": b"hello\n",
+            "der": ca.certificate.public_bytes(serialization.Encoding.DER),
+            "request": signing_request(key, [("CN", "x")]),
+            "private key": ca.pem + private_pem(key),
+            "leaf": leaf(ca),
+            "root and leaf": ca.pem + leaf(ca),
+            "damaged": ca.pem[:200] + ca.pem[300:],
+            "ended": Authority(tmp_path / "old", not_before=now() - hours(48), not_after=now() - hours(24)).pem,
+        }[what]
+        path.write_bytes(content)
+    message = refused(bake(tmp_path, "CARAMEL_CA_CERT=ca.pem\n", SOURCE_DATE_EPOCH=""))
+    assert word in message
+    assert "CARAMEL_CA_CERT" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_messages_are_in_the_terms_of_the_tool_that_builds(tmp_path: Path) -> None:
+    message = refused(bake(tmp_path, "#: CARAMEL_CA = BR2_SERVER\nCARAMEL_CA=a/b\n"))
+    assert "CARAMEL_CA (BR2_SERVER)" in message
+    message = refused(bake(tmp_path, "", "--term", "CARAMEL_CA=SERVER=", "--require", "CARAMEL_CA"))
+    assert "CARAMEL_CA (SERVER=) is not set" in message
+
+
+def test_a_source_date_epoch_that_is_none_fails_the_build(tmp_path: Path) -> None:
+    assert "SOURCE_DATE_EPOCH=yesterday" in refused(bake(tmp_path, "", SOURCE_DATE_EPOCH="yesterday"))
+
+
+# --- The one-file program -------------------------------------------------------------------------------
+
+
+def zipapp(output: Path, ca: Authority, *words: str, root: Path = ROOT, **env: str) -> Done:
+    environ = environment(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
+    return run(
+        "make", "-s", "-C", root, "-f", "packaging/packaging.mk", "zipapp", "SERVER=localhost:1",
+        f"CA_CERT={ca.certificate_file}", f"OUT={output}", f"PYTHON={sys.executable}",
+        f"TARGET_PYTHON={sys.executable}", *words, env=environ,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pyz(tmp_path_factory: pytest.TempPathFactory, ca: Authority) -> Path:
+    path = tmp_path_factory.mktemp("zipapp") / "caramel-embedded"
+    done = zipapp(path, ca)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    for name in ("caramel_embedded", "packaging"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Path, ca: Authority) -> None:
+    root = copy_of_the_sources(tmp_path / "caramel server" / "identity")
+    for path in root.rglob("*"):
+        os.utime(path, (1, 1))
+    other = root / "out.pyz"
+    environ = {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "LC_ALL": "C", "LANG": "sv_SE", "SOURCE_DATE_EPOCH": EPOCH}
+    command = [
+        sys.executable, "packaging/pyz.py", "--server", "localhost:1", "--ca-cert", str(ca.certificate_file),
+        "--output", str(other), "--python", sys.executable,
+    ]  # fmt: skip
+    if shutil.which("faketime"):
+        command = ["faketime", "2031-05-05", *command]
+    old = os.umask(0o077)
+    try:
+        done = run(*command, env=environment(**environ), cwd=root)
+    finally:
+        os.umask(old)
+    assert done.returncode == 0, done.stderr
+    assert other.read_bytes() == pyz.read_bytes()
+    assert stat.S_IMODE(other.stat().st_mode) == 0o755
+
+
+def test_its_time_is_that_of_the_git_commit(tmp_path: Path, ca: Authority) -> None:
+    root = copy_of_the_sources(tmp_path / "clone")
+    environ = environment(
+        GIT_AUTHOR_DATE="@1650000000 +0000", GIT_COMMITTER_DATE="@1650000000 +0000", HOME=str(tmp_path),
+        GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.com", GIT_COMMITTER_NAME="a",
+        GIT_COMMITTER_EMAIL="a@example.com",
+    )  # fmt: skip
+    for command in (["init", "-q"], ["add", "packaging"], ["commit", "-q", "-m", "all"]):
+        assert run("git", *command, env=environ, cwd=root).returncode == 0
+    path = tmp_path / "out.pyz"
+    assert zipapp(path, ca, root=root, SOURCE_DATE_EPOCH="").returncode == 0
+    assert b"BUILD_TIME=1650000000\n" in path.read_bytes()
+    shutil.rmtree(root / ".git")
+    done = zipapp(path, ca, root=root, SOURCE_DATE_EPOCH="", GIT_CEILING_DIRECTORIES=str(tmp_path))
+    assert done.returncode == 0
+    assert "will not come out the same" in done.stderr
+
+
+def test_it_is_also_a_zip_file_with_the_sources(pyz: Path) -> None:
+    with zipfile.ZipFile(pyz) as archive:
+        assert archive.testzip() is None
+        names = set(archive.namelist())
+        sources = {f"caramel_embedded/{path.name}" for path in (ROOT / "caramel_embedded").glob("*.py")}
+        data = {"__main__.py", "caramel_embedded/baked.conf", "caramel_embedded/baked.pem"}
+        assert names == sources | data
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def version(command: list[str], **env: str) -> None:
+    done = run(*command, "--version", env=environment(**env))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("caramel-embedded ")
+
+
+def test_it_starts_by_every_way(tmp_path: Path, pyz: Path) -> None:
+    version([str(pyz)])
+    version([sys.executable, "-I", str(pyz)])
+    link = tmp_path / "a link"
+    link.symlink_to(pyz)
+    version([str(link)])
+    version(["caramel-embedded"], PATH=f"{pyz.parent}:/usr/bin:/bin")
+    for shell in (["bash"], ["busybox", "sh"]):
+        if shutil.which(shell[0]):
+            version([*shell, str(pyz)])
+
+
+def test_another_version_of_python_takes_the_sources(tmp_path: Path, pyz: Path) -> None:
+    other = tmp_path / "other"
+    tag = sys.implementation.cache_tag.encode()
+    content = pyz.read_bytes()
+    assert content.count(tag) == 1
+    # Of the same length, so that what lies behind it stays in its place; and the compiled modules are of no use.
+    content = content.replace(tag, b"x" * len(tag)).replace(b"caramel_embedded.cli", b"caramel_embedded.CLI", 1)
+    other.write_bytes(content)
+    other.chmod(0o755)
+    version([str(other)])
+
+
+def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None:
+    for name in ("argparse", "os", "caramel_embedded", "sitecustomize", "usercustomize"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the user')\n")
+    environ = environment(
+        PYTHONPATH=str(tmp_path), PYTHONSTARTUP=str(tmp_path / "os.py"), PYTHONHOME="/nonexistent",
+        PYTHONINSPECT="1", PYTHONVERBOSE="1", HOME=str(tmp_path), PYTHONUSERBASE=str(tmp_path),
+    )  # fmt: skip
+    done = run(pyz, "--version", env=environ, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_the_settings_are_in_it(tmp_path: Path, pyz: Path) -> None:
+    done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", "--config", os.devnull, env=environment())
+    assert done.returncode == 127
+    assert "localhost:1" in done.stderr
+
+
+def test_it_says_in_one_line_which_module_a_device_lacks(tmp_path: Path, ca: Authority) -> None:
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    path = tmp_path / "out.pyz"
+    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
+    done = run(path, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=environment())
+    assert (done.returncode, done.stdout) == (127, "")
+    assert "cryptography" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["no python", "half a file"])
+def test_what_cannot_start_is_127(tmp_path: Path, pyz: Path, damage: str) -> None:
+    content = pyz.read_bytes()
+    broken = tmp_path / "broken"
+    if damage == "no python":
+        content = content.replace(sys.executable.encode(), b"/nonexistent/python3", 1)
+    else:
+        content = content[: content.index(b"exit 127\n") + 500]
+    broken.write_bytes(content)
+    broken.chmod(0o755)
+    for shell in ([], ["bash"], ["busybox", "sh"]):
+        if shell and not shutil.which(shell[0]):
+            continue
+        done = run(*shell, broken, "--version", env=environment())
+        assert (done.returncode, done.stdout) == (127, "")
+        assert done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["SERVER="], "CARAMEL_CA (SERVER=) is not set"),
+        (["CA_CERT="], "CARAMEL_CA_CERT (CA_CERT=) is not set"),
+        (["SERVER=http://x"], "(SERVER=)"),
+        (["CA_CERT=missing.pem"], "(CA_CERT=): missing.pem: No such file"),
+        (["CONF=missing.conf"], "missing.conf: No such file"),
+        (["TARGET_PYTHON=python3"], "TARGET_PYTHON=python3"),
+        (["OUT=/proc/x/y"], "/proc/x"),
+    ],
+)
+def test_a_bad_option_fails_make_zipapp(tmp_path: Path, ca: Authority, words: list[str], word: str) -> None:
+    done = zipapp(tmp_path / "out", ca, *words)
+    assert done.returncode == 2  # make's own
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- The launcher ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    launcher = tmp_path / "caramel-embedded"
+    shutil.copy(ROOT / "bin/caramel-embedded", launcher)
+    command = [shell, "sh"] if shell == "busybox" else [shell]
+    python = tmp_path / "python3"
+    python.write_bytes(b"\x7fELF, of some other processor")
+    python.chmod(0o755)
+    done = run(*command, launcher, env=environment())
+    assert (done.returncode, done.stdout) == (127, "")
+    assert done.stderr
+
+
+def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
+    launcher = tmp_path / "bin/caramel-embedded"
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    shutil.copy(ROOT / "bin/caramel-embedded", launcher)
+    done = run(launcher, env=environment())
+    assert (done.returncode, done.stdout) == (127, "")
+    assert "No module named 'caramel_embedded'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    # By way of a link, it finds the same Python.
+    link = tmp_path / "elsewhere"
+    link.symlink_to(launcher)
+    assert run(link, env=environment()).stderr == done.stderr
+
+
+# --- make install ---------------------------------------------------------------------------------------
+
+PACKAGE = sorted(f"usr/lib/p/caramel_embedded/{path.name}" for path in (ROOT / "caramel_embedded").glob("*.py"))
+ALWAYS = [
+    "usr/bin/caramel-embedded",
+    "usr/lib/p/caramel_embedded/baked.conf",
+    "usr/lib/p/caramel_embedded/py.typed",
+    "usr/share/bash-completion/completions/caramel-embedded",
+    "usr/share/doc/caramel-embedded/examples/caramel-embedded.conf",
+    "usr/share/man/man8/caramel-embedded.8",
+]
+LIBEXEC = ["usr/libexec/caramel-embedded/keep-enrolled", "usr/libexec/caramel-embedded/until-enrolled"]
+UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "systemd").glob("*.*"))
+FILES = {
+    "none": ALWAYS,
+    "sysv": [*ALWAYS, *LIBEXEC, "etc/init.d/S95caramel-embedded"],
+    "systemd": [*ALWAYS, *LIBEXEC, *UNITS, "usr/share/doc/caramel-embedded/examples/needs-certificate.conf"],
+}
+PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *LIBEXEC}
+
+
+def make_install(folder: Path, *words: str, **env: str) -> Done:
+    return run(
+        "make", "-s", "-f", "packaging/packaging.mk", "install", f"DESTDIR={folder}", "PYTHON_DIR=/usr/lib/p",
+        f"PYTHON={sys.executable}", "COMPILE=no", *words, env=environment(SOURCE_DATE_EPOCH=EPOCH, **env),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("init", sorted(FILES))
+def test_make_install_puts_the_right_files_into_an_image(tmp_path: Path, init: str) -> None:
+    target = tmp_path / "an image"
+    done = make_install(target, f"INIT={init}")
+    assert done.returncode == 0, done.stderr
+    found = {str(path.relative_to(target)): path for path in target.rglob("*") if not path.is_dir()}
+    assert sorted(found) == sorted(PACKAGE + FILES[init])
+    for name, path in found.items():
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if name in PROGRAMS else 0o644), name
+
+
+def test_another_prefix_is_in_all_that_refers_to_it(tmp_path: Path) -> None:
+    for init in ("systemd", "sysv"):
+        done = make_install(tmp_path, f"INIT={init}", "PREFIX=/opt/caramel")
+        assert done.returncode == 0, done.stderr
+    installed = [path for path in tmp_path.rglob("*") if path.is_file() and "usr/lib/p" not in str(path)]
+    texts = {path.name: path.read_text() for path in installed if path.suffix not in (".8", ".conf")}
+    for name in ("caramel-embedded.service", "S95caramel-embedded", "keep-enrolled", "until-enrolled"):
+        assert "/opt/caramel/" in texts[name]
+        assert "/usr/libexec/" not in texts[name]
+        assert "/usr/bin/caramel-embedded" not in texts[name]
+
+
+def test_modules_are_compiled_for_their_place_on_the_device(tmp_path: Path) -> None:
+    assert make_install(tmp_path, "COMPILE=yes", "INIT=none").returncode == 0
+    compiled = list((tmp_path / "usr/lib/p/caramel_embedded/__pycache__").glob("*.pyc"))
+    assert len(compiled) == len(PACKAGE)
+    for path in compiled:
+        # PEP 552: hash-based and unchecked, so that no time of a file decides whether it is used.
+        assert path.read_bytes()[4:8] == b"\x01\0\0\0"
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+def test_a_bad_setting_leaves_no_half_of_an_installation(tmp_path: Path) -> None:
+    (tmp_path / "bad.conf").write_text("CARAMEL_CA=a/b\n")
+    for words in ({"CARAMEL_BAKE": str(tmp_path / "bad.conf")}, {}):
+        done = make_install(tmp_path / "out", *([] if words else ["INIT=openrc"]), **words)
+        assert done.returncode == 2
+        assert "a/b" in done.stderr if words else "INIT=openrc" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+# --- The wheel, and packages made from it ---------------------------------------------------------------
+
+
+def wheel(root: Path, **env: str) -> Done:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        "dist",
+        "--disable-pip-version-check",
+    ]
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    return run(*command, ".", env=environment(**{**kept, "SOURCE_DATE_EPOCH": EPOCH, **env}), cwd=root)
+
+
+def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(tmp_path: Path, ca: Authority) -> None:
+    root = tmp_path / "a checkout"
+    copy_of_the_sources(root)
+    shutil.copytree(ROOT / "bin", root / "bin")
+    for path in (
+        *ROOT.glob("setup.*"),
+        *ROOT.glob("LICENSE*"),
+        *ROOT.glob("README.md"),
+        *ROOT.glob("pyproject.toml"),
+    ):
+        shutil.copy(path, root)
+    conf = root / "firmware.conf"
+    conf.write_text(f'CARAMEL_CA=ca.example.com\nCARAMEL_CA_CERT="{ca.certificate_file}"\n')
+    done = wheel(root, CARAMEL_BAKE=str(conf))
+    assert done.returncode == 0, done.stderr
+    (built,) = (root / "dist").glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert archive.read("caramel_embedded/baked.pem") == ca.pem
+        assert b"CARAMEL_CA=ca.example.com\nBUILD_TIME=" in archive.read("caramel_embedded/baked.conf")
+        assert f"BUILD_TIME={EPOCH}".encode() in archive.read("caramel_embedded/baked.conf")
+        (launcher,) = [name for name in archive.namelist() if name.endswith("/scripts/caramel-embedded")]
+        assert archive.read(launcher) == (ROOT / "bin/caramel-embedded").read_bytes()
+    assert not list((root / "caramel_embedded").glob("baked*")), "a build left something in the sources"
+
+    conf.write_text("CARAMEL_CA=a/b\n")
+    done = wheel(root, CARAMEL_BAKE=str(conf))
+    assert done.returncode != 0
+    assert "caramel-embedded: CARAMEL_CA, from" in done.stdout + done.stderr
+
+    assert wheel(root).returncode == 0
+    with zipfile.ZipFile(built) as archive:
+        assert "caramel_embedded/baked.pem" not in archive.namelist()
+        assert b"CARAMEL" not in archive.read("caramel_embedded/baked.conf")
+
+
+DEBIAN_TOOLS = all(shutil.which(program) for program in ("dpkg-buildpackage", "dh", "dh_python3"))
+
+
+@pytest.mark.skipif(not DEBIAN_TOOLS, reason="Debian's packaging tools are not installed")
+def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
+    def build(folder: Path, **env: str) -> bytes:
+        folder.mkdir()
+        done = run("make", "-s", "-f", "packaging/packaging.mk", "deb", f"BUILD={folder}", env=environment(**env))
+        assert done.returncode == 0, done.stderr
+        (package,) = folder.glob("*.deb")
+        return package.read_bytes()
+
+    first = build(tmp_path / "one")
+    assert build(tmp_path / "another one", TZ="Asia/Tokyo") == first
+    (package,) = (tmp_path / "one").glob("*.deb")
+    listing = run("dpkg-deb", "--contents", package).stdout.splitlines()
+    names = {line.split()[5] for line in listing}
+    assert all(line.split()[1] == "root/root" for line in listing)
+    compressed = {"usr/share/man/man8/caramel-embedded.8": "usr/share/man/man8/caramel-embedded.8.gz"}
+    for name in ALWAYS:
+        assert "./" + compressed.get(name, name.replace("/lib/p/", "/lib/python3/dist-packages/")) in names
+    for name in UNITS:
+        assert "./" + name[len("usr/") :] in names
+    assert run("dpkg-deb", "--field", package, "Depends").stdout.strip().endswith("python3-cryptography (>= 38)")
+
+    def postinst(package: Path) -> str:
+        return run("dpkg-deb", "--info", package, "postinst").stdout
+
+    assert "py3compile -p caramel-embedded" in postinst(package)
+    enabled = "so new installations run enable"  # deb-systemd-helper(1p); without it, an update keeps what was
+    assert enabled not in postinst(package)
+    conf = tmp_path / "firmware.conf"
+    conf.write_text(f'CARAMEL_CA=ca.example.com\nCARAMEL_CA_CERT="{ca.certificate_file}"\n')
+    build(tmp_path / "baked", CARAMEL_BAKE=str(conf))
+    (package,) = (tmp_path / "baked").glob("*.deb")
+    assert enabled in postinst(package)
+    tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, check=True).stdout
+    assert ca.pem in tar

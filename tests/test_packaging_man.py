@@ -1,0 +1,88 @@
+"""The man page and the shell completion say what the option parser says: no less, and no more."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from world import ROOT, environment
+
+from caramel_embedded import cli
+
+PAGE = ROOT / "man/caramel-embedded.8"
+COMPLETION = ROOT / "completion/caramel-embedded.bash"
+
+
+def options() -> dict[str, str]:
+    """Every option of the command with the name of its setting, if it is one."""
+    names = {flag: name for flag, _, name, _ in cli.SETTINGS}
+    actions = cli.parser()._actions
+    return {string: names.get(string, "") for action in actions for string in action.option_strings}
+
+
+def page() -> dict[str, str]:
+    """The options that the page's list has, with what stands in parentheses behind them."""
+    text = PAGE.read_text()
+    section = text[text.index(".Sh OPTIONS") : text.index(".Sh FILES")]
+    found = {}
+    for line in re.findall(r"^\.It Fl (.*)$", section, re.MULTILINE):
+        flags, _, name = line.partition(" Pq Ev ")
+        for flag in re.split(r" , ", flags):
+            found["-" + flag.split(" ")[0]] = name
+    return found
+
+
+def test_the_page_has_the_options_of_the_program_and_no_others() -> None:
+    assert page() == options()
+
+
+def test_the_page_has_the_defaults_and_statuses() -> None:
+    text = PAGE.read_text()
+    from caramel_embedded import settings
+
+    assert settings.KEY_FILE in text
+    assert settings.CONFIG_FILE in text
+    section = text[text.index(".Sh EXIT STATUS") : text.index(".Sh EXAMPLES")]
+    statuses = [int(number) for number in re.findall(r"^\.It (\d+)$", section, re.MULTILINE)]
+    assert statuses == [cli.CERTIFIED, cli.LOCKED, cli.PENDING, cli.FAILED]
+
+
+@pytest.mark.skipif(not shutil.which("mandoc"), reason="mandoc is not installed")
+def test_the_page_is_well_formed() -> None:
+    done = subprocess.run(["mandoc", "-T", "lint", "-W", "style", str(PAGE)], capture_output=True, text=True)
+    # It compares cross references with the pages of this machine.
+    elsewhere = ("mandoc.db", "referenced manual")
+    assert not [line for line in done.stdout.splitlines() if not any(word in line for word in elsewhere)]
+
+
+def complete(*words: str) -> list[str]:
+    """What the shell would offer for the last word."""
+    script = (
+        f'. "{COMPLETION}"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); compopt() {{ :; }}; '
+        '$(complete -p caramel-embedded | sed "s/.*-F \\([^ ]*\\) .*/\\1/"); printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", "caramel-embedded", *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_completion_offers_the_options_of_the_program_and_no_others() -> None:
+    assert sorted(complete("-")) == sorted(options())
+    assert complete("--key") == ["--key-file"]
+
+
+def test_the_completion_knows_what_an_option_takes() -> None:
+    assert "root" in complete("--owner", "ro")
+    assert "lo" in complete("--interfaces", "l")
+    assert complete("--config", "setup.c") == ["setup.cfg"]
+    for flag, *_ in cli.SETTINGS:
+        # Whatever it offers behind an option that takes a value, it is not another option.
+        assert not [word for word in complete(flag, "-") if word.startswith("-")]
