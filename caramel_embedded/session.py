@@ -204,6 +204,8 @@ class _Check:
                 said, fetched, fetched_facts = self._understood(answer, identity, facts)
                 since = None
             else:
+                if stage is Stage.POSTED:
+                    identity = self._mended(identity)
                 answer = self._server.post(identity.request_hash, identity.request)
                 said = self._taken(answer)
             if said in (Said.REJECTED, Said.DECLINED):
@@ -266,6 +268,21 @@ class _Check:
         if answer.status == 202:
             return Said.ACCEPTED
         return Said.DECLINED if answer.status == 400 and answer.from_caramel else Said.UNEXPECTED
+
+    def _mended(self, identity: Identity) -> Identity:
+        """The identity with its request as it was before a worn flash changed a bit of it.
+
+        A look doesn't see that, but to the server it is another request: one that it doesn't know, and won't take.
+        """
+        try:
+            found = identities.examine(bytes(identity), self._client_id, self._trust.subjects)
+        except Foreign:
+            return identity  # it is the key that is damaged; that shows once there is a certificate
+        if found.request != identity.request:
+            self._note("the stored request is damaged: made again with the same key")
+            identity = Identity(identity.key, found.request, identity.certificate, identity.modified)
+            self._store(identity)
+        return identity
 
     def _new(self) -> Identity:
         self._say("making a key and a certificate request")
