@@ -1,0 +1,171 @@
+"""CAs as they are: any order of the parts of their names, any of them missing, any script; and two at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import words
+from cryptography import x509
+from world import ATTRIBUTES, Authority, Caramel, Device, Nginx, Scripted, hours, now
+
+ID = "fffbeec0ffee"
+
+SUBJECTS = {
+    "reversed": [
+        ("CN", "Root"),
+        ("OU", "Caramel"),
+        ("O", "Beispiel & Söhne"),
+        ("L", "Köln"),
+        ("ST", "NRW"),
+        ("C", "DE"),
+    ],
+    "mixed": [("O", "例え株式会社"), ("CN", "Root"), ("L", "東京"), ("OU", "ルート"), ("C", "JP")],
+    "sparse": [("CN", "Root"), ("O", "Example")],
+}
+
+
+def parts(certificate: bytes) -> list[tuple[str, str]]:
+    names = {oid: short for short, oid in ATTRIBUTES.items()}
+    return [(names[a.oid], str(a.value)) for a in x509.load_pem_x509_csr(certificate).subject]
+
+
+def lives(device: Device, caramel: Caramel) -> None:
+    """From nothing to a certificate, and on."""
+    assert device.run().status == 69
+    assert parts(device.request) == list(caramel.authority.subject_for(str(device.client_id)))
+    before = device.snapshot()
+    assert device.run().status == 69 and device.snapshot() == before
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0
+    before = device.snapshot()
+    run = device.run()
+    assert run.status == 0 and "unchanged" in run.err and device.snapshot() == before
+
+
+@pytest.mark.parametrize("order", SUBJECTS)
+def test_a_ca_whose_name_has_its_own_order(tmp_path: Path, order: str) -> None:
+    authority = Authority(tmp_path / "ca", SUBJECTS[order])
+    with (
+        Caramel(tmp_path / "caramel", authority) as caramel,
+        Nginx(tmp_path / "nginx", caramel, authority.server()) as front,
+    ):
+        lives(Device(tmp_path / "device", front.address, authority.certificate_file, ID), caramel)
+
+
+def test_a_ca_that_caramels_own_program_made(tmp_path: Path) -> None:
+    """4096 bits, and values that are not ASCII."""
+    authority = Authority.by_caramel(tmp_path / "ca")
+    with (
+        Caramel(tmp_path / "caramel", authority) as caramel,
+        Nginx(tmp_path / "nginx", caramel, authority.server()) as front,
+    ):
+        lives(Device(tmp_path / "device", front.address, authority.certificate_file, ID), caramel)
+
+
+def test_a_ca_with_a_name_of_only_other_parts(tmp_path: Path) -> None:
+    """Nothing is required then: the request has the client ID alone."""
+    authority = Authority(tmp_path / "ca", [("CN", "Root")])
+    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
+    with Scripted(authority.server(), [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    assert parts(device.request) == [("CN", ID)]
+
+
+# --- Two roots: a roll-over ---
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The next root, of the same name."""
+    return Authority(tmp_path_factory.mktemp("new"), not_before=now() - hours(2))
+
+
+@pytest.fixture(params=["old first", "new first"])
+def both(request: pytest.FixtureRequest, tmp_path: Path, authority: Authority, new: Authority) -> Path:
+    """A CA file with two roots."""
+    file = tmp_path / "both.crt"
+    pair = [authority.pem, new.pem]
+    file.write_bytes(b"# roots\n".join(pair if request.param == "old first" else reversed(pair)))
+    return file
+
+
+def test_a_device_lives_through_a_roll_over_of_the_ca(
+    tmp_path: Path, both: Path, authority: Authority, new: Authority, caramel: Caramel, front: Nginx
+) -> None:
+    device = Device(tmp_path / "device", front.address, both, "fe" + tmp_path.name[-10:].replace("_", "-"))
+    assert device.run().status == 69
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0
+    key = device.block("PRIVATE KEY")
+
+    # The server moves to the new root, with another server certificate, and the device's request is signed by it.
+    fresh = new.sign(device.request, not_before=now() - hours(1))
+    with Scripted(new.server(), [words.certificate(fresh)], client_ca=both) as server:
+        device.server = server.address
+        run = device.run()
+        assert run.status == 0 and "new certificate" in run.err
+        before = device.snapshot()
+        assert device.run().status == 0 and device.snapshot() == before
+        assert all(asked.client_certificate for asked in server.asked)
+    assert device.block("CERTIFICATE") == fresh and device.block("PRIVATE KEY") == key
+
+    # The old root is taken away; nothing changes.
+    device.ca = new.certificate_file
+    with Scripted(new.server(), [words.certificate(fresh)]) as server:
+        device.server = server.address
+        assert device.run().status == 0 and device.snapshot() == before
+
+
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_a_server_certificate_may_be_by_either_root(
+    tmp_path: Path, both: Path, authority: Authority, new: Authority, which: str
+) -> None:
+    device = Device(tmp_path / "device", None, both, ID)
+    certificate = {"old": authority, "new": new}[which].server(file="either.pem")
+    with Scripted(certificate, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+        device.server = server.address
+        assert device.run().status == 69
+
+
+def test_a_third_root_is_none(tmp_path: Path, both: Path) -> None:
+    device = Device(tmp_path / "device", None, both, ID)
+    with Scripted(Authority(tmp_path / "third").server(), [words.PENDING]) as server:
+        device.server = server.address
+        assert device.run().status == 127
+    assert server.asked == []
+
+
+def test_a_request_under_either_roots_name_is_kept(tmp_path: Path, authority: Authority) -> None:
+    """The next root has another name, and is listed first: devices that are enrolled under the old one stay so."""
+    new = Authority(tmp_path / "new", [("C", "SE"), ("O", "Renamed AB"), ("CN", "Root 2")])
+    file = tmp_path / "both.crt"
+    file.write_bytes(new.pem + authority.pem)
+    device = Device(tmp_path / "device", None, file, ID)
+    device.has(authority.identity(ID, certified=False))
+    before = device.snapshot()
+    with Scripted(authority.server(), [words.PENDING]) as server:
+        device.server = server.address
+        assert device.run().status == 69 and device.snapshot() == before
+    device.key_file.unlink()
+    with Scripted(new.server(), [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    assert parts(device.request) == list(new.subject_for(ID)), "a new device belongs to the first"
+
+
+def test_an_ended_root_of_two_does_no_harm(tmp_path: Path, authority: Authority) -> None:
+    old = Authority(tmp_path / "old", not_before=now() - hours(99), not_after=now() - hours(1))
+    file = tmp_path / "both.crt"
+    file.write_bytes(old.pem + authority.pem)
+    device = Device(tmp_path / "device", None, file, ID)
+    with Scripted(authority.server(), [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    device.has(old.identity(ID))
+    with Scripted(authority.server(), [words.PENDING]) as server:
+        device.server = server.address
+        run = device.run()
+    assert run.status == 69 and "not by the trusted CA" in run.err
+    assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
