@@ -660,7 +660,6 @@ def _said(command: Sequence[str]) -> str:
 #: instead.
 LINES = (
     ("no session tickets", "ssl_session_tickets off;", ""),
-    ("no session cache", "ssl_session_cache off;", "ssl_session_cache shared:tls:1m;"),
     ("TLS 1.3 only", "ssl_protocols TLSv1.3;", "ssl_protocols TLSv1.2;"),
     ("curve X25519 only", "ssl_ecdh_curve X25519;", "ssl_ecdh_curve prime256v1;"),
     ("keep-alive off", "keepalive_timeout 0;", ""),

@@ -106,9 +106,7 @@ class Conditional:
         date = last_modified(pem) if status.startswith("200 ") and not known else None
         if date is not None and date + self.settle <= time.time():
             if date == asked_since(environ):
-                start_response(
-                    "304 Not Modified", [h for h in headers if not h[0].lower().startswith(OF_THE_BODY)]
-                )
+                start_response("304 Not Modified", [h for h in headers if not h[0].lower().startswith(OF_THE_BODY)])
                 return []
             headers = [*headers, ("Last-Modified", formatdate(date, usegmt=True))]
         start_response(status, headers)

@@ -39,9 +39,7 @@ Answer = tuple[int, dict[str, str], bytes]
 def serial_of(moment: float) -> int:
     """A serial number as Caramel takes one at this moment."""
     ticks = int((moment + caramel_conditional.GREGORIAN_TO_UNIX) * 10_000_000)
-    return uuid.UUID(
-        fields=(ticks & 0xFFFFFFFF, ticks >> 32 & 0xFFFF, ticks >> 48, 0x80, 1, 2), version=1
-    ).int
+    return uuid.UUID(fields=(ticks & 0xFFFFFFFF, ticks >> 32 & 0xFFFF, ticks >> 48, 0x80, 1, 2), version=1).int
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +100,7 @@ def test_a_certificate_gets_a_date_and_the_same_date_gets_304(signer: world.Auth
     assert app.open == 0
 
 
-@pytest.mark.parametrize(
-    "form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"]
-)
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
 def test_all_three_forms_of_a_date_are_read(signer: world.Authority, form: str) -> None:
     date = datetime.datetime.fromtimestamp(SIGNED + 2, datetime.timezone.utc)
     assert ask(Fixed(certificate(signer)), IF_MODIFIED_SINCE=date.strftime(form))[0] == 304
@@ -165,14 +161,10 @@ def test_any_other_answer_passes_through(signer: world.Authority, status: str) -
     assert (answered, headers, body) == (int(status[:3]), {"Content-Length": str(len(pem))}, pem)
 
 
-@pytest.mark.parametrize(
-    "path,method", [(SHA256, "POST"), ("/root.crt", "GET"), ("/bundle.crt", "GET"), ("", "GET")]
-)
+@pytest.mark.parametrize("path,method", [(SHA256, "POST"), ("/root.crt", "GET"), ("/bundle.crt", "GET"), ("", "GET")])
 def test_any_other_request_passes_through(signer: world.Authority, path: str, method: str) -> None:
     pem = certificate(signer)
-    status, headers, body = ask(
-        Fixed(pem), path, method, IF_MODIFIED_SINCE=formatdate(SIGNED + 2, usegmt=True)
-    )
+    status, headers, body = ask(Fixed(pem), path, method, IF_MODIFIED_SINCE=formatdate(SIGNED + 2, usegmt=True))
     assert (status, headers, body) == (200, {"Content-Length": str(len(pem))}, pem)
 
 
@@ -226,9 +218,7 @@ def caramel(tmp_path_factory: pytest.TempPathFactory, signer: world.Authority) -
 
 
 @pytest.fixture(scope="module")
-def backdating(
-    tmp_path_factory: pytest.TempPathFactory, signer: world.Authority
-) -> Iterator[FilteredCaramel]:
+def backdating(tmp_path_factory: pytest.TempPathFactory, signer: world.Authority) -> Iterator[FilteredCaramel]:
     server = FilteredCaramel(tmp_path_factory.mktemp("backdating"), signer, backdate=True)
     server.settle = 1.0
     with server:
@@ -290,9 +280,7 @@ def test_a_life_behind_the_filter(caramel: FilteredCaramel) -> None:
     caramel.reject(sha256)
     for asked in (date, anything):
         status, headers, body = http(caramel, sha256, If_Modified_Since=asked)
-        assert (
-            status == 403 and b"Forbidden" in body and headers["Content-Type"] == "application/problem+json"
-        )
+        assert status == 403 and b"Forbidden" in body and headers["Content-Type"] == "application/problem+json"
 
 
 def test_every_check_is_still_in_the_servers_log(caramel: FilteredCaramel) -> None:
