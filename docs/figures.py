@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Copies the figures that the README shows out of the pages that `make bench` and `make torture` write.
+
+    python3 docs/figures.py [--check]
+
+With --check it changes nothing, and its exit status says whether the README has the figures of these pages.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Optional
+
+DOCS = Path(__file__).resolve().parent
+README = DOCS.parent / "README.md"
+
+
+def table(page: Path, heading: Optional[str] = None) -> list[list[str]]:
+    """The rows of the first table in the page, or under a heading of it: the cells' texts, the header first."""
+    text = page.read_text()
+    if heading:
+        text = text.partition(f"\n{heading}\n")[2]
+    lines = re.search(r"^\|.*?(?=^[^|]|\Z)", text, re.MULTILINE | re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[0].splitlines()] if lines else []
+    return rows[:1] + rows[2:]
+
+
+def bench() -> str:
+    """Some columns of the table of unchanged checks."""
+    header, *rows = table(DOCS / "bench.md", "### Unchanged")
+    at = {name: header.index(name) for name in header if name}
+    columns = {
+        "processor, ms": lambda row: row[at["processor ms (middle half)"]].partition(" (")[0],
+        "against the urllib3 floor": lambda row: row[at["ratio"]],
+        "peak memory, MiB": lambda row: row[at["peak MiB"]],
+        "connections": lambda row: row[at["connections"]],
+        "bytes up + down": lambda row: " + ".join(filter(None, (row[at["bytes up"]], row[at["down"]]))),
+        "bytes written": lambda row: row[at["written"]],
+    }
+    lines = ["| a check that finds nothing new | " + " | ".join(columns) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    lines += ["| " + " | ".join([row[0], *(cell(row) for cell in columns.values())]) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def torture() -> str:
+    """The table as it is."""
+    page = DOCS / "torture.md"
+    if not page.exists():
+        return ""
+    header, *rows = table(page)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def main(*arguments: str) -> int:
+    old = new = README.read_text()
+    for name, text in (("bench", bench()), ("torture", torture())):
+        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        new = marks.sub(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", new)  # type: ignore[misc]
+    if "--check" in arguments:
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
