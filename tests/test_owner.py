@@ -1,0 +1,195 @@
+"""Owner, group and mode: as set, from the first byte on; and links are followed, and stay links."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import words
+from world import PLAIN, Authority, Device, Scripted, hours, now
+
+ID = "fffbeec0ffee"
+ROOT = os.geteuid() == 0
+
+needs_root = pytest.mark.skipif(not ROOT, reason="only root can give files away")
+
+
+@pytest.fixture(scope="module")
+def pem(authority: Authority) -> Path:
+    return authority.server(file="owner.pem")
+
+
+@pytest.fixture
+def device(tmp_path: Path, authority: Authority) -> Device:
+    """At its first boot, its server not there: what is to be seen here is on its own disk."""
+    return Device(tmp_path / "device", "localhost:9", authority.certificate_file, ID)
+
+
+def state(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)
+
+
+SET = ["--owner", "65534", "--group", "8", "--mode", "0640"]
+AS_SET = (65534, 8, 0o640)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
+def test_the_callers_own_and_nobody_elses_by_default(device: Device, umask: int) -> None:
+    device.command = ["sh", "-c", f'umask {umask:04o}; exec "$@"', "sh", PLAIN]
+    assert device.run().status == 127
+    assert state(device.key_file) == (os.geteuid(), os.getegid(), 0o600)
+
+
+@needs_root
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_as_set(device: Device, umask: int) -> None:
+    device.command = ["sh", "-c", f'umask {umask:04o}; exec "$@"', "sh", PLAIN]
+    assert device.run(*SET).status == 127
+    assert state(device.key_file) == AS_SET
+
+
+@needs_root
+def test_by_name(device: Device) -> None:
+    assert device.run("--owner", "nobody", "--group", "daemon", "--mode", "440").status == 127
+    assert state(device.key_file)[2] == 0o440
+    assert (device.key_file.owner(), device.key_file.group()) == ("nobody", "daemon")
+
+
+@needs_root
+@pytest.mark.parametrize("life", ["empty", "pending", "certified"])
+@pytest.mark.parametrize("mode", [0o644, 0o600, 0o000])
+def test_a_file_that_stood_there_with_others_gets_them(
+    device: Device, authority: Authority, pem: Path, life: str, mode: int
+) -> None:
+    content = b"" if life == "empty" else authority.identity(ID, certified=life == "certified", not_before=now())
+    device.has(content, mode)
+    with Scripted(pem, [words.PENDING]) as server:
+        device.server = server.address
+        assert device.run(*SET).status == 69
+        assert state(device.key_file) == AS_SET
+        if content:
+            assert device.key_file.read_bytes() == content
+        # And then nothing is written any more.
+        before = device.snapshot()
+        assert device.run(*SET).status == 69
+        assert device.snapshot() == before
+
+
+@needs_root
+def test_a_certificates_time_outlives_another_owner(device: Device, authority: Authority, pem: Path) -> None:
+    device.has(authority.identity(ID, not_before=now() - hours(1)))
+    os.utime(device.key_file, (5000, 5000))
+    with Scripted(pem, [words.NOT_MODIFIED]) as server:
+        device.server = server.address
+        assert device.run(*SET).status == 0
+    assert state(device.key_file) == AS_SET and device.key_file.stat().st_mtime == 5000
+
+
+@needs_root
+@pytest.mark.parametrize("life", ["new", "readable by all", "renewed"])
+def test_no_secret_byte_is_in_a_file_that_others_can_read(
+    device: Device, authority: Authority, pem: Path, tmp_path: Path, life: str
+) -> None:
+    """From the trace: a file that gets content has its owner, group and mode before, and never loses them."""
+    if not shutil.which("strace"):
+        pytest.skip("strace is not installed")
+    device.command = [PLAIN]
+    if life != "new":
+        device.has(authority.identity(ID, certified=False), 0o644 if "all" in life else 0o600)
+    trace = tmp_path / "trace"
+    calls = "open,openat,write,pwrite64,writev,fchown,fchmod,chmod,chown,fchmodat,fchownat,link,linkat,rename"
+    line = ["strace", "-f", "-qq", "-y", "-s", "16", "-e", f"trace={calls},renameat,renameat2", "-o", str(trace)]
+    answers = [words.UNKNOWN, words.PENDING, words.PENDING]
+    if life == "renewed":
+        answers = [words.certificate(authority.sign(device.request))]
+    with Scripted(pem, answers) as server:
+        device.server = server.address
+        assert device.run(*SET, before=line).status in (0, 69)
+    done: list[str] = []
+    for text in trace.read_text().splitlines():
+        if str(device.folder) not in text:
+            continue
+        call = re.sub(r"^\d+ +", "", text)
+        if call.startswith(("fchown(", "fchmod(")):
+            done.append(call[:6] + ("8" if ", 8)" in call else "") + ("0640" if "0640" in call else ""))
+        elif call.startswith(("openat(", "open(")) and "O_CREAT" in call:
+            assert ", 0600)" in call, text
+            done = []
+        elif call.startswith("write("):
+            assert done == ["fchown8", "fchmod0640"], text
+        else:
+            assert not call.startswith(("chmod(", "chown(", "fchmodat(", "fchownat(")), text
+    assert done, "the trace shows how the file came to be"
+    assert state(device.key_file) == AS_SET
+
+
+@pytest.mark.skipif(not ROOT, reason="others may not give files away in the first place")
+def test_an_owner_that_cannot_be_had(device: Device) -> None:
+    device.command = [PLAIN]
+    run = device.run(*SET, before=["setpriv", "--bounding-set=-all", "--inh-caps=-all"])
+    assert run.status == 127 and str(device.key_file) in run.err and run.err.count("\n") == 1
+    assert not device.key_file.exists() and {path.name for path in device.folder.iterdir()} == {"empty.conf"}
+
+
+# --- Links ---
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_is_followed_and_stays_a_link(
+    device: Device, authority: Authority, pem: Path, tmp_path: Path, relative: bool
+) -> None:
+    """A read-only root file system, and the data on another partition."""
+    data = tmp_path / "data"
+    data.mkdir()
+    link, target = device.key_file, data / "device.pem"
+    link.symlink_to("../data/device.pem" if relative else target)
+    answers = [words.UNKNOWN, words.PENDING, words.PENDING]
+    with Scripted(pem, answers) as server:
+        device.server = server.address
+        assert device.run().status == 69
+    assert link.is_symlink() and target.is_file() and not target.is_symlink()
+    fresh = authority.sign(device.request)
+    with Scripted(pem, [words.certificate(fresh)]) as server:
+        device.server = server.address
+        assert device.run().status == 0
+    assert link.is_symlink() and not target.is_symlink()
+    assert fresh in target.read_bytes()
+    assert [path.name for path in data.iterdir()] == ["device.pem"], "the draft was made where the file is"
+    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}
+
+
+def test_a_link_to_a_folder_that_is_not_there_yet(device: Device, tmp_path: Path) -> None:
+    target = tmp_path / "data" / "caramel" / "identity.pem"
+    device.key_file.symlink_to(target)
+    assert device.run().status == 127
+    assert device.key_file.is_symlink() and target.is_file()
+
+
+def test_a_link_of_a_link(device: Device, tmp_path: Path) -> None:
+    target, middle = tmp_path / "target.pem", tmp_path / "middle.pem"
+    middle.symlink_to(target)
+    device.key_file.symlink_to(middle)
+    assert device.run().status == 127
+    assert device.key_file.is_symlink() and middle.is_symlink() and target.is_file()
+
+
+def test_a_folder_that_is_a_link(device: Device, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    device.key_file = tmp_path / "link" / "identity.pem"
+    assert device.run().status == 127
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "data" / "identity.pem").is_file()
+
+
+def test_what_somebody_has_put_in_the_drafts_place_is_not_written_through(device: Device, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (device.folder / ".identity.pem.new").symlink_to(victim)
+    assert device.run().status == 127
+    assert victim.read_text() == "untouched"
+    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}

@@ -1,0 +1,189 @@
+"""Settings: four layers, one format that a shell and systemd read alike, and a word on what is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from world import Authority, Device
+
+from caramel_embedded import settings as module
+from caramel_embedded.errors import UsageError
+from caramel_embedded.settings import Settings, is_client_id, parse, server
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The configuration file that a run is told of."""
+    return tmp_path / "caramel.conf"
+
+
+def settings(file: Path, text: str = "", options: dict[str, str] | None = None, **environment: str) -> Settings:
+    file.write_text(text)
+    return Settings({"CARAMEL_CONFIG": str(file), **(options or {})}, environment)
+
+
+@pytest.fixture
+def firmware(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firmware with settings of its own."""
+    content = {
+        "baked.conf": b"CARAMEL_TIMEOUT=1\nCARAMEL_CN=baked\nCARAMEL_MODE=0400\nCARAMEL_CA=baked:1\nBUILD_TIME=77\n"
+    }
+    monkeypatch.setattr(module, "baked", lambda name: content.get(name))
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firmware without any."""
+    monkeypatch.setattr(module, "baked", lambda name: None)
+
+
+@pytest.mark.usefixtures("firmware")
+def test_the_later_layer_wins(file: Path) -> None:
+    text = "CARAMEL_TIMEOUT=2\nCARAMEL_CN=file\nCARAMEL_MODE=0440\n"
+    found = settings(file, text, {"CARAMEL_TIMEOUT": "4"}, CARAMEL_TIMEOUT="3", CARAMEL_CN="environment")
+    assert (found.timeout, found.client_id, found.mode, found.server) == (4, "environment", 0o440, ("baked", 1))
+    assert found.build_time == 77
+
+
+@pytest.mark.usefixtures("firmware")
+def test_an_empty_value_is_no_value(file: Path) -> None:
+    found = settings(file, "CARAMEL_CN=\nCARAMEL_MODE=''\n", CARAMEL_TIMEOUT="")
+    assert (found.client_id, found.mode, found.timeout) == ("baked", 0o400, 1)
+
+
+@pytest.mark.usefixtures("plain")
+def test_the_defaults(file: Path) -> None:
+    found = settings(file)
+    assert (found.server, found.ca_cert_file, found.client_id, found.interfaces, found.hook) == (None,) * 5
+    assert (found.key_file, found.timeout, found.mode) == ("/var/lib/caramel/identity.pem", 60, 0o600)
+    assert (found.owner, found.group, found.build_time) == (os.geteuid(), os.getegid(), 0)
+
+
+@pytest.mark.usefixtures("plain")
+def test_every_setting_can_be_in_every_layer(file: Path) -> None:
+    texts = {
+        "CARAMEL_CA": "ca.example.com:8443",
+        "CARAMEL_CA_CERT": "/ca.pem",
+        "CARAMEL_KEY_FILE": "/key.pem",
+        "CARAMEL_CN": "me",
+        "CARAMEL_INTERFACES": "eth0,wlan0",
+        "CARAMEL_OWNER": "0",
+        "CARAMEL_GROUP": "0",
+        "CARAMEL_MODE": "0640",
+        "CARAMEL_TIMEOUT": "7.5",
+        "CARAMEL_HOOK": "systemctl restart 'my unit'",
+    }
+    lines = "".join(f'{name}="{text}"\n' for name, text in texts.items())
+    for found in (settings(file, lines), settings(file, "", texts), settings(file, "", None, **texts)):
+        assert found.server == ("ca.example.com", 8443)
+        assert (found.ca_cert_file, found.key_file, found.client_id) == ("/ca.pem", "/key.pem", "me")
+        assert (found.interfaces, found.owner, found.group) == (("eth0", "wlan0"), 0, 0)
+        assert (found.mode, found.timeout, found.hook) == (0o640, 7.5, ("systemctl", "restart", "my unit"))
+
+
+@pytest.mark.usefixtures("plain")
+def test_the_file_may_be_absent_unless_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONFIG_FILE", str(tmp_path / "absent"))
+    assert Settings({}, {}).server is None
+    for options, environment in (({"CARAMEL_CONFIG": "/absent"}, {}), ({}, {"CARAMEL_CONFIG": "/absent"})):
+        with pytest.raises(UsageError, match="/absent"):
+            Settings(options, environment)
+
+
+@pytest.mark.usefixtures("plain")
+def test_the_environment_names_the_file_and_an_option_another(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.conf"
+    other.write_text("CARAMEL_CN=other\n")
+    file.write_text("CARAMEL_CN=file\n")
+    assert Settings({}, {"CARAMEL_CONFIG": str(other)}).client_id == "other"
+    assert Settings({"CARAMEL_CONFIG": str(file)}, {"CARAMEL_CONFIG": str(other)}).client_id == "file"
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_setting_of_a_later_version_does_not_stop_a_device(file: Path) -> None:
+    assert settings(file, "CARAMEL_FUTURE=1\nPATH=/bin\n").unknown == ["CARAMEL_FUTURE"]
+
+
+SAME_TO_ALL = """\
+# a comment
+
+  CARAMEL_TIMEOUT=5
+CARAMEL_CA=ca.example.com:443
+CARAMEL_CN='a'
+CARAMEL_HOOK="logger -t caramel 'it is new'"
+CARAMEL_INTERFACES=eth0,wlan0
+CARAMEL_KEY_FILE='/data/with space/identity.pem'
+CARAMEL_OWNER=
+CARAMEL_CA=last.example.com
+"""
+
+
+def test_a_shell_reads_the_same(file: Path) -> None:
+    file.write_text(SAME_TO_ALL)
+    ours = parse(SAME_TO_ALL, "x")
+    for name, value in ours.items():
+        done = subprocess.run(
+            ["sh", "-c", f'. "$1"; printf %s "${name}"', "sh", str(file)], stdout=subprocess.PIPE, check=True
+        )
+        assert done.stdout.decode() == value, name
+    assert ours["CARAMEL_CA"] == "last.example.com" and len(ours) == 7
+
+
+@pytest.mark.skipif(not shutil.which("busybox"), reason="busybox is not installed")
+def test_busyboxs_shell_reads_the_same(file: Path) -> None:
+    file.write_text(SAME_TO_ALL)
+    script = '. "$1"; printf "%s|%s" "$CARAMEL_HOOK" "$CARAMEL_KEY_FILE"'
+    done = subprocess.run(["busybox", "sh", "-c", script, "sh", str(file)], stdout=subprocess.PIPE, check=True)
+    assert done.stdout.decode() == "logger -t caramel 'it is new'|/data/with space/identity.pem"
+
+
+@pytest.mark.parametrize(
+    "text, host, port",
+    [
+        ("ca.example.com", "ca.example.com", 443),
+        ("ca.example.com:8443", "ca.example.com", 8443),
+        ("localhost", "localhost", 443),
+        ("192.0.2.1:1", "192.0.2.1", 1),
+        ("2001:db8::1", "2001:db8::1", 443),
+        ("[2001:db8::1]", "2001:db8::1", 443),
+        ("[2001:db8::1]:65535", "2001:db8::1", 65535),
+        ("ca_server.local", "ca_server.local", 443),
+        ("xn--nxasmq6b.example", "xn--nxasmq6b.example", 443),
+    ],
+)
+def test_a_server_name(text: str, host: str, port: int) -> None:
+    assert server(text) == (host, port)
+
+
+def test_a_client_id_is_made_of_what_the_server_can_copy_unescaped() -> None:
+    allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:-"
+    assert [chr(n) for n in range(0x250) if is_client_id(chr(n))] == sorted(allowed)
+    assert (is_client_id(""), is_client_id("a" * 64), is_client_id("a" * 65)) == (False, True, False)
+
+
+# --- By the command ---
+
+
+def test_the_command_takes_its_settings_from_file_and_environment_alone(device: Device) -> None:
+    configuration = device.folder / "device.conf"
+    configuration.write_text(f"CARAMEL_CA={device.server}\nCARAMEL_CA_CERT='{device.ca}'\nCARAMEL_CN=from-the-file\n")
+    env = {"CARAMEL_CONFIG": str(configuration), "CARAMEL_KEY_FILE": str(device.key_file)}
+    run = device.run(env=env, bare=True)
+    assert run.status == 69 and run.err.startswith("caramel-embedded: from-the-file: ")
+    run = device.run("--client-id", "from-the-options", env={**env, "CARAMEL_CN": "from-the-environment"}, bare=True)
+    assert run.err.startswith("caramel-embedded: from-the-options: ")
+    assert device.run(env={**env, "CARAMEL_CN": "from-the-environment"}, bare=True).err.startswith(
+        "caramel-embedded: from-the-environment: "
+    )
+
+
+def test_a_relative_path_means_the_current_folder(device: Device, authority: Authority) -> None:
+    device.key_file = Path("relative.pem")
+    shutil.copy(authority.certificate_file, device.folder / "ca.crt")
+    device.ca = Path("ca.crt")
+    assert device.run().status == 69
+    assert (device.folder / "relative.pem").is_file()

@@ -1,0 +1,68 @@
+"""Versions: every Python that is promised, the newest libraries, and those of Debian, each with a device's life."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import world
+from world import Authority, Caramel, Device, Nginx
+
+INTERPRETERS = world.interpreters()
+
+
+def lives(device: Device, caramel: Caramel) -> None:
+    """Enrolls, waits, is certified, finds nothing new, is rejected: each with nothing but its one line."""
+    me = str(device.client_id)
+    for action, status in ((None, 69), (None, 69), (caramel.sign, 0), (None, 0), (caramel.reject, 69)):
+        if action:
+            action(me)
+        run = device.run()
+        assert (run.status, run.out, run.err.count("\n")) == (status, "", 1), run
+    assert "warning" not in run.err.lower()
+
+
+@pytest.mark.parametrize("version", world.VERSIONS)
+def test_on_every_python_that_is_promised(device: Device, caramel: Caramel, version: str) -> None:
+    program = dict(INTERPRETERS).get(version)
+    if not program:
+        pytest.skip(f"Python {version} is not on this machine")
+    device.command = [world.installation(version, program)]
+    lives(device, caramel)
+
+
+def test_on_debians_own_python_and_libraries(device: Device, caramel: Caramel) -> None:
+    python = world.debian_python()
+    if not python:
+        pytest.skip("this is no Debian with python3-cryptography and python3-venv")
+    command = world.installation("debian", python, system=True)
+    where = subprocess.run(
+        [str(Path(command).parent / "python"), "-I", "-c", "import cryptography; print(cryptography.__file__)"],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    ).stdout
+    assert where.startswith("/usr/lib/python3/dist-packages/"), "the system's library, and not one from an index"
+    device.command = [command]
+    lives(device, caramel)
+
+
+def test_no_warning_comes_from_our_own_calls_on_the_newest(
+    device: Device, caramel: Caramel, front: Nginx, authority: Authority
+) -> None:
+    """Whatever is going to be taken away is an error here, on the newest Python and the newest libraries."""
+    version, program = INTERPRETERS[-1]
+    python = Path(world.installation(version, program)).parent / "python"
+    start = "import sys; from caramel_embedded.__main__ import main; main(sys.argv[1:])"
+    device.command = [str(python), "-I", "-W", "error", "-c", start]
+    lives(device, caramel)
+    # Also what is done rarely: another's file, a request to be made again, a certificate that is another key's.
+    device.has(authority.identity("cafe00000000"))
+    assert device.run().status == 69
+    key = dict(device.blocks())["PRIVATE KEY"]
+    device.has(key)
+    assert device.run().status == 69
+    device.has(key + authority.sign(device.request, public_key=world.new_key().public_key()))
+    assert device.run().status == 69
+    assert device.run("--status").status == 69
