@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Callable
 
 import pytest
 import world
@@ -64,7 +65,7 @@ def test_what_is_whole_is_the_same_to_both(whole: bytes, subjects: Subjects) -> 
 
 
 #: What is right, but not as this program writes it: the thorough look brings it into that form.
-OTHER_FORMS = {
+OTHER_FORMS: dict[str, Callable[[bytes], bytes]] = {
     "windows": lambda data: data.replace(b"\n", b"\r\n"),
     "no end": lambda data: data[:-1],
     "text before": lambda data: b"# key of the device\n" + data,

@@ -152,7 +152,7 @@ def key() -> world.PrivateKey:
     return world.new_key()
 
 
-UNUSABLE = {
+UNUSABLE: dict[str, tuple[Callable[[Authority, bytes, Path], bytes], str]] = {
     "ended": (lambda a, r, p: a.sign(r, not_after=now() - hours(1)), "ended at"),
     "by another CA": (lambda a, r, p: Authority(p / "other").sign(r), "not by the trusted CA"),
     "by another CA of the same name": (

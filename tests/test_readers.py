@@ -113,7 +113,16 @@ def test_openssl_s_client(device: Device, strict: Nginx, authority: Authority) -
 
 def test_openssl_s_server(device: Device, authority: Authority, tmp_path: Path) -> None:
     port = world.free_port()
-    line = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-cert", device.key_file, "-key", device.key_file]
+    line: list[Union[str, Path]] = [
+        "openssl",
+        "s_server",
+        "-accept",
+        f"127.0.0.1:{port}",
+        "-cert",
+        device.key_file,
+        "-key",
+        device.key_file,
+    ]
     with Daemon([*line, "-www"], tmp_path / "output") as server:
         url, ca = f"https://localhost:{port}/", authority.certificate_file
         world.until(
