@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
@@ -31,7 +31,7 @@ def bench() -> str:
     """Some columns of the table of unchanged checks."""
     header, *rows = table(DOCS / "bench.md", "### Unchanged")
     at = {name: header.index(name) for name in header if name}
-    columns = {
+    columns: dict[str, Callable[[list[str]], str]] = {
         "processor, ms": lambda row: row[at["processor ms (middle half)"]].partition(" (")[0],
         "against the urllib3 floor": lambda row: row[at["ratio"]],
         "peak memory, MiB": lambda row: row[at["peak MiB"]],

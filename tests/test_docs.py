@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import ssl
 import subprocess
+import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Optional
+from xml.etree import ElementTree
 
 import pytest
 import world
-from world import Nginx
+from world import Authority, Caramel, Device, Nginx
 
-from caramel_embedded import cli, settings
+import caramel_embedded
+from caramel_embedded import cli, enrollment, settings
 
 PAGES = [world.ROOT / "README.md", world.ROOT / "CHANGELOG.md", *sorted((world.ROOT / "docs").glob("*.md"))]
 DOCS = world.ROOT / "docs"
+PACKAGE = world.ROOT / "caramel_embedded"
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
@@ -110,7 +120,7 @@ def test_the_examples_stand_in_the_page_as_they_are() -> None:
 #: What the page takes for granted on its machine, for a machine that has none of it and is not to be changed.
 MACHINE = r"""
 set -eu
-caramel-embedded() { "$COMMAND" --config "$ROOT/empty.conf" "$@"; }
+caramel-embedded() { "$COMMAND" --config "$CONFIG" "$@"; }
 curl() { command curl --noproxy '*' "$@"; }
 nginx() { command "$NGINX_PROGRAM" -p "$ROOT/nginx/" -e error.log -c "$ROOT/nginx/nginx.conf" "$@"; }
 listens() { for _ in $(seq 300); do (: <>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return; sleep 0.1; done; return 1; }
@@ -136,11 +146,19 @@ cd "$ROOT"
 
 
 @contextmanager
-def _machine(folder: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+def _machine(folder: Path, address: str) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     """Words of the page and what they are here; and the environment of its commands."""
     plain, tls = world.free_port(), world.free_port()
     (folder / "nginx").mkdir()
-    for name in ("etc/nginx/conf.d", "etc/systemd/system", "etc/cron.d", "etc/caramel", "opt/caramel", "tmp"):
+    for name in (
+        "etc/nginx/conf.d",
+        "etc/systemd/system",
+        "etc/cron.d",
+        "etc/caramel",
+        "opt/caramel",
+        "var/lib/caramel",
+        "tmp",
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "opt/caramel/bin").symlink_to(world.CARAMEL)
     (folder / "empty.conf").write_text("")
@@ -151,7 +169,7 @@ def _machine(folder: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     )
     words = {
         r"(?<![\w.])/((?:etc|opt|var)/(?:caramel|nginx|systemd|cron\.d|lib/caramel)|tmp/)": rf"{folder}/\1",
-        r"(--server |https://)ca\.example\.com": rf"\1localhost:{tls}",
+        r"(--server |https://)ca\.example\.com": rf"\1{address or f'localhost:{tls}'}",
         r"ca\.example\.com": "localhost",
         r"127\.0\.0\.1:6543": f"127.0.0.1:{plain}",
         r"listen 443 ssl": f"listen 127.0.0.1:{tls} ssl",
@@ -160,6 +178,8 @@ def _machine(folder: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     }
     environment = world.environment(
         ROOT=str(folder),
+        PYTHON=sys.executable,
+        CONFIG=str(folder / "empty.conf"),
         COMMAND=world.COMMAND,
         NGINX_PROGRAM=Nginx.program() or "nginx",
         PLAIN_PORT=str(plain),
@@ -169,20 +189,32 @@ def _machine(folder: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     yield words, environment
 
 
-def follow(page: Path, folder: Path) -> str:
-    """Puts the page's files where it says, and runs its commands, in the page's order; what they printed."""
-    with _machine(folder) as (words, environment):
-        script = MACHINE
+def follow(
+    page: Path,
+    folder: Path,
+    address: str = "",
+    meanwhile: Optional[dict[int, str]] = None,
+    more: str = "",
+    words: Optional[dict[str, str]] = None,
+) -> str:
+    """Puts the page's files where it says, and runs its commands, in the page's order; what they printed.
+
+    `address`: of a server that runs already. `meanwhile`: commands before the nth block, for what somebody else does.
+    """
+    meanwhile, turn = meanwhile or {}, 0
+    with _machine(folder, address) as (usual, environment):
+        script = MACHINE + more
         for kind, text, before in blocks(page):
-            for pattern, word in words.items():
+            for pattern, word in {**(words or {}), **usual}.items():
                 text = re.sub(pattern, word, text)
             if kind in ("sh", "bash"):
-                script += f": {'-' * 8}\n{text}"
+                script += f": {'-' * 8}\n{meanwhile.get(turn, '')}\n{text}"
+                turn += 1
                 continue
             named = re.search(r"`(/[^`]+)`:$", before)
             if named:
                 path = str(folder) + named[1]
-                script += f"cat >{path} <<'END OF FILE'\n{text}END OF FILE\n"
+                script += f"mkdir -p {os.path.dirname(path)}\ncat >{path} <<'END OF FILE'\n{text}END OF FILE\n"
         said = folder / "said"
         # A file, because what the page starts in the background would keep a pipe open.
         with open(said, "wb") as output:
@@ -222,3 +254,209 @@ def test_the_page_for_server_administrators(tmp_path: Path) -> None:
     # What is not run again here stands in the Makefile, and is run by it.
     makefile = (world.ROOT / "Makefile").read_text()
     assert "'caramel==1.9.6' 'pyOpenSSL<24.3'" in makefile and "'caramel==1.9.6' 'pyOpenSSL<24.3'" in page.read_text()
+
+
+def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Nginx, authority: Authority) -> None:
+    page = DOCS / "device-makers.md"
+    files = [text for kind, text, _ in blocks(page) if kind == "ini"]
+    for text in (*files, re.findall(r"`(CARAMEL_HOOK=.*)`", page.read_text())[0]):
+        settings.check(settings.parse(text, page.name), page.name)
+    config = tmp_path / "device.conf"
+    config.write_text(
+        files[0]
+        .replace("=ca.example.com", f"={front.address}")
+        .replace("/etc/caramel-ca.pem", str(authority.certificate_file))
+        .replace("/var", f"{tmp_path}/var")
+        + "CARAMEL_CN=made-by-the-page\n"
+    )
+    listed = f"{world.CARAMEL}/caramel_tool {caramel.ini}"
+    sign = f"{listed} --sign=$({listed} --list | awk '/ made-by-the-page / {{ print $1 }}')"
+    said = follow(page, tmp_path, meanwhile={2: sign}, more=f"CONFIG={config}\n")
+    outcomes = re.findall(
+        r"^exit status \d+|waits to be signed|new certificate|^certificate +\w+", said, re.MULTILINE
+    )
+    assert outcomes == [
+        "waits to be signed",
+        "exit status 69",
+        "certificate      none",
+        "exit status 69",
+        "new certificate",
+        "certificate      usable",
+    ]
+    assert (tmp_path / "tmp/backup.pem").read_bytes() == (tmp_path / "var/lib/caramel/identity.pem").read_bytes()
+    for name in ("CARAMEL_CN", "CARAMEL_KEY_FILE", "CARAMEL_NOT_AFTER"):
+        assert f"`{name}`" in page.read_text() and f'"{name}"' in (PACKAGE / "hook.py").read_text()
+
+
+def test_the_page_for_application_authors(
+    tmp_path: Path, caramel: Caramel, front: Nginx, authority: Authority
+) -> None:
+    page = DOCS / "application-authors.md"
+    more = (
+        f'ln -s {world.ROOT}/examples .; cp {authority.certificate_file} ca.crt; python3() {{ $PYTHON -B "$@"; }}\n'
+    )
+    words = {"app.sqlite ca.example.com": f"app.sqlite {front.address}"}
+    with caramel.autosign():
+        said = follow(page, tmp_path, front.address, more=more, words=words)
+    assert "waits to be signed\nexit status 69" in said and "new certificate" in said and "root.crt: " in said
+    # The first lines of the page, as they are.
+    first = next(text for kind, text, _ in blocks(page) if kind == "python").replace("ca.example.com", front.address)
+    stores: list[Any] = []
+    scope: dict[str, Any] = {
+        "ca_cert": authority.pem,
+        "client_id": "made-by-the-page-2",
+        "stored": None,
+        "store": stores.append,
+    }
+    exec(first, scope)
+    assert bytes(scope["outcome"].identity) == bytes(stores[-1])
+    # What the tables name is there, and what is there is named.
+    text = page.read_text()
+    for name in caramel_embedded.__all__:
+        assert f"`{name}" in text or f"{name}(" in text, name
+    for kind in (caramel_embedded.Outcome, caramel_embedded.Identity):
+        for name in kind.__slots__:
+            assert f"`{name}`" in text, name
+
+
+def test_the_page_on_monitoring(tmp_path: Path, authority: Authority) -> None:
+    page = DOCS / "monitoring.md"
+    device = Device(tmp_path / "device", "localhost", authority.certificate_file, "fffbeec0ffee")
+    device.has(authority.identity("fffbeec0ffee"))
+    values = json.loads(device.run("--status", "--json").out)
+    table = section(page, "# Monitoring").partition("| name | |\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert named == list(values)
+    for row in rows:
+        (name, *_) = re.findall(r"`(\w+)`", row[0])
+        if isinstance(values[name], dict):
+            assert set(re.findall(r"`(\w+)`", row[1])) - {"null"} == set(values[name])
+    # The sample shows what is really shown.
+    sample = next(text for kind, text, _ in blocks(page) if kind == "console")
+    shown = [line[:16].rstrip() for line in sample.splitlines()[1:]]
+    assert shown == [line[:16].rstrip() for line in device.run("--status", "--mode", "600").out.splitlines()]
+    for path in re.findall(r"`\$\.([\w.]+)`", page.read_text()):
+        value: Any = values
+        for name in path.split("."):
+            value = value[name]
+        assert isinstance(value, int)
+    # One command, and the right to run it.
+    agent = re.search(r"^UserParameter=[\w.]+,sudo -n (.*)$", page.read_text(), re.MULTILINE)
+    assert agent and f"NOPASSWD: {agent[1]}\n" in page.read_text()
+    # The metrics, by the page's own command.
+    config = tmp_path / "device.conf"
+    config.write_text(f"CARAMEL_CA_CERT={device.ca}\nCARAMEL_KEY_FILE={device.key_file}\nCARAMEL_CN=fffbeec0ffee\n")
+    command = tmp_path / "bin" / "caramel-embedded"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {world.COMMAND} --config {config} "$@"\n')
+    command.chmod(0o755)
+    more = f"ln -s {world.ROOT}/examples .; PATH={command.parent}:$PATH; mkdir node; unset -f caramel-embedded\n"
+    words = {"/var/lib/node_exporter": "node"}
+    said = follow(page, tmp_path, more=more, words=words)
+    lines = [line for line in said.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r'[a-z_]+(\{(\w+="[^"]*",?)+\})? -?\d+', line) for line in lines), said
+    metrics = {line.partition(" ")[0].partition("{")[0]: int(line.rpartition(" ")[2]) for line in lines}
+    assert set(metrics) == set(re.findall(r"^\| `(caramel_\w+)`", page.read_text(), re.MULTILINE))
+    assert metrics["caramel_certificate_not_after_seconds"] == values["certificate"]["not_after"]
+    assert (metrics["caramel_status"], metrics["caramel_hook_owed"]) == (0, 0)
+    config.write_text("CARAMEL_MODE=999\n")
+    (tmp_path / "again").mkdir()
+    said = follow(page, tmp_path / "again", more=more, words=words)
+    assert "caramel_status 127" in said and "not_after" not in said
+
+
+# --- README and design ---
+
+
+@pytest.mark.parametrize("status, does", [(0, "started"), (1, ""), (69, ""), (127, ""), (5, "")])
+def test_the_idiom_for_an_init_script(status: int, does: str, tmp_path: Path) -> None:
+    idiom = next(text for kind, text, _ in blocks(world.ROOT / "README.md") if kind == "sh")
+    fake = tmp_path / "caramel-embedded"
+    fake.write_text(f"#!/bin/sh\nexit {status}\n")
+    fake.chmod(0o755)
+    for shell in (["sh"], ["bash"], ["busybox", "sh"]):
+        if not shutil.which(shell[0]):
+            continue
+        script = f"PATH={tmp_path}:$PATH; start_what_needs_the_certificate() {{ printf started; }}\n{idiom}"
+        done = subprocess.run([*shell, "-euc" if status == 0 else "-uc", script], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, does, "")
+
+
+def test_how_other_programs_use_the_file(tmp_path: Path, authority: Authority) -> None:
+    """Each line of that table, as it stands there, against a server that demands a certificate."""
+    if not Nginx.program():
+        pytest.skip("nginx is not installed")
+    table = section(world.ROOT / "README.md", "## How other programs use the file")
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
+    identity = tmp_path / "identity.pem"
+    identity.write_bytes(authority.identity("fffbeec0ffee"))
+    identity.chmod(0o600)
+    lines = {
+        name: code.replace("/var/lib/caramel/identity.pem", str(identity))
+        for name, row in rows.items()
+        for code in re.findall(r"`([^`]+)`", row)[:1]
+    }
+    assert set(lines) == {"nginx", "curl", "mosquitto", "stunnel", "OpenSSL", "Python"}
+    certificate = authority.server()
+    with Nginx(
+        tmp_path / "nginx", None, certificate, verify_client="on", client_ca=authority.certificate_file
+    ) as server:
+        trust = f"--cacert {authority.certificate_file} --noproxy '*' -s -o /dev/null"
+        for command in (
+            lines["curl"].replace("https://api.example.com/", f"https://{server.address}/curl {trust}"),
+            "printf 'GET /openssl HTTP/1.0\\r\\n\\r\\n' | timeout 20 "
+            + lines["OpenSSL"].replace("api.example.com:443", f"{server.address} -quiet -ign_eof"),
+        ):
+            subprocess.run(["sh", "-c", command], env=world.environment(), timeout=30, capture_output=True)
+        context = ssl.create_default_context(cafile=str(authority.certificate_file))
+        exec(lines["Python"], {"context": context})
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"https://{server.address}/python", context=context, timeout=20)
+        seen = {asked.path: (asked.verify, "CN=fffbeec0ffee" in asked.subject) for asked in server.seen()}
+    assert seen == {f"/{name}": ("SUCCESS", True) for name in ("curl", "openssl", "python")}
+    # nginx with the file as its own: the certificate names the client ID.
+    front = Nginx(tmp_path / "own", None, identity, verify_client=None)
+    usual = front._configuration
+
+    def ours() -> str:
+        return re.sub(r"ssl_certificate .*;", lambda _: lines["nginx"], usual(), count=1)
+
+    front._configuration = ours  # type: ignore[method-assign]
+    with front:
+        pem = ssl.get_server_certificate(("127.0.0.1", front.port))
+    assert pem.strip().encode() in identity.read_bytes()
+    # The last two were tried by hand (mosquitto 2.0.11, stunnel 5.68); here at least their words.
+    assert lines["mosquitto"] == f"certfile {identity}" and lines["stunnel"] == f"cert = {identity}"
+
+
+def test_the_short_configuration_of_nginx_is_that_of_the_long_page() -> None:
+    short = next(text for kind, text, _ in blocks(world.ROOT / "README.md") if kind == "nginx")
+    long = next(text for kind, text, _ in blocks(DOCS / "server-administrators.md") if kind == "nginx")
+    for line in short.splitlines():
+        assert line in long.splitlines(), line
+
+
+def test_the_figures_are_those_of_the_pages_that_measure() -> None:
+    done = subprocess.run([sys.executable, "-I", str(DOCS / "figures.py"), "--check"])
+    assert done.returncode == 0, "python3 docs/figures.py brings them up to date"
+
+
+def test_the_picture_is_the_state_machine() -> None:
+    svg = ElementTree.parse(DOCS / "states.svg")
+    drawn = {
+        (text.get("data-stage"), text.get("data-said")): (text.get("data-step"), text.get("data-next"))
+        for text in svg.iter("{http://www.w3.org/2000/svg}text")
+        if text.get("data-stage")
+    }
+    table = enrollment.TRANSITIONS.items()
+    assert drawn == {(at.name, said.name): (step.name, after.name) for (at, said), (step, after) in table}
+
+
+def test_the_changes_speak_of_this_version() -> None:
+    assert f"\n## {caramel_embedded.__version__}\n" in (world.ROOT / "CHANGELOG.md").read_text()
+
+
+def test_nobodys_machine_is_in_the_pages() -> None:
+    for page in PAGES:
+        assert not re.search(r"/root/|/work/|/home/(?!\.)|\bhttp://(?!127|www|%)", page.read_text()), page.name
