@@ -57,7 +57,9 @@ def test_no_warning_comes_from_our_own_calls_on_the_newest(
     start = "import sys; from caramel_embedded.__main__ import main; main(sys.argv[1:])"
     device.command = [str(python), "-I", "-W", "error", "-c", start]
     lives(device, caramel)
-    # Also what is done rarely: another's file, a request to be made again, a certificate that is another key's.
+    # Also what is done rarely: a hook, another's file, a request to be made again, another key's certificate.
+    caramel.sign(str(device.client_id))
+    assert device.run("--hook", "true").status == 0
     device.has(authority.identity("cafe00000000"))
     assert device.run().status == 69
     key = dict(device.blocks())["PRIVATE KEY"]
