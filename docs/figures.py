@@ -46,19 +46,21 @@ def bench() -> str:
 
 
 def torture() -> str:
-    """The table as it is."""
+    """What `make torture` is, and its first table as it is."""
     page = DOCS / "torture.md"
     if not page.exists():
         return ""
     header, *rows = table(page)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    about = "`make torture` tries to make it lose something, and [fails where anything was lost](docs/torture.md):"
+    return "\n".join([about, "", *lines])
 
 
 def main(*arguments: str) -> int:
     old = new = README.read_text()
     for name, text in (("bench", bench()), ("torture", torture())):
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        new = marks.sub(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", new)  # type: ignore[misc]
+        new = marks.sub(lambda match, text=text: f"{match[1]}{text and chr(10) + text + chr(10) * 2}{match[2]}", new)  # type: ignore[misc]
     if "--check" in arguments:
         return int(old != new)
     README.write_text(new)
