@@ -7,6 +7,7 @@ BENCH_ROUNDS ?= 15
 bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed \
 		$(BUILD)/bench/urllib3/installed $(BUILD)/bench/client/installed ## what one check costs, side by side with what people use today
 	BENCH_ROUNDS="$(BENCH_ROUNDS)" $(BUILD)/tests/bin/python -I bench/measure.py
+	$(BUILD)/tests/bin/python -I docs/figures.py
 
 # The floor: the newest urllib3, and nothing else.
 $(BUILD)/bench/urllib3/installed:
