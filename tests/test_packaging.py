@@ -23,6 +23,11 @@ Done = subprocess.CompletedProcess[str]
 EPOCH = "1700000000"
 
 
+def surroundings(**more: str) -> dict[str, str]:
+    """Of a program that is started here. Coverage doesn't watch it: what runs are copies of the sources."""
+    return {name: value for name, value in environment(**more).items() if not name.startswith("COVERAGE_")}
+
+
 def run(*command: Union[str, Path], env: Optional[Mapping[str, str]] = None, cwd: Path = ROOT) -> Done:
     return subprocess.run(
         [str(word) for word in command],
@@ -30,7 +35,7 @@ def run(*command: Union[str, Path], env: Optional[Mapping[str, str]] = None, cwd
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environment(SOURCE_DATE_EPOCH=EPOCH) if env is None else dict(env),
+        env=surroundings(SOURCE_DATE_EPOCH=EPOCH) if env is None else dict(env),
         timeout=300,
     )
 
@@ -38,7 +43,7 @@ def run(*command: Union[str, Path], env: Optional[Mapping[str, str]] = None, cwd
 def bake(folder: Path, conf: str, *options: str, **env: str) -> Done:
     """Bakes the lines of `conf` into folder/out."""
     (folder / "firmware.conf").write_text(conf)
-    environ = environment(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
+    environ = surroundings(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
     script = ROOT / "packaging/bake.py"
     return run(
         sys.executable, "-B", script, "--conf", folder / "firmware.conf", *options, folder / "out", env=environ
@@ -201,7 +206,7 @@ def test_a_source_date_epoch_that_is_none_fails_the_build(tmp_path: Path) -> Non
 
 
 def zipapp(output: Path, ca: Authority, *words: str, root: Path = ROOT, **env: str) -> Done:
-    environ = environment(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
+    environ = surroundings(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
     return run(
         "make", "-s", "-C", root, "-f", "packaging/packaging.mk", "zipapp", "SERVER=localhost:1",
         f"CA_CERT={ca.certificate_file}", f"OUT={output}", f"PYTHON={sys.executable}",
@@ -237,7 +242,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
         command = ["faketime", "2031-05-05", *command]
     old = os.umask(0o077)
     try:
-        done = run(*command, env=environment(**environ), cwd=root)
+        done = run(*command, env=surroundings(**environ), cwd=root)
     finally:
         os.umask(old)
     assert done.returncode == 0, done.stderr
@@ -247,7 +252,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
 
 def test_its_time_is_that_of_the_git_commit(tmp_path: Path, ca: Authority) -> None:
     root = copy_of_the_sources(tmp_path / "clone")
-    environ = environment(
+    environ = surroundings(
         GIT_AUTHOR_DATE="@1650000000 +0000", GIT_COMMITTER_DATE="@1650000000 +0000", HOME=str(tmp_path),
         GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.com", GIT_COMMITTER_NAME="a",
         GIT_COMMITTER_EMAIL="a@example.com",
@@ -274,7 +279,7 @@ def test_it_is_also_a_zip_file_with_the_sources(pyz: Path) -> None:
 
 
 def version(command: list[str], **env: str) -> None:
-    done = run(*command, "--version", env=environment(**env))
+    done = run(*command, "--version", env=surroundings(**env))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("caramel-embedded ")
 
@@ -291,22 +296,24 @@ def test_it_starts_by_every_way(tmp_path: Path, pyz: Path) -> None:
             version([*shell, str(pyz)])
 
 
-def test_another_version_of_python_takes_the_sources(tmp_path: Path, pyz: Path) -> None:
-    other = tmp_path / "other"
+def test_another_version_of_python_takes_the_sources(tmp_path: Path, ca: Authority) -> None:
+    # Of a Python that has no other copy of the package.
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    path = tmp_path / "out.pyz"
+    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
+    version([str(path)])
     tag = sys.implementation.cache_tag.encode()
-    content = pyz.read_bytes()
+    content = path.read_bytes()
     assert content.count(tag) == 1
-    # Of the same length, so that what lies behind it stays in its place; and the compiled modules are of no use.
-    content = content.replace(tag, b"x" * len(tag)).replace(b"caramel_embedded.cli", b"caramel_embedded.CLI", 1)
-    other.write_bytes(content)
-    other.chmod(0o755)
-    version([str(other)])
+    # Of the same length, so that what lies behind it stays in its place.
+    path.write_bytes(content.replace(tag, b"x" * len(tag)))
+    version([str(path)])
 
 
 def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None:
     for name in ("argparse", "os", "caramel_embedded", "sitecustomize", "usercustomize"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the user')\n")
-    environ = environment(
+    environ = surroundings(
         PYTHONPATH=str(tmp_path), PYTHONSTARTUP=str(tmp_path / "os.py"), PYTHONHOME="/nonexistent",
         PYTHONINSPECT="1", PYTHONVERBOSE="1", HOME=str(tmp_path), PYTHONUSERBASE=str(tmp_path),
     )  # fmt: skip
@@ -316,7 +323,7 @@ def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None
 
 
 def test_the_settings_are_in_it(tmp_path: Path, pyz: Path) -> None:
-    done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", "--config", os.devnull, env=environment())
+    done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", "--config", os.devnull, env=surroundings())
     assert done.returncode == 127
     assert "localhost:1" in done.stderr
 
@@ -325,26 +332,27 @@ def test_it_says_in_one_line_which_module_a_device_lacks(tmp_path: Path, ca: Aut
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     path = tmp_path / "out.pyz"
     assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
-    done = run(path, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=environment())
+    done = run(path, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=surroundings())
     assert (done.returncode, done.stdout) == (127, "")
     assert "cryptography" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["no python", "half a file"])
+@pytest.mark.parametrize("damage", ["no python", "a python that can't run", "half a file"])
 def test_what_cannot_start_is_127(tmp_path: Path, pyz: Path, damage: str) -> None:
     content = pyz.read_bytes()
     broken = tmp_path / "broken"
-    if damage == "no python":
-        content = content.replace(sys.executable.encode(), b"/nonexistent/python3", 1)
-    else:
+    if damage == "half a file":
         content = content[: content.index(b"exit 127\n") + 500]
+    else:
+        python = "/etc/passwd" if "run" in damage else "/nonexistent/python3"
+        content = content.replace(sys.executable.encode(), python.encode(), 1)
     broken.write_bytes(content)
     broken.chmod(0o755)
     for shell in ([], ["bash"], ["busybox", "sh"]):
         if shell and not shutil.which(shell[0]):
             continue
-        done = run(*shell, broken, "--version", env=environment())
+        done = run(*shell, broken, "--version", env=surroundings())
         assert (done.returncode, done.stdout) == (127, "")
         assert done.stderr
 
@@ -382,7 +390,7 @@ def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) 
     python = tmp_path / "python3"
     python.write_bytes(b"\x7fELF, of some other processor")
     python.chmod(0o755)
-    done = run(*command, launcher, env=environment())
+    done = run(*command, launcher, env=surroundings())
     assert (done.returncode, done.stdout) == (127, "")
     assert done.stderr
 
@@ -391,14 +399,24 @@ def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
     launcher = tmp_path / "bin/caramel-embedded"
     venv.create(tmp_path, with_pip=False, symlinks=True)
     shutil.copy(ROOT / "bin/caramel-embedded", launcher)
-    done = run(launcher, env=environment())
+    done = run(launcher, env=surroundings())
     assert (done.returncode, done.stdout) == (127, "")
     assert "No module named 'caramel_embedded'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    # By way of a link, it finds the same Python.
+
+
+def test_a_launcher_takes_the_python_beside_it_also_by_way_of_a_link(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    launcher = tmp_path / "bin/caramel-embedded"
+    shutil.copy(ROOT / "bin/caramel-embedded", launcher)
+    python = tmp_path / "bin/python3"
+    python.write_text('#!/bin/sh\nprintf "%s|" "$1" "$2" "$3" "$5" "$6"\n')
+    python.chmod(0o755)
     link = tmp_path / "elsewhere"
     link.symlink_to(launcher)
-    assert run(link, env=environment()).stderr == done.stderr
+    for path in (launcher, link):
+        done = run(path, "--client-id", "two words", env=surroundings())
+        assert (done.returncode, done.stdout) == (0, "-I|-B|-c|--client-id|two words|")
 
 
 # --- make install ---------------------------------------------------------------------------------------
@@ -425,7 +443,7 @@ PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *LIBEX
 def make_install(folder: Path, *words: str, **env: str) -> Done:
     return run(
         "make", "-s", "-f", "packaging/packaging.mk", "install", f"DESTDIR={folder}", "PYTHON_DIR=/usr/lib/p",
-        f"PYTHON={sys.executable}", "COMPILE=no", *words, env=environment(SOURCE_DATE_EPOCH=EPOCH, **env),
+        f"PYTHON={sys.executable}", "COMPILE=no", *words, env=surroundings(SOURCE_DATE_EPOCH=EPOCH, **env),
     )  # fmt: skip
 
 
@@ -474,51 +492,49 @@ def test_a_bad_setting_leaves_no_half_of_an_installation(tmp_path: Path) -> None
 # --- The wheel, and packages made from it ---------------------------------------------------------------
 
 
-def wheel(root: Path, **env: str) -> Done:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--wheel-dir",
-        "dist",
-        "--disable-pip-version-check",
-    ]
+@pytest.fixture(scope="session")
+def setuptools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("setuptools")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", f"--target={folder}"]
     kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
-    return run(*command, ".", env=environment(**{**kept, "SOURCE_DATE_EPOCH": EPOCH, **env}), cwd=root)
+    done = run(*command, "setuptools", "wheel", env=surroundings(**kept))
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
-def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(tmp_path: Path, ca: Authority) -> None:
+def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
+    tmp_path: Path, ca: Authority, setuptools: Path
+) -> None:
     root = tmp_path / "a checkout"
     copy_of_the_sources(root)
     shutil.copytree(ROOT / "bin", root / "bin")
-    for path in (
-        *ROOT.glob("setup.*"),
-        *ROOT.glob("LICENSE*"),
-        *ROOT.glob("README.md"),
-        *ROOT.glob("pyproject.toml"),
-    ):
-        shutil.copy(path, root)
+    for pattern in ("setup.*", "LICENSE*", "README.md", "pyproject.toml"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, root)
     conf = root / "firmware.conf"
     conf.write_text(f'CARAMEL_CA=ca.example.com\nCARAMEL_CA_CERT="{ca.certificate_file}"\n')
-    done = wheel(root, CARAMEL_BAKE=str(conf))
+
+    def build(**env: str) -> Done:
+        more = surroundings(SOURCE_DATE_EPOCH=EPOCH, PYTHONPATH=str(setuptools), **env)
+        return run(sys.executable, "setup.py", "--quiet", "bdist_wheel", env=more, cwd=root)
+
+    done = build(CARAMEL_BAKE=str(conf))
     assert done.returncode == 0, done.stderr
     (built,) = (root / "dist").glob("*.whl")
     with zipfile.ZipFile(built) as archive:
         assert archive.read("caramel_embedded/baked.pem") == ca.pem
-        assert b"CARAMEL_CA=ca.example.com\nBUILD_TIME=" in archive.read("caramel_embedded/baked.conf")
-        assert f"BUILD_TIME={EPOCH}".encode() in archive.read("caramel_embedded/baked.conf")
+        baked = archive.read("caramel_embedded/baked.conf").decode()
+        assert f"CARAMEL_CA=ca.example.com\nBUILD_TIME={EPOCH}\n" in baked
         (launcher,) = [name for name in archive.namelist() if name.endswith("/scripts/caramel-embedded")]
         assert archive.read(launcher) == (ROOT / "bin/caramel-embedded").read_bytes()
     assert not list((root / "caramel_embedded").glob("baked*")), "a build left something in the sources"
 
     conf.write_text("CARAMEL_CA=a/b\n")
-    done = wheel(root, CARAMEL_BAKE=str(conf))
+    done = build(CARAMEL_BAKE=str(conf))
     assert done.returncode != 0
-    assert "caramel-embedded: CARAMEL_CA, from" in done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("caramel-embedded: CARAMEL_CA, from")
 
-    assert wheel(root).returncode == 0
+    assert build().returncode == 0
     with zipfile.ZipFile(built) as archive:
         assert "caramel_embedded/baked.pem" not in archive.namelist()
         assert b"CARAMEL" not in archive.read("caramel_embedded/baked.conf")
@@ -531,7 +547,7 @@ DEBIAN_TOOLS = all(shutil.which(program) for program in ("dpkg-buildpackage", "d
 def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     def build(folder: Path, **env: str) -> bytes:
         folder.mkdir()
-        done = run("make", "-s", "-f", "packaging/packaging.mk", "deb", f"BUILD={folder}", env=environment(**env))
+        done = run("make", "-s", "-f", "packaging/packaging.mk", "deb", f"BUILD={folder}", env=surroundings(**env))
         assert done.returncode == 0, done.stderr
         (package,) = folder.glob("*.deb")
         return package.read_bytes()

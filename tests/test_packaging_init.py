@@ -141,7 +141,13 @@ def test_pauses_differ_from_device_to_device(image: Image) -> None:
     image.write("status", "0\n")
     for _ in range(12):
         image.run("until-enrolled", SPREAD="2900")
-    assert len({line for line in image.lines("slept")}) > 8
+    assert len(set(image.lines("slept"))) > 8
+    image.write("slept", "")
+    image.write("status", "127\n")
+    for _ in range(12):
+        image.plan(69, 0)
+        image.run("until-enrolled", RETRY_FIRST="1700")
+    assert len(set(image.lines("slept"))) > 8
 
 
 def test_it_can_be_stopped_in_a_pause_at_once(image: Image) -> None:
@@ -227,7 +233,7 @@ def test_without_cron_it_checks_every_hour_by_itself(plain: Image, without: str)
 
 def test_the_minutes_of_a_fleet_are_spread_evenly() -> None:
     """MAC addresses in a row, as a maker's devices have them: chi-squared, 59 degrees of freedom, p about 1e-6."""
-    count = 3000
+    count = 1500
     script = f'i=0; while [ $i -lt {count} ]; do printf "00163e%06x" $((i + 4711)) | cksum; i=$((i + 1)); done'
     done = subprocess.run(["dash", "-c", script], stdout=subprocess.PIPE, check=True)
     minutes = Counter(int(line.split()[0]) % 60 for line in done.stdout.splitlines())

@@ -27,7 +27,7 @@ def make(*words: str) -> None:
         ["make", "-s", "-C", str(ROOT), "-f", "packaging/packaging.mk", *words],
         capture_output=True,
         text=True,
-        env=environment(),
+        env={"PATH": environment()["PATH"]},  # and no coverage
     )
     assert done.returncode == 0, done.stderr
 
@@ -64,13 +64,13 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SYSTEMD, reason="systemd is not installed")
 def test_an_instance_is_confined() -> None:
-    """systemd-analyze's exposure level: 10 is everything open, under 2 is what it calls OK."""
+    """systemd-analyze's exposure level: 10 is everything open, ours is 1.3."""
     done = subprocess.run(
         [
             "systemd-analyze",
             "security",
             "--offline=yes",
-            "--threshold=20",
+            "--threshold=15",
             str(ROOT / "systemd/caramel-embedded@.service"),
         ],
         capture_output=True,

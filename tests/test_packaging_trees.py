@@ -104,7 +104,7 @@ class TestBuildroot:
             ["make", "-s", "-C", str(folder), f"{folder}/build/{target}"],
             capture_output=True,
             text=True,
-            env=environment(SOURCE_DATE_EPOCH="1700000000"),
+            env={"PATH": environment()["PATH"], "SOURCE_DATE_EPOCH": "1700000000"},  # and no coverage
         )
 
     def test_the_options_become_settings(self, tmp_path: Path, authority: Authority) -> None:
