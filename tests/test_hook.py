@@ -331,6 +331,16 @@ def test_a_note_that_cannot_be_read_is_no_reason_to_forget_it(hooked: Hooked) ->
     assert (run.status, f"can't read {note}" in run.err, len(hooked.calls)) == (127, True, 1)
 
 
+def test_a_note_that_cannot_be_removed_is_said(hooked: Hooked) -> None:
+    hooked.sign()
+    note = hooked.device.folder / ".identity.pem.hook"
+    fault = ("strace", "-qq", "-o", os.devnull, "-P", str(note), "-e", "inject=unlink:error=EROFS")
+    run = hooked.run(before=fault)
+    assert (run.status, len(hooked.calls)) == (127, 1)
+    assert "new certificate" in run.err and f"can't settle {note}: Read-only file system" in run.err
+    assert (hooked.run().status, len(hooked.calls), hooked.litter) == (0, 2, [])
+
+
 # --- With others around ---
 
 
@@ -362,7 +372,6 @@ def test_a_run_that_comes_too_late_to_the_note_does_not_call_it(hooked: Hooked) 
     hooked.sign()
     assert hooked.run().status == 127
     hooked.hook()
-    hooked.device.command = [world.PLAIN]
     # The second lock is the one on the note: by then it is open, and another run does what it asks for.
     delay = ("strace", "-qq", "-o", os.devnull, "-e", "inject=flock:delay_enter=2000000:when=2")
     asked = len(hooked.server.asked)

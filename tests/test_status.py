@@ -200,6 +200,10 @@ def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.Pr
     assert (code, values["hook_owed"]) == (0, True)
     assert line(text, "next run").endswith("; call the hook, which is owed")
     assert status(device)[1]["hook_owed"] is False  # there is none to be called
+    device.run("--hook", "true")  # the server is gone, the hook is called all the same
+    assert status(device, "--hook", "true")[1]["hook_owed"] is False
+    device.key_file.unlink()
+    assert status(device, "--hook", "true")[1]["hook_owed"] is False
 
 
 def test_owner_and_mode_that_are_to_change(device: Device, authority: Authority, key: world.PrivateKey) -> None:

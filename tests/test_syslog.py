@@ -176,14 +176,18 @@ def test_a_daemon_that_hangs_holds_nobody_up(logged: Logged) -> None:
     assert run.err.splitlines()[-1].endswith("waits to be signed")
 
 
-@pytest.mark.parametrize("what", ["absent", "dead", "no socket"])
+@pytest.mark.parametrize("what", ["absent", "dead", "no socket", "another kind of socket"])
 def test_without_a_daemon_it_is_standard_error(logged: Logged, what: str) -> None:
     logged.socket.close()
     if what != "dead":
         (logged.dev / "log").unlink()
     if what == "no socket":
         (logged.dev / "log").write_text("")
-    run = logged.run(answers=(words.PENDING,))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        if what == "another kind of socket":
+            other.bind(str(logged.dev / "log"))
+            other.listen()
+        run = logged.run(answers=(words.PENDING,))
     assert (run.status, run.err.count("\n")) == (69, 1)
     assert run.err.startswith(f"caramel-embedded: {ID}: request ")
     assert what != "no socket" or (logged.dev / "log").read_text() == ""
