@@ -5,7 +5,7 @@ PYTHON ?= python3
 BUILD := build
 
 # Names of tests for `make test`, and options for pytest: make test TESTS=tests/test_world.py PYTEST=-x
-TESTS ?= tests
+TESTS ?= tests server
 PYTEST ?=
 
 SOURCES := $(wildcard setup.py setup.cfg packaging/bake.py bin/*) \

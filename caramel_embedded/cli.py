@@ -251,6 +251,9 @@ def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> O
     place = (settings.owner, settings.group, settings.mode)
 
     def store(identity: Identity) -> None:
+        if bytes(identity) == data and identity.modified is not None:
+            file.touch(identity.modified)
+            return
         # Not for the same certificate, where only the request had to be made again.
         certificate = identity.certificate
         if settings.hook and certificate is not None and certificate != certificate_in(data):

@@ -122,6 +122,13 @@ class KeyFile:
         self._fd = fd
         _sync_folder(os.path.dirname(self._path))
 
+    def touch(self, modified: float) -> None:
+        """Sets the modification time, seconds since 1970, UTC, where that is possible; the content stays."""
+        try:
+            os.utime(self._fd, (modified, modified))
+        except (OSError, OverflowError):
+            pass  # it only saves bytes on the link
+
     def clean(self) -> None:
         """Removes what a killed run may have left beside the file."""
         _discard(_draft(self._path))

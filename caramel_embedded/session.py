@@ -214,7 +214,10 @@ class _Check:
             self._say("%s: %s" % (said.value, step.value))
 
         new = fetched.certificate != identity.certificate
-        if step is Step.STORE and new:
+        # The server's own date in the place of the one that was put there for want of it: asked with any other, the
+        # server sends the same certificate for ever. Once only, whatever dates it goes on to give.
+        dated = facts is not None and modified == facts.not_before and fetched.modified not in (None, modified)
+        if step is Step.STORE and (new or dated):
             self._store(fetched)
         elif step is Step.WAIT and facts is None and identity.certificate is not None:
             # Dropped only now that the server was asked: a clock that has jumped ahead may have lied about it.
@@ -249,7 +252,7 @@ class _Check:
         if pem is None:
             raise Refused("the server answered with something that is no certificate")
         if pem == identity.certificate and facts:
-            return Said.CERTIFICATE, identity, facts
+            return Said.CERTIFICATE, identity.with_certificate(pem, answer.last_modified), facts
         judged = self._trust.judge(identity.with_certificate(pem), self._client_id)
         reason = judged if isinstance(judged, str) else self._trust.why_not_in_date(judged)
         if isinstance(judged, Facts) and reason is None:
