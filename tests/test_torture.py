@@ -1,0 +1,83 @@
+"""Power cuts and I/O errors at system calls: a sample of what `make torture` does in full."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import world
+from world import Authority, Caramel, Nginx
+
+sys.path.append(str(world.ROOT))
+
+from torture import disk, power, report
+from torture.town import Town
+
+SCENES = (
+    "first enrollment", "first certificate", "renewal", "renewal with a hook", "rejection", "clean-up of a bad file",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Town:
+    return Town.around(tmp_path_factory.mktemp("town"), authority, caramel, front)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_power_cut_at_any_system_call_costs_nothing(town: Town, scene: str) -> None:
+    row = report.tried(scene, report.sample(power.cuts(town, scene, 4), 8))
+    assert not row.lost, "\n".join(row.lost)
+    assert row.cases == 8
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_system_call_that_fails_costs_nothing(town: Town, scene: str) -> None:
+    row = report.tried(scene, report.sample(power.errors(town, scene, 6), 5))
+    assert not row.lost, "\n".join(row.lost)
+    assert row.cases == 5
+
+
+def test_content_is_flushed_before_it_gets_the_name_and_the_folder_after(town: Town) -> None:
+    states: dict[str, int] = {}
+    row = report.tried("disk", disk.cases(town, states))
+    assert not row.lost, "\n".join(row.lost)
+    assert set(states) == set(SCENES) and min(states.values()) > 1000
+
+
+def test_a_file_system_without_nameless_files_will_do(town: Town) -> None:
+    """FAT, JFFS2 and others have no O_TMPFILE: the first file is made under its name, and nothing is in it then."""
+    first = town.first_enrollment()
+    _, trace = power.traced(first)
+    points = [point for point in power.points(trace, first.device.key_file.parent) if "O_TMPFILE" in point.text]
+    assert len(points) == 1
+    for kind in ("EOPNOTSUPP", "EISDIR", "EINVAL"):
+        resident = town.first_enrollment()
+        run, happened = power.injected(resident, "openat", points[0].number, f"error={kind}")
+        assert happened and run.status == 69, run
+        assert town.broken(resident, run) + town.recovered(resident) == []
+
+
+def test_the_harness_sees_a_content_that_is_not_flushed(tmp_path: Path) -> None:
+    """The model of the disk can fail: a rename without fsync, an fsync without the folder's, a write in place."""
+    path = tmp_path / "identity.pem"
+    draft = f'"{tmp_path}/draft", O_RDWR|O_CREAT|O_EXCL'
+    made = [("openat", f"AT_FDCWD, {draft}, 0600", 4), ("write", '4, ""..., 9', 9)]
+    flush, named = [("fsync", "4", 0)], [("rename", f'"{tmp_path}/draft", "{path}"', 0)]
+    folder = [("openat", f'AT_FDCWD, "{tmp_path}", O_RDONLY|O_DIRECTORY', 5), ("fsync", "5", 0)]
+    tell = [("sendto", '6, "", 5', 5)]
+    mode = [("fchmod", "4, 0640", 0)]
+
+    def verdict(*steps: list[tuple[str, str, int]]) -> list[str]:
+        model = disk.Disk(str(path), None)
+        for step in steps:
+            for call, rest, result in step:
+                model.replay(call, rest, result)
+        model.end()
+        return model.wrong
+
+    assert verdict(made, flush, named, folder, tell) == []
+    assert any("before the content" in wrong for wrong in verdict(made, named, folder, tell))
+    assert any("before the folder" in wrong for wrong in verdict(made, flush, named, tell))
+    assert any("after the first byte" in wrong for wrong in verdict(made, mode, flush, named, folder))
+    assert any("before its owner" in wrong for wrong in verdict(made, flush, mode, named, folder))

@@ -1,0 +1,175 @@
+"""``make torture``: all of it, a table, and exit status 1 if anything was lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
+sys.path.append(str(ROOT))
+
+from torture import clocks, crowd, disk, machine, network, power, report, storm  # noqa: E402
+from torture.report import Case, Row, tried  # noqa: E402
+from torture.town import Town  # noqa: E402
+
+PAGE = ROOT / "docs" / "torture.md"
+
+
+def fuzzed(target: str, seconds: int, folder: Path) -> Row:
+    """One fuzzer, for so many seconds."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-I", str(ROOT / "torture" / "fuzz.py"), target, str(seconds), str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=seconds + 120,
+    )
+    text = done.stdout.decode(errors="replace")
+    counts = re.findall(r"number_of_executed_units: (\d+)|Done (\d+) ", text)
+    inputs = max((int(each) for pair in counts for each in pair if each), default=0)
+    row = Row(f"coverage-guided fuzzing of the parser of the {target.replace('-', ' ')}", inputs, inputs)
+    row.seconds = time.monotonic() - started
+    if done.returncode or not inputs:
+        row.cases, row.lost = inputs + 1, [text[-3000:]]
+    return row
+
+
+def stormed(folder: Path, storms: int) -> Row:
+    started = time.monotonic()
+    count, runs, lost = storm.weather(folder, storms)
+    row = Row("random sequences of answers, kills, failures, clock jumps, administrators", count, count - len(lost))
+    row.lost, row.remarks, row.seconds = lost, f"{runs} runs", time.monotonic() - started
+    return row
+
+
+def rows(folder: Path, only: str) -> Iterator[Row]:
+    """Everything, row by row."""
+
+    def wanted(name: str) -> bool:
+        return re.search(only, name) is not None
+
+    with Town(folder / "town") as town:
+        scenes = list(town.scenes)
+        if wanted("power"):
+            for scene in scenes:
+                found = power.cuts(town, scene, 25)
+                yield tried(f"power cut at a system call: {scene}", found)
+            states: dict[str, int] = {}
+            row = tried("power cut that loses what was not flushed", disk.cases(town, states))
+            row.remarks = disk.total(states)
+            yield row
+        if wanted("errors"):
+            for scene in scenes:
+                yield tried(f"a system call fails: {scene}", power.errors(town, scene, 25))
+        kinds = {
+            "disks": ("a full disk, one without inodes, a read-only one", machine.disks),
+            "starved": ("too few file descriptors, too little memory, no file may grow", machine.starved),
+            "outputs": ("standard input, output and error closed, full or broken", machine.outputs),
+            "signals": ("a signal at a system call", machine.signals),
+            "missing": ("a dependency missing or broken", machine.missing),
+            "environments": ("a hostile environment", machine.environments),
+        }
+        for name, (what, make) in kinds.items():
+            if wanted(name):
+                yield tried(what, make(town))
+        if wanted("entropy"):
+            yield tried("no entropy yet", machine.entropy(town))
+        if wanted("etc"):
+            yield tried(
+                "/etc empty or unreadable; a process that is stopped", [*machine.etc(town), machine.stopped(town)]
+            )
+        if wanted("clocks"):
+            yield tried("clocks: 1970, behind, ahead, 2080, jumping", clocks.cases(town))
+        if wanted("crowd"):
+            counts: Counter[str] = Counter()
+            row = tried("200 starts at the same instant, and readers", crowd.cases(town, 200, counts), workers=1)
+            row.remarks = f"{counts['starts']} starts, {counts['reads']} reads"
+            yield row
+    if wanted("network"):
+        stage = network.Stage(folder / "stage")
+        for name, cases in network.everything(stage).items():
+            yield tried(name, cases)
+        row = tried(
+            "every status from 100 to 599, to GET and to POST", [network.every_status(stage, range(100, 600))]
+        )
+        row.cases, row.survived = row.cases * 1000, row.survived * 1000
+        yield row
+        places = network.bytes_of_answer(stage)
+        row = tried(
+            "an answer that ends, or is reset, after each of its bytes",
+            [network.every_byte(stage, False), network.every_byte(stage, True)],
+        )
+        row.cases, row.survived = row.cases * places, row.survived * places
+        yield row
+    if wanted("storm"):
+        yield stormed(folder / "storm", 400)
+    if wanted("fuzz"):
+        fuzz = folder / "fuzz"
+        both: list[Row] = []
+        cases = [
+            Case(target, lambda target=target: both.append(fuzzed(target, 60, fuzz / target)) or [])  # type: ignore[func-returns-value, misc]
+            for target in ("key-file", "answer")
+        ]
+        failed = tried("fuzzing", cases).lost
+        if failed:
+            yield Row("fuzzing", len(failed), 0, failed)
+        yield from both
+
+
+def page(found: list[Row], seconds: float) -> str:
+    """docs/torture.md."""
+    where = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}"
+    return f"""# What was done to it, and what was lost
+
+Made by `make torture`, which does all of this again, writes this page, and fails where anything is lost. It needs
+root, strace, faketime, nginx, e2fsprogs and iproute2, and took {seconds / 60:.0f} minutes ({where},
+Python {platform.python_version()}). `make test` runs a sample of it.
+
+A case has *survived* where, at the instant of the misfortune, the key file held nothing, the whole old or the whole
+new content with the right owner and mode; where the exit status was one of the four; where no key was lost whose
+request the server had, and the server had one request; and where the next, undisturbed run ended as if nothing had
+happened, with no litter beside the file.
+
+{report.table(found)}
+Not among these: an interpreter or a shell that can't start at all (fewer than 11 file descriptors, less than 15 MB
+of address space). The exit status is theirs then, not the program's; the key file is unharmed. A signal that arrives
+before the program's first line ends the interpreter as it would any other.
+"""
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument(
+        "--only", default="", metavar="REGEX", help="the parts to run; docs/torture.md is not written then"
+    )
+    only = options.parse_args().only
+    started = time.monotonic()
+    found = []
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        os.chmod(folder, 0o755)
+        for row in rows(Path(folder), only):
+            report.tell(row)
+            found.append(row)
+    seconds = time.monotonic() - started
+    print(f"\n{report.table(found)}\n{seconds / 60:.1f} minutes")
+    lost = any(row.lost for row in found)
+    if not only and not lost:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page(found, seconds))
+        print(f"written: {PAGE.relative_to(ROOT)}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Clocks: 1970, behind, ahead, 2080, and one that jumps during the run.
+
+The rule of INTERFACE.md: the CA's notBefore, the stored certificate's and the firmware's build time have certainly
+passed, the latest is the floor. A clock at or past it is believed; behind it, what isn't valid *yet* is taken, and
+what ended before the floor is not. Devices run under libfaketime; the server has the right time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable, Optional
+
+import world
+from world import Asked, Run, Scripted
+
+from torture.report import Case
+from torture.town import Resident, Town, whole
+
+DAY = datetime.timedelta(days=1)
+FIRST_BOOT = datetime.datetime(1970, 1, 1, 0, 0, 40, tzinfo=datetime.timezone.utc)
+FAR = datetime.datetime(2080, 6, 1, tzinfo=datetime.timezone.utc)
+
+
+def at(moment: Optional[datetime.datetime]) -> tuple[str, ...]:
+    """What stands before a command so that it begins at `moment`; None: the right time."""
+    if moment is None:
+        return ()
+    # Durations stay true: with a faked monotonic clock time limits would end too early (or never).
+    seconds = int(moment.timestamp() - time.time())
+    return ("env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", "faketime", "-f", f"{seconds:+d}s")
+
+
+def _said(run: Run, status: int) -> list[str]:
+    return [] if run.status == status else [f"exit status {run.status}, not {status}: {run.err[-250:]!r}"]
+
+
+def _clock(
+    name: str, make: Callable[[], Resident], moment: Optional[datetime.datetime], status: int
+) -> Callable[[Town], Case]:
+    def case(town: Town) -> Case:
+        def act() -> list[str]:
+            resident = make()
+            run = resident.run(before=at(moment))
+            wrong = _said(run, status) + town.broken(resident, run)
+            if status == 127 and resident.old is not None and resident.content != resident.old:
+                wrong.append("127, and the key file was changed")
+            return wrong + [f"next, at the right time: {problem}" for problem in town.recovered(resident)]
+
+        return Case(name, act)
+
+    return case
+
+
+def life_in_1970(town: Town) -> list[str]:
+    """From nothing to a certificate, and through a renewal and a rejection, in January 1970."""
+    resident = town.first_enrollment()
+    run = resident.run(before=at(FIRST_BOOT))
+    wrong = _said(run, 69) + town.broken(resident, run)
+    (sha256,) = town.requests(resident.client_id)
+    first = town.sign(sha256, not_before=world.now() - DAY, not_after=world.now() + DAY)
+    for certificate, label in ((first, "certified"), (None, "unchanged")):
+        run = resident.run(before=at(FIRST_BOOT + DAY))
+        wrong += [f"{label}: {problem}" for problem in _said(run, 0)]
+        parts = whole(resident.content or b"")
+        if certificate is not None and (parts is None or parts.certificate != certificate):
+            wrong.append("the certificate isn't there")
+    newer = town.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
+    wrong += _said(resident.run(before=at(FIRST_BOOT + 2 * DAY)), 0)
+    parts = whole(resident.content or b"")
+    if parts is None or parts.certificate != newer:
+        wrong.append("the newer certificate isn't there")
+    town.reject(sha256)
+    wrong += _said(resident.run(before=at(FIRST_BOOT + 3 * DAY)), 69)
+    if len(town.requests(resident.client_id)) != 1 or town.requests(resident.client_id) == [sha256]:
+        wrong.append("the rejected device didn't start over")
+    return wrong
+
+
+def slept_for_a_year(town: Town, moment: Optional[datetime.datetime], signed: bool) -> list[str]:
+    """The certificate in the file ended a year ago; the server has a newer one, or none."""
+    device = town.device()
+    request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
+    sha256 = town.admit(request, str(device.client_id))
+    ended = town.authority.sign(request, not_before=world.now() - 367 * DAY, not_after=world.now() - 365 * DAY)
+    old = world.key_file_content(town.key, request, ended)
+    expected = world.key_file_content(town.key, request, town.sign(sha256) if signed else b"")
+    status = 0 if signed else 69
+    device.has(old)
+    resident = Resident(device, old, expected, status, inode=device.key_file.stat().st_ino)
+    run = resident.run(before=at(moment))
+    wrong = _said(run, status)
+    # Behind its certificate's notBefore, a device can't know that the certificate has ended.
+    if resident.content != expected and not (moment is not None and moment.year == 1970 and not signed):
+        wrong.append("the key file is not what it should be")
+    return wrong + town.recovered(resident)
+
+
+def ended_before_the_floor(town: Town, moment: Optional[datetime.datetime], stored: bool) -> list[str]:
+    """A certificate that had ended before the CA began is refused, from the server and from the file."""
+    device = town.device()
+    request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
+    begin = town.authority.certificate.not_valid_before_utc
+    ended = town.authority.sign(request, not_before=begin - 3 * DAY, not_after=begin - DAY)
+    old = world.key_file_content(town.key, request, ended if stored else b"")
+    device.has(old)
+    answers = [world.answer(200, ended)]
+    with Scripted(town.authority.folder / "server.pem", answers, client_ca=town.authority.certificate_file) as server:
+        device.server = server.address
+        run = device.run("--timeout=10", before=at(moment))
+        shown = [asked for asked in server.asked if asked.client_certificate]
+    wrong = _said(run, 127)
+    if device.key_file.read_bytes() != old:
+        wrong.append("the key file was changed")
+    if shown:
+        wrong.append("the certificate was used")
+    return wrong
+
+
+def server_ended_before_the_floor(town: Town, moment: Optional[datetime.datetime]) -> list[str]:
+    """A server whose own certificate had ended before the floor is no server of ours."""
+    begin = town.authority.certificate.not_valid_before_utc
+    name = f"ended-{moment.year if moment else 0}.pem"
+    pem = town.authority.server(not_before=begin - 3 * DAY, not_after=begin - DAY, file=name)
+    resident = town.pending()
+    with Scripted(pem, [world.answer(403, b'{"status":403}', "Content-Type: application/problem+json")]) as server:
+        resident.device.server = server.address
+        run = resident.run(before=at(moment))
+        asked = len(server.asked)
+    wrong = _said(run, 127) + (["it was asked"] if asked else [])
+    if resident.content != resident.old:
+        wrong.append("the key file was changed")
+    return wrong
+
+
+def a_day_behind_but_past_the_floor(town: Town) -> list[str]:
+    """The clock is believed, so the certificate isn't valid yet: an honest 127, and all is well a day later.
+
+    The floor is the firmware's build, which may be a minute ago: here the rest of the world is a day ahead.
+    """
+    device = town.device()
+    request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
+    sha256 = town.admit(request, str(device.client_id))
+    pem = town.sign(sha256, not_before=world.now() + DAY, not_after=world.now() + 5 * DAY)
+    old = world.key_file_content(town.key, request)
+    device.has(old)
+    resident = Resident(device, old, world.key_file_content(town.key, request, pem), 0)
+    resident.inode = device.key_file.stat().st_ino
+    run = resident.run()
+    wrong = _said(run, 127) + town.broken(resident, run)
+    if "not valid before" not in run.err:
+        wrong.append(f"doesn't say why: {run.err!r}")
+    if resident.content != old:
+        wrong.append("the key file was changed")
+    later = resident.run(before=at(world.now() + DAY + DAY / 24))
+    wrong += _said(later, 0) + town.broken(resident, later)
+    if resident.content != resident.expected:
+        wrong.append("a day later the certificate isn't there")
+    return wrong
+
+
+def jump(town: Town, name: str, start: datetime.datetime, to: datetime.datetime, statuses: Sequence[int]) -> Case:
+    """The clock is set at the moment when the server has received the request."""
+
+    def act() -> list[str]:
+        resident = town.renewal()
+        parts = whole(resident.expected or b"")
+        assert parts is not None and parts.certificate is not None
+        certificate = parts.certificate
+        offset = resident.device.folder / "clock"
+
+        def set_clock(moment: datetime.datetime) -> None:
+            draft = offset.with_suffix(".new")
+            draft.write_text(f"{int(moment.timestamp() - time.time()):+d}s\n")
+            os.replace(draft, offset)
+
+        def answer(asked: Asked) -> bytes:
+            set_clock(to)
+            time.sleep(0.05)
+            return world.answer(200, certificate)
+
+        set_clock(start)
+        library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+        environment = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(offset),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+        real, certificate_file = resident.device.server, town.authority.folder / "server.pem"
+        with Scripted(certificate_file, answer) as server:
+            resident.device.server = server.address
+            run = resident.run(env=environment)
+            wrong = [] if len(server.asked) >= 1 or 127 in statuses else ["the server was never asked"]
+        resident.device.server = real
+        if run.status not in statuses:
+            wrong.append(f"exit status {run.status}, not among {statuses}: {run.err[-250:]!r}")
+        if resident.content not in (resident.old, resident.expected):
+            wrong.append("the key file is neither old nor new")
+        return wrong + [f"next: {problem}" for problem in town.recovered(resident)]
+
+    return Case(f"the clock jumps during the run, {name}", act)
+
+
+def cases(town: Town) -> list[Case]:
+    """Everything about clocks."""
+    now = world.now()
+
+    def signed_now() -> Resident:
+        """The CA is older than a day, and the certificate that the server has begins now."""
+        device = town.device()
+        request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
+        sha256 = town.admit(request, str(device.client_id))
+        pem = town.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
+        old = world.key_file_content(town.key, request)
+        device.has(old)
+        return Resident(
+            device, old, world.key_file_content(town.key, request, pem), 0, inode=device.key_file.stat().st_ino
+        )
+
+    def renewed_now() -> Resident:
+        """The same, and the file has a certificate that began an hour ago."""
+        resident = signed_now()
+        parts = whole(resident.expected or b"")
+        assert parts is not None
+        earlier = town.authority.sign(parts.request, not_before=world.now() - DAY / 24, not_after=world.now() + DAY)
+        resident.old = world.key_file_content(town.key, parts.request, earlier)
+        resident.device.key_file.write_bytes(resident.old)
+        return resident
+
+    behind, ahead = now - DAY, now + DAY
+    simple = [
+        ("a day behind, before the floor: first enrollment", town.first_enrollment, behind, 69),
+        ("a day behind, before the floor that the stored certificate sets: renewal", renewed_now, behind, 0),
+        ("a day behind: unchanged", town.certified, behind, 0),
+        ("a day behind: rejection", town.rejection, behind, 69),
+        ("a day ahead: first enrollment", town.first_enrollment, ahead, 69),
+        ("a day ahead: first certificate", town.first_certificate, ahead, 0),
+        ("a day ahead: renewal", town.renewal, ahead, 0),
+        ("a day ahead: a bad file", town.bad_file, ahead, 69),
+        ("1970: renewal", town.renewal, FIRST_BOOT, 0),
+        ("1970: unchanged", town.certified, FIRST_BOOT, 0),
+        ("1970: pending", town.pending, FIRST_BOOT, 69),
+        ("1970: a bad file", town.bad_file, FIRST_BOOT, 69),
+        ("2080: first enrollment", town.first_enrollment, FAR, 127),
+        ("2080: first certificate", town.first_certificate, FAR, 127),
+        ("2080: unchanged", town.certified, FAR, 127),
+        ("2080: renewal", town.renewal, FAR, 127),
+        ("2080: rejection", town.rejection, FAR, 127),
+        ("2080: a bad file", town.bad_file, FAR, 127),
+    ]
+    found = [_clock(name, make, moment, status)(town) for name, make, moment, status in simple]
+    found.append(Case("1970: a whole life", lambda: life_in_1970(town)))
+    found.append(Case("a day behind, past the floor", lambda: a_day_behind_but_past_the_floor(town)))
+    moments: list[tuple[str, Optional[datetime.datetime]]] = [
+        ("the right time", None),
+        ("1970", FIRST_BOOT),
+        ("a day behind", behind),
+        ("2080", FAR),
+    ]
+    for name, moment in moments:
+        if name != "2080":  # then the server's certificate has ended, too
+            for signed in (True, False):
+                words = "a newer certificate" if signed else "none"
+                found.append(
+                    Case(
+                        f"slept for a year, {name}, the server has {words}",
+                        lambda moment=moment, signed=signed: slept_for_a_year(town, moment, signed),  # type: ignore[misc]
+                    )
+                )
+        for stored in (True, False):
+            found.append(
+                Case(
+                    f"ended before the floor, {name}, {'in the file' if stored else 'from the server'}",
+                    lambda moment=moment, stored=stored: ended_before_the_floor(town, moment, stored),  # type: ignore[misc]
+                )
+            )
+        found.append(
+            Case(
+                f"a server that ended before the floor, {name}",
+                lambda moment=moment: server_ended_before_the_floor(town, moment),  # type: ignore[misc]
+            )
+        )
+    found += [
+        jump(town, "from 1970 to now", FIRST_BOOT, now, (0, 127)),
+        jump(town, "from now to 1970", now, FIRST_BOOT, (0, 127)),
+        jump(town, "from now to 2080", now, FAR, (0, 127)),
+        jump(town, "from 1970 to 2080", FIRST_BOOT, FAR, (0, 127)),
+        jump(town, "a day back", now, behind, (0, 127)),
+        jump(town, "a day forward", now, ahead, (0, 127)),
+    ]
+    return found

@@ -1,0 +1,201 @@
+"""Coverage-guided fuzzing of the two parsers that strangers reach: the key file's and the answer's.
+
+    python torture/fuzz.py key-file|answer SECONDS FOLDER
+
+libFuzzer (through atheris) changes inputs so that they reach new lines; where atheris can't be had for this Python,
+the same oracles get random changes of the same seeds. Ends with status 0 and a line with the number of inputs where
+nothing was found. `FOLDER` keeps the corpus and, for what was found, the input.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
+sys.path.append(str(ROOT))
+
+try:
+    import atheris  # type: ignore[import-untyped, unused-ignore]
+except ImportError:  # no wheel for this Python
+    atheris = None
+
+CLIENT_ID = "fe00feedc0de"
+
+
+def _is_right(request: bytes) -> bool:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_csr(request).is_signature_valid
+    except Exception:  # no common base, as in identity.py
+        return False
+
+
+class Finding(Exception):
+    """A promise of the parser that an input breaks."""
+
+
+def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
+    """What the key file's parsers may do with any bytes, and inputs to begin with."""
+    import world
+
+    from caramel_embedded import identity, trust
+    from torture.town import whole
+
+    folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
+    authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
+    trusted = trust.Trust(authority.pem)
+    subjects = trusted.subjects
+    key = world.new_key()
+    certified = authority.identity(CLIENT_ID, key=key)
+    parts = whole(certified)
+    assert parts is not None and parts.certificate is not None
+    seeds = [
+        certified,
+        authority.identity(CLIENT_ID, key=key, certified=False),
+        authority.identity("fe0000000000", key=key),
+        parts.certificate,
+        certified.replace(b"\n", b"\r\n"),
+        certified.replace(b" NEW CERTIFICATE", b" CERTIFICATE"),
+        certified[: len(certified) // 2],
+    ]
+
+    def oracle(data: bytes) -> None:
+        looked = identity.look(data, CLIENT_ID, subjects)
+        if looked is not None and bytes(looked) != data:
+            raise Finding("look() takes what it would not have written")
+        try:
+            examined = identity.examine(data, CLIENT_ID, subjects)
+        except identity.Foreign:
+            pass
+        else:
+            again = identity.look(bytes(examined), CLIENT_ID, subjects)
+            if again is None or bytes(again) != bytes(examined):
+                raise Finding("examine() writes what look() doesn't take")
+            # Only a request with a signature that isn't right is made again: a look can't see that.
+            same = looked is None or looked.key != examined.key or looked.request == examined.request
+            if looked is not None and not same and _is_right(looked.request):
+                raise Finding("look() and examine() differ about a good request")
+            if examined.certificate is not None:
+                judged = trusted.judge(examined, CLIENT_ID)
+                if not isinstance(judged, (str, trust.Facts)):
+                    raise Finding("judge() says nothing")
+        identity.certificate_in(data)
+        sole = identity.sole_block(data, identity.CERTIFICATE)
+        if sole is not None and not sole.startswith(b"-----BEGIN CERTIFICATE-----\n"):
+            raise Finding("sole_block() takes another label")
+
+    return oracle, seeds
+
+
+def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
+    """What the answer's parser may do with any bytes, and inputs to begin with."""
+    import http.client
+
+    import world
+
+    from caramel_embedded import identity
+    from caramel_embedded.errors import Refused, Unreachable
+    from caramel_embedded.server import MAXIMUM_BODY
+    from torture.storm import parsed
+
+    folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
+    authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
+    pem = authority.pem
+    problem = "Content-Type: application/problem+json"
+    seeds = [
+        world.answer(200, pem, "Last-Modified: Sun, 22 Nov 2026 04:00:00 GMT"),
+        world.answer(202, b'{"sha256":"","url":""}'),
+        world.answer(304),
+        world.answer(403, b'{"status":403,"title":"Forbidden","detail":null}', problem),
+        world.answer(400, b'{"status":400,"title":"Bad","detail":"duplicate request"}', problem),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\n-----\r\n0\r\nX: y\r\n\r\n",
+        world.answer(200, pem, "Content-Encoding: gzip"),
+        b"HTTP/1.1 100 Continue\r\n\r\n" + world.answer(404, b"<html>", "Content-Type: text/html; charset=x"),
+    ]
+
+    def oracle(data: bytes) -> None:
+        try:
+            answer = parsed(data)
+        # What the program turns into words of its own, see Server._guarded.
+        except (Refused, Unreachable, OSError, http.client.HTTPException, ValueError):
+            return
+        if len(answer.body) > MAXIMUM_BODY:
+            raise Finding("a body that is too long")
+        if answer.from_caramel and b"problem+json" not in data.lower():
+            raise Finding("a stranger's answer is taken for Caramel's")
+        if not str(answer).isprintable() or len(str(answer)) > 300:
+            raise Finding("an answer's words don't fit into a line")
+        identity.sole_block(answer.body, identity.CERTIFICATE)
+
+    return oracle, seeds
+
+
+ORACLES = {"key-file": key_file_oracle, "answer": answer_oracle}
+
+
+def _changed(seed: bytes, dice: random.Random) -> bytes:
+    """A random change, for where libFuzzer can't be had."""
+    data = bytearray(seed)
+    for _ in range(dice.choice((1, 1, 2, 4, 16))):
+        place = dice.randrange(len(data) + 1)
+        end = min(len(data), place + dice.choice((1, 1, 4, 64)))
+        kind = dice.randrange(4)
+        if kind == 0:
+            data[place:end] = dice.randbytes(end - place)
+        elif kind == 1:
+            del data[place:end]
+        elif kind == 2:
+            data[place:place] = data[place:end] or b"\r\n"
+        elif place < len(data):
+            data[place] ^= 1 << dice.randrange(8)
+    return bytes(data)
+
+
+def main(target: str, seconds: float, folder: str) -> None:
+    corpus = Path(folder) / target
+    corpus.mkdir(parents=True, exist_ok=True)
+    os.environ["FUZZ_FOLDER"] = folder
+    if atheris is None:
+        oracle, seeds = ORACLES[target]()
+        dice, inputs, end = random.Random(1), 0, time.monotonic() + seconds
+        while time.monotonic() < end:
+            data = _changed(dice.choice(seeds), dice)
+            inputs += 1
+            try:
+                oracle(data)
+            except BaseException:
+                (corpus / "found").write_bytes(data)
+                raise
+        print(f"Done {inputs} runs without coverage")
+        return
+    with atheris.instrument_imports(
+        include=["caramel_embedded", "http.client", "email"], enable_loader_override=False
+    ):
+        from caramel_embedded import identity, server  # noqa: F401
+    oracle, seeds = ORACLES[target]()
+    for number, data in enumerate(seeds):
+        (corpus / f"seed{number}").write_bytes(data)
+    options: list[Any] = [
+        sys.argv[0],
+        f"-max_total_time={int(seconds)}",
+        "-timeout=20",
+        "-rss_limit_mb=2048",
+        "-max_len=8192",
+        "-print_final_stats=1",
+        "-verbosity=0",
+        f"-artifact_prefix={folder}/",
+        str(corpus),
+    ]
+    atheris.Setup(options, oracle)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,672 @@
+"""Faults of the machine: no room, no descriptors, no memory, no entropy, no output, signals, what is missing or
+broken, and an environment that means harm.
+
+What is asked of every run: one of the four exit statuses, the key file unharmed, and that the next, undisturbed run
+ends where it would have ended without the fault.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import world
+from world import Run
+
+from torture import power
+from torture.apart import apart, cover, memory_disk, read_only, small_disk
+from torture.report import Case, sample
+from torture.town import Resident, Town
+
+SIGNALS = [
+    "HUP",
+    "INT",
+    "QUIT",
+    "TERM",
+    "USR1",
+    "USR2",
+    "ALRM",
+    "VTALRM",
+    "PROF",
+    "IO",
+    "STKFLT",
+    "XCPU",
+    "XFSZ",
+    "PWR",
+]  # that end a process, signal(7)
+
+
+def case(
+    town: Town,
+    name: str,
+    make: Callable[[], Resident],
+    expected: Sequence[int],
+    *options: str,
+    unchanged: bool = False,
+    **how: Any,
+) -> Case:
+    """One run under `how`, whose status has to be among `expected`, and then an undisturbed one."""
+
+    def act() -> list[str]:
+        resident = make()
+        run = resident.run(*options, **how)
+        return verdict(town, resident, run, expected, unchanged)
+
+    return Case(name, act)
+
+
+def verdict(town: Town, resident: Resident, run: Run, expected: Sequence[int], unchanged: bool = False) -> list[str]:
+    """What went wrong in a run and in the one after it."""
+    wrong = town.broken(resident, run)
+    if run.status not in expected:
+        wrong.append(f"exit status {run.status} where {list(expected)} was to be expected: {run.err[-200:]!r}")
+    if unchanged and resident.content != resident.old:
+        wrong.append("the key file was changed")
+    wrong += [f"next: {problem}" for problem in town.recovered(resident)]
+    if not wrong:
+        town.forget(resident)
+    return wrong
+
+
+# --- Disks
+
+
+def _fill(folder: Path, left: int) -> Path:
+    """Fills the file system of `folder` but for `left` bytes."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (65536, 4096, 1024, 1):
+            try:
+                while file.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                continue
+        os.fsync(file.fileno())
+        file.truncate(max(0, file.tell() - left))
+        os.fsync(file.fileno())
+    return filler
+
+
+def full_disk(town: Town, scene: str, kind: str, left: int) -> Case:
+    """A scene on a file system that has `left` bytes left."""
+
+    def on_it() -> list[str]:
+        resident = town.scenes[scene]()
+        folder = resident.device.key_file.parent
+        folder.mkdir(exist_ok=True)
+        present = {path.name: (path.read_bytes(), path.stat()) for path in folder.iterdir()}
+        if kind == "ext4":
+            small_disk(folder, resident.device.folder / "disk")
+        else:
+            memory_disk(folder, 65536)
+        for name, (data, state) in present.items():
+            (folder / name).write_bytes(data)
+            (folder / name).chmod(state.st_mode & 0o777)
+            os.chown(folder / name, state.st_uid, state.st_gid)
+        if resident.inode is not None:
+            resident.inode = resident.device.key_file.stat().st_ino
+        filler = _fill(folder, left)
+        run = resident.run()
+        # With nothing left nothing new can be stored: then it has to be 127, unless a left draft made room.
+        expected = (127,) if left == 0 and scene != "clean-up of a bad file" else (127, resident.status)
+        wrong = town.broken(resident, run)
+        if run.status not in expected:
+            wrong.append(f"exit status {run.status}, not among {expected}: {run.err!r}")
+        filler.unlink()
+        wrong += [f"next: {problem}" for problem in town.recovered(resident)]
+        return wrong
+
+    return Case(f"{scene} on a {kind} with {left} bytes left", lambda: apart(on_it))
+
+
+def no_inodes(town: Town, scene: str) -> Case:
+    """A scene on a file system that can't take one more file."""
+
+    def on_it() -> list[str]:
+        resident = town.scenes[scene]()
+        folder = resident.device.key_file.parent
+        folder.mkdir(exist_ok=True)
+        memory_disk(folder, 65536, inodes=5)
+        if resident.old is not None:
+            resident.device.has(resident.old, resident.mode)
+            os.chown(resident.device.key_file, resident.owner, resident.group)
+            resident.inode = resident.device.key_file.stat().st_ino
+        fillers = []
+        try:
+            for number in range(6):
+                (folder / f"filler{number}").mkdir()
+                fillers.append(folder / f"filler{number}")
+        except OSError:
+            pass
+        run = resident.run()
+        wrong = town.broken(resident, run)
+        if run.status != 127:
+            wrong.append(f"exit status {run.status}: {run.err!r}")
+        for filler in fillers:
+            filler.rmdir()
+        return wrong + [f"next: {problem}" for problem in town.recovered(resident)]
+
+    return Case(f"{scene} on a file system without inodes left", lambda: apart(on_it))
+
+
+def read_only_disk(town: Town, name: str, make: Callable[[], Resident], expected: int) -> Case:
+    def act() -> list[str]:
+        resident = make()
+        resident.device.key_file.parent.mkdir(exist_ok=True)
+
+        def on_it() -> Run:
+            read_only(resident.device.key_file.parent)
+            return resident.run()
+
+        return verdict(town, resident, apart(on_it), (expected,), unchanged=resident.old is not None)
+
+    return Case(f"{name} on a read-only file system", act)
+
+
+def disks(town: Town, full: bool = True) -> list[Case]:
+    scenes = list(town.scenes) if full else ["first enrollment", "renewal"]
+    sizes = {"ext4": (0, 1024, 4096, 8192), "tmpfs": (0, 4096, 8192)} if full else {"ext4": (0, 1024)}
+    found = [
+        full_disk(town, scene, kind, left) for kind, lefts in sizes.items() for left in lefts for scene in scenes
+    ]
+    found += [no_inodes(town, scene) for scene in scenes if scene != "clean-up of a bad file"]
+    found += [
+        read_only_disk(town, "an unchanged certificate", town.certified, 0),
+        read_only_disk(town, "a pending request", town.pending, 69),
+        read_only_disk(town, "a first enrollment", town.first_enrollment, 127),
+        read_only_disk(town, "a renewal", town.renewal, 127),
+    ]
+    if full:
+        found.append(read_only_disk(town, "a rejection", town.rejection, 127))
+    return found
+
+
+# --- Descriptors and memory
+
+
+def _interpreter() -> str:
+    return str(Path(world.PLAIN).with_name("python3"))
+
+
+def _bare(before: Sequence[str], folder: Path) -> bool:
+    """Whether a shell script that becomes an interpreter that does nothing gets through under the same limit."""
+    script = folder / "bare"
+    script.write_text('#!/bin/sh\nexec "$1" -I -B -c "import os; os._exit(7)"\n')
+    script.chmod(0o755)
+    done = subprocess.run(
+        [*before, str(script), _interpreter()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=30,
+    )
+    return done.returncode == 7
+
+
+def limited(town: Town, scene: str, *limit: str) -> Case:
+    """A scene under a limit of prlimit(1). Where not even an interpreter starts, the status is not the program's."""
+
+    def act() -> list[str]:
+        resident = town.scenes[scene]()
+        before = ("prlimit", *limit)
+        run = resident.run("--timeout=5", before=before)
+        if run.status not in (127, resident.status) and not _bare(before, resident.device.folder):
+            run = Run(127, run.out, run.err, run.seconds)
+        return verdict(town, resident, run, (127, resident.status))
+
+    return Case(f"{scene} with {' '.join(limit)}", act)
+
+
+def starved(town: Town, full: bool = True) -> list[Case]:
+    scenes = list(town.scenes) if full else ["first enrollment", "renewal"]
+    descriptors = range(3, 20) if full else (11, 12, 13, 14, 16)
+    megabytes = [*range(4, 40), *range(40, 120, 4)] if full else (12, 20, 24, 28, 32, 40, 60)
+    cases = [
+        limited(town, scenes[number % len(scenes)], f"--nofile={limit}")
+        for number, limit in enumerate(limit for limit in descriptors for _ in range(2 if full else 1))
+    ]
+    cases += [
+        limited(town, scenes[number % len(scenes)], f"--as={limit * 1_000_000}")
+        for number, limit in enumerate(megabytes)
+    ]
+    # Nowhere near a limit that the shell and the interpreter mind, but none of our files may grow.
+    cases += [limited(town, scene, f"--fsize={size}") for scene in scenes for size in (0, 1000)]
+    return cases
+
+
+# --- Entropy
+
+
+def no_entropy(town: Town, name: str, make: Callable[[], Resident]) -> Case:
+    """getrandom(2) says that it would block, as it does early after a boot."""
+
+    def act() -> list[str]:
+        resident = make()
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "trace"
+            inject = "inject=getrandom:error=EAGAIN"
+            trace = "trace=getrandom,openat,connect,clock_nanosleep,poll,select"
+            before = ("strace", "-f", "-y", "-o", str(log), "-e", trace, "-e", inject)
+            run = resident.run(before=before)
+            text = log.read_text(errors="replace")
+        wrong = []
+        if "(INJECTED)" not in text:
+            wrong.append("getrandom was never asked")
+        for line in text.splitlines():
+            if "getrandom(" in line and "GRND_NONBLOCK" not in line:
+                wrong.append(f"would have waited: {line}")
+            if "/dev/random" in line or "AF_INET" in line:
+                wrong.append(f"went on: {line}")
+        if run.seconds > 5:
+            wrong.append(f"took {run.seconds:.1f} s")
+        if not resident.old and resident.content is not None:
+            wrong.append("made something")
+        return wrong + verdict(town, resident, run, (127,), unchanged=True)
+
+    return Case(f"{name} without entropy", act)
+
+
+def entropy(town: Town) -> list[Case]:
+    return [
+        no_entropy(town, name, make)
+        for name, make in [*town.scenes.items(), ("certified", town.certified), ("pending", town.pending)]
+    ]
+
+
+# --- Standard input, output and error
+
+
+def _shell(redirections: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", f'exec "$@" {redirections}', "sh")
+
+
+def outputs(town: Town, full: bool = True) -> list[Case]:
+    scenes = dict(town.scenes) if full else {"first enrollment": town.first_enrollment}
+    ways = [
+        " ".join(f"{fd}>&-" for fd in range(3) if number & (1 << fd)) for number in (range(1, 8) if full else (4, 7))
+    ]
+    ways += [">/dev/full 2>/dev/full"] + (["</dev/full 2>/dev/full", "<&- >/dev/full"] if full else [])
+    cases = []
+    for scene, make in scenes.items():
+        status = make_status(scene)
+        for way in ways:
+            for loud in ("-v", "-q") if full else ("-v",):
+                cases.append(case(town, f"{scene} {loud} {way}", make, (status,), loud, before=_shell(way)))
+        cases.append(_stuffed_pipe(town, scene, make, status))
+        cases.append(_broken_pipe(town, scene, make, status))
+    for option in ("--help", "--version", "--status"):
+        for way in (">&-", ">/dev/full"):
+            cases.append(
+                case(town, f"{option} {way}", town.certified, (127,), option, unchanged=True, before=_shell(way))
+            )
+    return cases
+
+
+def make_status(scene: str) -> int:
+    """How an undisturbed run of a scene ends."""
+    return 0 if scene in ("first certificate", "renewal", "renewal with a hook") else 69
+
+
+def _stuffed_pipe(town: Town, scene: str, make: Callable[[], Resident], status: int) -> Case:
+    """Standard error is a pipe that is full and that nobody reads."""
+
+    def act() -> list[str]:
+        resident = make()
+        reader, writer = os.pipe()
+        try:
+            fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)
+            try:
+                while True:
+                    os.write(writer, b"x" * 4096)
+            except BlockingIOError:
+                pass
+            fcntl.fcntl(writer, fcntl.F_SETFL, 0)
+            return verdict(town, resident, _with_stderr(resident, writer), (status,))
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    return Case(f"{scene}, standard error is a full pipe", act)
+
+
+def _broken_pipe(town: Town, scene: str, make: Callable[[], Resident], status: int) -> Case:
+    """Standard error is a pipe whose reader is gone."""
+
+    def act() -> list[str]:
+        resident = make()
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            return verdict(town, resident, _with_stderr(resident, writer), (status,))
+        finally:
+            os.close(writer)
+
+    return Case(f"{scene}, standard error is a broken pipe", act)
+
+
+def _with_stderr(resident: Resident, fd: int) -> Run:
+    started = time.monotonic()
+    process = subprocess.Popen(
+        resident.device.arguments(*resident.options, "-v"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=fd,
+        env=world.environment(),
+        start_new_session=True,
+    )
+    try:
+        status = process.wait(30)
+    except subprocess.TimeoutExpired:
+        world.end(process)
+        status = -1
+    return Run(status, "", "", time.monotonic() - started)
+
+
+# --- Signals
+
+
+def signals(town: Town, full: bool = True) -> list[Case]:
+    """Each signal that can be caught, at a sample of the system calls after the program has taken them over, and one
+    of them at every call inside the key file's folder."""
+    cases = []
+    for scene in town.scenes if full else ("renewal",):
+        found = power.reference(town, scene)
+        taken = max(number for number, point in enumerate(found) if "(SIGPWR, {sa_handler=0x" in point.text)
+        after = found[taken + 1 :]
+        chosen = [Case(str(number), list) for number in range(len(after))]
+        for index, name in enumerate(SIGNALS):
+            picked = sample(chosen[index:], 1)
+            cases += [_signal(town, scene, after[int(pick.name)], name) for pick in picked]
+        inside = [point for point in after if point.inside]
+        cases += [_signal(town, scene, point, "TERM") for point in (inside if full else inside[::6])]
+    return cases
+
+
+def _signal(town: Town, scene: str, point: power.Point, name: str) -> Case:
+    def act() -> list[str]:
+        for _ in range(3):
+            resident = town.scenes[scene]()
+            run, happened = power.injected(resident, point.call, point.number, f"signal=SIG{name}")
+            if happened or "SIG" in run.err or "signal" in run.err:
+                break
+        return verdict(town, resident, run, (127, resident.status))
+
+    return Case(f"{scene}, SIG{name} at {point}", act)
+
+
+def stopped(town: Town) -> Case:
+    """Stopped for longer than its time limit, and then continued."""
+
+    def act() -> list[str]:
+        resident = town.renewal()
+        process = resident.device.start(*resident.options, "--timeout=1")
+        time.sleep(0.15)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        return verdict(town, resident, resident.device.finish(process), (0, 127))
+
+    return Case("a renewal, stopped for a while", act)
+
+
+# --- What is missing or broken
+
+
+def _site() -> Path:
+    return next(Path(world.PLAIN).parent.parent.glob("lib/python3*/site-packages"))
+
+
+def _standard(name: str) -> Path:
+    done = subprocess.run(
+        [_interpreter(), "-I", "-c", f"import {name}; print({name}.__file__)"],
+        capture_output=True,
+        check=True,
+        timeout=30,
+    )
+    return Path(done.stdout.decode().strip())
+
+
+#: What a broken Python file may do when it is imported.
+BROKEN = {
+    "empty": "",
+    "no Python": "this is\x00 no Python",
+    "cut in the middle": "def f(:\n",
+    "raises": "raise RuntimeError('broken')\n",
+    "ends the process": "raise SystemExit(1)\n",
+    "interrupts": "raise KeyboardInterrupt\n",
+    "lacks a module of its own": "import no_such_module_anywhere\n",
+}
+
+
+def covered(town: Town, name: str, scene: str, target: Path, content: Optional[str], expected: Sequence[int]) -> Case:
+    """A scene with `content` in the place of a file; None: with an empty folder in the place of a folder."""
+
+    def act() -> list[str]:
+        resident = town.scenes[scene]() if scene in town.scenes else town.certified()
+        by = resident.device.folder / "instead"
+        if content is None:
+            by.mkdir()
+        else:
+            by.write_bytes(content.encode("latin-1"))
+
+        def there() -> Run:
+            cover(target, by)
+            return resident.run("--timeout=5")
+
+        return verdict(town, resident, apart(there), expected)
+
+    return Case(f"{scene}: {name}", act)
+
+
+def missing(town: Town, full: bool = True) -> list[Case]:
+    site = _site()
+    rust = next((site / "cryptography" / "hazmat" / "bindings").glob("_rust*.so"))
+    cases = [
+        covered(town, "cryptography is missing", "first enrollment", site / "cryptography", None, (127,)),
+        covered(town, "cryptography is missing", "clean-up of a bad file", site / "cryptography", None, (127,)),
+        covered(town, "cryptography is missing", "rejection", site / "cryptography", None, (127,)),
+        covered(town, "cryptography is missing", "renewal", site / "cryptography", None, (0,)),
+        covered(town, "cryptography's compiled part is empty", "first enrollment", rust, "", (127,)),
+        covered(
+            town, "cryptography's compiled part is rubbish", "first enrollment", rust, "\x7fELF" + "x" * 999, (127,)
+        ),
+        covered(town, "the program's own part is gone", "renewal", site / "caramel_embedded", None, (127,)),
+        covered(town, "nothing is installed", "renewal", site, None, (127,)),
+    ]
+    files = {
+        "cryptography": (site / "cryptography" / "__init__.py", "first enrollment"),
+        "cryptography.x509": (site / "cryptography" / "x509" / "__init__.py", "first enrollment"),
+        "the program's session": (site / "caramel_embedded" / "session.py", "renewal"),
+        "the program's key file": (site / "caramel_embedded" / "keyfile.py", "renewal"),
+        "the program's errors": (site / "caramel_embedded" / "errors.py", "renewal"),
+        "the program itself": (site / "caramel_embedded" / "__main__.py", "renewal"),
+        "ssl": (_standard("ssl"), "renewal"),
+        "http.client": (_standard("http.client"), "renewal"),
+        "hashlib": (_standard("hashlib"), "renewal"),
+        "argparse": (_standard("argparse"), "renewal"),
+        "socket": (_standard("socket"), "first enrollment"),
+    }
+    for name, (path, scene) in files.items():
+        for how, content in BROKEN.items() if full else list(BROKEN.items())[1:6:2]:
+            # An empty file is no obstacle where nothing that it held is needed.
+            expected = (127, make_status(scene)) if how == "empty" else (127,)
+            cases.append(covered(town, f"{name}: {how}", scene, path, content, expected))
+    return cases
+
+
+def etc(town: Town) -> list[Case]:
+    """/etc can't be read: it is empty, it is a file, or it gives errors."""
+
+    def gone(name: str, make: Callable[[], Resident], status: int) -> Case:
+        def act() -> list[str]:
+            resident = make()
+            empty = resident.device.folder / "etc"
+            empty.mkdir()
+
+            def there() -> Run:
+                cover(Path("/etc"), empty)
+                return resident.run("--timeout=3")
+
+            # Without /etc/hosts the C library may not know what "localhost" is.
+            return verdict(town, resident, apart(there), (127, status))
+
+        return Case(f"{name} with an empty /etc", act)
+
+    def failing(name: str, make: Callable[[], Resident]) -> Case:
+        def act() -> list[str]:
+            resident = make()
+            resident.device.config = None  # the host's own
+            found = _openings_of_etc(town, make)
+            wrong = []
+            for number in found:
+                resident = make()
+                resident.device.config = None
+                run, _ = power.injected(resident, "openat", number, "error=EACCES")
+                wrong += verdict(town, resident, run, (127, resident.status))
+            return wrong if found else ["nothing of /etc was opened"]
+
+        return Case(f"{name}, each file of /etc in turn can't be opened", act)
+
+    return [
+        gone("a first enrollment", town.first_enrollment, 69),
+        gone("a renewal", town.renewal, 0),
+        failing("a renewal", town.renewal),
+    ]
+
+
+def _openings_of_etc(town: Town, make: Callable[[], Resident]) -> list[int]:
+    resident = make()
+    resident.device.config = None
+    _, trace = power.traced(resident)
+    found = power.points(trace, resident.device.key_file.parent)
+    return [
+        point.number
+        for point in found
+        if point.call == "openat" and point.started and re.search(r'"/etc/(?!ld\.so)', point.text)
+    ]
+
+
+# --- An environment that means harm
+
+
+def hostile(town: Town, folder: Path) -> Mapping[str, Mapping[str, str]]:
+    """Environments: what they try, and the variables."""
+    evil = folder / "evil"
+    evil.mkdir(parents=True, exist_ok=True)
+    marker = folder / "marker"
+    for module in (
+        "ssl",
+        "http",
+        "socket",
+        "sitecustomize",
+        "usercustomize",
+        "cryptography",
+        "caramel_embedded",
+        "gc",
+    ):
+        (evil / f"{module}.py").write_text(f"open({str(marker)!r}, 'a').write('{module} ')\nraise SystemExit(0)\n")
+    startup = evil / "startup"
+    startup.write_text(f"open({str(marker)!r}, 'a').write('startup ')\n")
+    shell = evil / "shell"
+    shell.write_text(f"echo shell >>{marker}; exit 0\n")
+    configuration = evil / "openssl.cnf"
+    configuration.write_text(
+        "openssl_conf = all\n[all]\nproviders = p\nssl_conf = s\n[p]\nevil = e\ndefault = d\n[d]\nactivate = 1\n"
+        "[e]\nmodule = /nonexistent.so\nactivate = 1\n"
+        "[s]\nsystem_default = t\n[t]\nVerifyMode = Never\nMinProtocol = TLSv1.3\nMaxProtocol = TLSv1.1\n"
+    )
+    nonsense = evil / "nonsense.cnf"
+    nonsense.write_bytes(b"[\n= = =\0\n" * 9)
+    proxy = "http://127.0.0.1:9"
+    return {
+        "PYTHONPATH": {"PYTHONPATH": str(evil)},
+        "PYTHONHOME": {"PYTHONHOME": "/nonexistent"},
+        "PYTHONSTARTUP, INSPECT": {"PYTHONSTARTUP": str(startup), "PYTHONINSPECT": "1"},
+        "PYTHON debugging": {
+            "PYTHONDEVMODE": "1",
+            "PYTHONMALLOC": "debug",
+            "PYTHONTRACEMALLOC": "9",
+            "PYTHONVERBOSE": "1",
+        },
+        "PYTHON nonsense": {"PYTHONHASHSEED": "x", "PYTHONMALLOC": "x", "PYTHONTRACEMALLOC": "x", "PYTHONUTF8": "x"},
+        "PYTHONIOENCODING": {"PYTHONIOENCODING": "utf-16:strict"},
+        "PYTHONWARNINGS": {"PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2"},
+        "PYTHONUSERBASE": {"PYTHONUSERBASE": str(evil), "PYTHONPLATLIBDIR": "evil"},
+        "PYTHONEXECUTABLE": {
+            "PYTHONEXECUTABLE": "/nonexistent",
+            "PYTHONPYCACHEPREFIX": str(evil),
+            "__PYVENV_LAUNCHER__": "x",
+        },
+        "PYTHONBREAKPOINT": {"PYTHONBREAKPOINT": "os.abort", "PYTHONFAULTHANDLER": "1", "PYTHONCASEOK": "1"},
+        "SSL_CERT_FILE": {"SSL_CERT_FILE": "/dev/null", "SSL_CERT_DIR": "/nonexistent"},
+        "SSLKEYLOGFILE": {"SSLKEYLOGFILE": str(marker)},
+        "OPENSSL_CONF": {
+            "OPENSSL_CONF": str(configuration),
+            "OPENSSL_MODULES": str(evil),
+            "OPENSSL_ENGINES": str(evil),
+        },
+        "OPENSSL_CONF nonsense": {"OPENSSL_CONF": str(nonsense), "OPENSSL_ia32cap": ":0"},
+        "proxies": {
+            name: proxy
+            for name in [
+                "http_proxy",
+                "https_proxy",
+                "HTTP_PROXY",
+                "HTTPS_PROXY",
+                "all_proxy",
+                "ALL_PROXY",
+                "ftp_proxy",
+            ]
+        },
+        "no locale": {"LC_ALL": "xx_XX.nonsense", "LANG": "tr_TR.UTF-8", "LANGUAGE": "../../../etc"},
+        "the C locale": {"LC_ALL": "C", "LANG": "", "PYTHONCOERCECLOCALE": "0"},
+        "TZ": {"TZ": ":/dev/zero", "TZDIR": "/nonexistent"},
+        "shell": {
+            "ENV": str(shell),
+            "BASH_ENV": str(shell),
+            "IFS": "/",
+            "CDPATH": "/",
+            "PS4": "$(false)",
+            "SHELLOPTS": "noexec",
+        },
+        "an empty PATH": {"PATH": ""},
+        "TMPDIR": {"TMPDIR": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"},
+        "the resolver": {
+            "HOSTALIASES": str(nonsense),
+            "RES_OPTIONS": "timeout:1 attempts:1",
+            "LOCALDOMAIN": "example.com",
+        },
+        "a long one": {f"LONG{number}": "x" * 100_000 for number in range(9)},
+        "not UTF-8": {"CARAMEL_NOTHING": "\udcff\udcfe", "LOGNAME": "\udcff"},
+    }
+
+
+def environments(town: Town, full: bool = True) -> list[Case]:
+    """No environment changes how a run ends, and none makes it run or write anything else."""
+    folder = town.folder / "hostile"
+    cases = []
+    for name, variables in hostile(town, folder).items():
+        for scene in ("first enrollment", "renewal with a hook", "rejection") if full else ("first enrollment",):
+
+            def act(scene: str = scene, variables: Mapping[str, str] = variables) -> list[str]:
+                resident = town.scenes[scene]()
+                marker = folder / "marker"
+                run = resident.run(env=variables)
+                wrong = verdict(town, resident, run, (make_status(scene),))
+                if marker.exists():
+                    wrong.append(f"something else happened: {marker.read_bytes()[:99]!r}")
+                    marker.unlink()
+                if run.out:
+                    wrong.append(f"standard output: {run.out[:99]!r}")
+                return wrong
+
+            cases.append(Case(f"{scene} with {name}", act))
+    return cases
