@@ -34,6 +34,8 @@ START = r"""#!/bin/sh
 case $0 in */*) file=$0 ;; *) file=$(command -v -- "$0") ;; esac
 trap 'exit 127' EXIT
 [ -z "${{BASH_VERSION-}}" ] || shopt -s execfail 2>/dev/null
+# The two variables that -I doesn't keep out: from them Python 3.11 takes where its modules are (getpath.py).
+unset PYTHONEXECUTABLE __PYVENV_LAUNCHER__
 exec {python} -I -B -c '
 import sys
 file = sys.argv.pop(1)

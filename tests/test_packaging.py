@@ -315,10 +315,13 @@ def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the user')\n")
     environ = surroundings(
         PYTHONPATH=str(tmp_path), PYTHONSTARTUP=str(tmp_path / "os.py"), PYTHONHOME="/nonexistent",
-        PYTHONINSPECT="1", PYTHONVERBOSE="1", HOME=str(tmp_path), PYTHONUSERBASE=str(tmp_path),
+        PYTHONINSPECT="1", PYTHONVERBOSE="1", PYTHONEXECUTABLE=str(tmp_path / "bin/python3"), HOME=str(tmp_path), PYTHONUSERBASE=str(tmp_path),
     )  # fmt: skip
-    done = run(pyz, "--version", env=environ, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=environ, cwd=tmp_path)
+    # All modules that a check needs were found where they belong.
+    assert done.returncode == 127
+    assert "localhost:1 can't be reached" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.rglob("__pycache__"))
 
 
