@@ -315,8 +315,12 @@ def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the user')\n")
     environ = surroundings(
         PYTHONPATH=str(tmp_path), PYTHONSTARTUP=str(tmp_path / "os.py"), PYTHONHOME="/nonexistent",
-        PYTHONINSPECT="1", PYTHONVERBOSE="1", PYTHONEXECUTABLE=str(tmp_path / "bin/python3"), HOME=str(tmp_path), PYTHONUSERBASE=str(tmp_path),
+        PYTHONINSPECT="1", PYTHONVERBOSE="1", HOME=str(tmp_path), PYTHONUSERBASE=str(tmp_path),
     )  # fmt: skip
+    # A virtual environment of the user's: without cryptography.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+    environ["PYTHONEXECUTABLE"] = str(tmp_path / "bin/python3")
     done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=environ, cwd=tmp_path)
     # All modules that a check needs were found where they belong.
     assert done.returncode == 127
