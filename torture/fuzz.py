@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 sys.path.append(str(ROOT))
 
 try:
-    import atheris  # type: ignore[import-untyped, unused-ignore]
+    import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 except ImportError:  # no wheel for this Python
     atheris = None
 

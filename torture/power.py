@@ -35,8 +35,8 @@ ERRORS = {
 }
 
 #: What would be no fault of the machine but of the harness: the end itself, and how the program begins.
-# A futex(2) that fails is no fault that a kernel has; the C library ends the process. brk(2) returns no errors: what an
-# injected one makes of it is an address, and a crash.
+# A futex(2) that fails is no fault that a kernel has; the C library ends the process. brk(2) returns no errors: what
+# an injected one makes of it is an address, and a crash.
 _SPARED = frozenset(["execve", "exit", "exit_group", "rt_sigreturn", "futex", "brk"])
 
 
