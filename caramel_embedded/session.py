@@ -252,7 +252,8 @@ class _Check:
         if pem is None:
             raise Refused("the server answered with something that is no certificate")
         if pem == identity.certificate and facts:
-            return Said.CERTIFICATE, identity.with_certificate(pem, answer.last_modified), facts
+            time = identity.modified if answer.last_modified is None else answer.last_modified
+            return Said.CERTIFICATE, identity.with_certificate(pem, time), facts
         judged = self._trust.judge(identity.with_certificate(pem), self._client_id)
         reason = judged if isinstance(judged, str) else self._trust.why_not_in_date(judged)
         if isinstance(judged, Facts) and reason is None:
