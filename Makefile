@@ -47,7 +47,7 @@ clean: ## removes everything made
 # The package, as others would install it. setuptools keeps what it copied in build/lib and would put modules that are gone
 # from the sources into the next wheel; so that goes first.
 $(BUILD)/wheel/built: $(SOURCES)
-	@mkdir -p $(BUILD) && rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D)
+	@rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D) && mkdir -p $(@D)
 	$(PYTHON) -m venv $(BUILD)/builder
 	$(BUILD)/builder/bin/python -m pip wheel --use-pep517 --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	@touch $@
