@@ -11,25 +11,23 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
 
 
-def table(page: Path, heading: Optional[str] = None) -> list[list[str]]:
-    """The rows of the first table in the page, or under a heading of it: the cells' texts, the header first."""
+def table(page: Path, heading: str = "") -> list[str]:
+    """The lines of the first table in the page, or of the first one under a heading of it."""
     text = page.read_text()
-    if heading:
-        text = text.partition(f"\n{heading}\n")[2]
-    lines = re.search(r"^\|.*?(?=^[^|]|\Z)", text, re.MULTILINE | re.DOTALL)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[0].splitlines()] if lines else []
-    return rows[:1] + rows[2:]
+    found = re.search(r"^\|.*?(?=^[^|]|\Z)", text.partition(f"\n{heading}\n")[2] if heading else text, re.M | re.S)
+    return found[0].strip().splitlines() if found else []
 
 
 def bench() -> str:
     """Some columns of the table of unchanged checks."""
-    header, *rows = table(DOCS / "bench.md", "### Unchanged")
+    lines = table(DOCS / "bench.md", "### Unchanged")
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     at = {name: header.index(name) for name in header if name}
     columns: dict[str, Callable[[list[str]], str]] = {
         "processor, ms": lambda row: row[at["processor ms (middle half)"]].partition(" (")[0],
@@ -39,10 +37,10 @@ def bench() -> str:
         "bytes up + down": lambda row: " + ".join(filter(None, (row[at["bytes up"]], row[at["down"]]))),
         "bytes written": lambda row: row[at["written"]],
     }
-    lines = ["| a check that finds nothing new | " + " | ".join(columns) + " |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
-    lines += ["| " + " | ".join([row[0], *(cell(row) for cell in columns.values())]) + " |" for row in rows]
-    return "\n".join(lines)
+    short = ["| a check that finds nothing new | " + " | ".join(columns) + " |"]
+    short.append("| --- |" + " ---: |" * len(columns))
+    short += ["| " + " | ".join([row[0], *(cell(row) for cell in columns.values())]) + " |" for row in rows]
+    return "\n".join(short)
 
 
 def torture() -> str:
@@ -50,10 +48,8 @@ def torture() -> str:
     page = DOCS / "torture.md"
     if not page.exists():
         return ""
-    header, *rows = table(page)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     about = "`make torture` tries to make it lose something, and [fails where anything was lost](docs/torture.md):"
-    return "\n".join([about, "", *lines])
+    return "\n".join([about, "", *table(page)])
 
 
 def main(*arguments: str) -> int:

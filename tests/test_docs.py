@@ -24,7 +24,11 @@ from world import Authority, Caramel, Device, Nginx
 import caramel_embedded
 from caramel_embedded import cli, enrollment, settings
 
-PAGES = [world.ROOT / "README.md", world.ROOT / "CHANGELOG.md", *sorted((world.ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(world.ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((world.ROOT / "docs").glob("*.md")),
+    *(world.ROOT / name / "README.md" for name in ("server", "bench", "buildroot", "yocto")),
+]
 DOCS = world.ROOT / "docs"
 PACKAGE = world.ROOT / "caramel_embedded"
 
@@ -63,7 +67,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(world.ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

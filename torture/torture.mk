@@ -5,3 +5,4 @@
 
 torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## power cuts, faults, clocks, networks: what survives (20 min)
 	@$(BUILD)/tests/bin/python -I torture
+	@$(BUILD)/tests/bin/python -I docs/figures.py
