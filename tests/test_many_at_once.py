@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import world
@@ -25,3 +26,34 @@ def test_many_starts_at_once_make_one_key_and_one_request_and_readers_see_whole_
     row = report.tried("", crowd.cases(town, 40, counts), workers=1)
     assert not row.lost, "\n".join(row.lost)
     assert counts["starts"] == 160 and counts["reads"] > 200
+
+
+def test_a_run_that_opened_the_file_just_before_another_replaced_it_looks_again(town: Town) -> None:
+    """Between open and flock the whole life of another run fits in, which makes and posts a new key."""
+    resident = town.rejection()
+    # The call is held up before it is made: strace(1), delay_enter, microseconds.
+    slow = ("strace", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:delay_enter=4000000:when=1")
+    process = resident.device.start(*resident.options, before=slow)
+    descriptors = world.until("the file is open", lambda: _opened_by_child(process.pid, resident.device.key_file))
+    assert descriptors
+    quick = resident.run()
+    assert quick.status == 69, quick
+    content = resident.content
+    late = resident.device.finish(process)
+    assert late.status in (1, 69), late
+    assert resident.content == content
+    assert len(town.requests(resident.client_id)) == 1
+    assert town.broken(resident, late) + town.recovered(resident) == []
+
+
+def _opened_by_child(parent: int, path: Path) -> bool:
+    """Whether a child of the process has the file open."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in children:
+        for descriptor in Path(f"/proc/{child}/fd").iterdir():
+            try:
+                if descriptor.readlink() == path:
+                    return True
+            except OSError:
+                continue
+    return False
