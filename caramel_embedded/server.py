@@ -284,7 +284,10 @@ def _look_up(host: str, port: int, deadline: float) -> list[Any]:
             found.append(error)
 
     thread = threading.Thread(target=resolve, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # too little memory, or too many threads
+        raise OSError(None, "the system has no room for the name look-up") from None
     thread.join(_left(deadline))
     if not found:
         raise TimeoutError
