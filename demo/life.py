@@ -193,9 +193,7 @@ def tell(folder: Path) -> None:
         _device_with_uuid(folder, caramel, front, ca)
 
 
-def _first_device(
-    folder: Path, caramel: Caramel, front: TlsFront, administrator: Administrator, ca: Path
-) -> None:
+def _first_device(folder: Path, caramel: Caramel, front: TlsFront, administrator: Administrator, ca: Path) -> None:
     client_id = "fffbeec0ffee"
     told = Told(folder, "device", client_id, front.address, ca)
     device = told.device

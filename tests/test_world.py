@@ -41,14 +41,10 @@ def openssl_request(folder: Path, authority: Authority, client_id: str) -> bytes
         "-subj",
         subject,
     ]
-    return subprocess.run(
-        command, cwd=folder, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ).stdout
+    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
 
-def test_a_request_is_posted_signed_fetched_and_rejected(
-    tmp_path: Path, caramel: Caramel, front: Nginx
-) -> None:
+def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel: Caramel, front: Nginx) -> None:
     ca = caramel.authority.certificate_file
     request = openssl_request(tmp_path, caramel.authority, "0000feedbeef")
     url = f"https://{front.address}/{hashlib.sha256(request).hexdigest()}"
@@ -56,9 +52,7 @@ def test_a_request_is_posted_signed_fetched_and_rejected(
 
     with front.watched() as seen:
         assert curl(url, ca, "-w", "%{http_code}", "-o", "/dev/null").stdout == b"404"
-        posted = curl(
-            url, ca, "-w", "%{http_code}", "-o", "/dev/null", "--data-binary", f"@{tmp_path}/request.pem"
-        )
+        posted = curl(url, ca, "-w", "%{http_code}", "-o", "/dev/null", "--data-binary", f"@{tmp_path}/request.pem")
         assert posted.stdout == b"202"
     assert [(asked.method, asked.status) for asked in seen] == [("GET", 404), ("POST", 202)]
     assert seen[0].connection != seen[1].connection
@@ -115,9 +109,7 @@ def test_caramel_signs_uuids_by_itself(tmp_path: Path, authority: Authority) -> 
     sha256 = hashlib.sha256(request).hexdigest()
     (tmp_path / "request.pem").write_bytes(request)
     with Caramel(tmp_path / "caramel", authority) as server, server.autosign():
-        curl(
-            f"{server.url}/{sha256}", authority.certificate_file, "--data-binary", f"@{tmp_path}/request.pem"
-        )
+        curl(f"{server.url}/{sha256}", authority.certificate_file, "--data-binary", f"@{tmp_path}/request.pem")
         world.until("Caramel signs", lambda: server.certificates(sha256))
 
 

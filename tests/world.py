@@ -271,17 +271,13 @@ def name_of(subject: Subject) -> x509.Name:
 
 def signing_request(key: PrivateKey, subject: Subject) -> bytes:
     """A certificate request in PEM, under its usual label, with the bytes that OpenSSL would write."""
-    request = (
-        x509.CertificateSigningRequestBuilder().subject_name(name_of(subject)).sign(key, hashes.SHA256())
-    )
+    request = x509.CertificateSigningRequestBuilder().subject_name(name_of(subject)).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM)
 
 
 def key_file_content(key: PrivateKey, request: bytes, certificate: bytes = b"") -> bytes:
     """The combined file in the order that the interface promises, from PEM parts."""
-    return (
-        private_pem(key) + certificate + request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST")
-    )
+    return private_pem(key) + certificate + request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST")
 
 
 class Authority:
@@ -315,9 +311,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(True, 0), True)
             .add_extension(_key_usage(key_cert_sign=True), True)
             .add_extension(identifier, False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier(identifier.digest, [x509.DirectoryName(name)], serial), False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier(identifier.digest, [x509.DirectoryName(name)], serial), False)
             .sign(self.key, hashes.SHA512())
         )
         self.certificate_file.write_bytes(self.pem)
@@ -343,9 +337,7 @@ class Authority:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         ini = folder / "ca.ini"
-        ini.write_text(
-            f"[app:main]\nuse = egg:caramel\nca.cert = {folder}/ca.crt\nca.key = {folder}/ca.key\n"
-        )
+        ini.write_text(f"[app:main]\nuse = egg:caramel\nca.cert = {folder}/ca.crt\nca.key = {folder}/ca.key\n")
         subprocess.run(
             [str(CARAMEL / "caramel_ca"), str(ini)],
             input="".join(f"{answer}\n" for answer in answers).encode(),
@@ -374,9 +366,7 @@ class Authority:
         """The subject of a device's request that Caramel accepts under this authority."""
         ours = {attribute.oid: str(attribute.value) for attribute in self.certificate.subject}
         return [
-            (short, ours[ATTRIBUTES[short]])
-            for short in ("C", "ST", "L", "O", "OU")
-            if ATTRIBUTES[short] in ours
+            (short, ours[ATTRIBUTES[short]]) for short in ("C", "ST", "L", "O", "OU") if ATTRIBUTES[short] in ours
         ] + [("CN", client_id)]
 
     def issue(
@@ -595,9 +585,7 @@ listen = 127.0.0.1:{self.port}
             number, client_id, sha256, end_of_life = line.split(" ", 3)
             unsigned = end_of_life.startswith("-")
             rows.append(
-                Request(
-                    int(number), client_id, sha256, False, not unsigned, None if unsigned else end_of_life
-                )
+                Request(int(number), client_id, sha256, False, not unsigned, None if unsigned else end_of_life)
             )
         return rows
 
@@ -631,9 +619,7 @@ listen = 127.0.0.1:{self.port}
     def _id(self, which: Union[int, str]) -> int:
         if isinstance(which, int):
             return which
-        fitting = [
-            row.id for row in self.requests() if which in (row.client_id, row.sha256) and not row.rejected
-        ]
+        fitting = [row.id for row in self.requests() if which in (row.client_id, row.sha256) and not row.rejected]
         if not fitting:
             raise AssertionError(f"Caramel has no request of {which}")
         return fitting[-1]
@@ -649,9 +635,7 @@ listen = 127.0.0.1:{self.port}
         life = [] if hours is None else [f"--life-{'long' if long else 'short'}={hours}"]
         if hours is not None and not long and hours > self.lifetimes[1]:
             life.append(f"--life-long={hours}")
-        self.program(
-            "caramel_tool", str(self.ini), *life, *(["--long"] if long else []), f"--sign={self._id(which)}"
-        )
+        self.program("caramel_tool", str(self.ini), *life, *(["--long"] if long else []), f"--sign={self._id(which)}")
 
     def reject(self, which: Union[int, str]) -> None:
         """The administrator rejects a request: an ID, a hash, or a client ID (its newest one)."""
@@ -1091,11 +1075,7 @@ class Scripted(_Living):
             with self._lock:
                 turn = len(self.asked)
                 self.asked.append(asked)
-            says = (
-                self.answers(asked)
-                if callable(self.answers)
-                else self.answers[min(turn, len(self.answers) - 1)]
-            )
+            says = self.answers(asked) if callable(self.answers) else self.answers[min(turn, len(self.answers) - 1)]
             if says is None or not self._say(connection, says):
                 return
 
@@ -1253,9 +1233,7 @@ class Device:
             "--key-file": self.key_file,
             "--client-id": self.client_id,
         }
-        given = [
-            word for option, value in settings.items() if value is not None for word in (option, str(value))
-        ]
+        given = [word for option, value in settings.items() if value is not None for word in (option, str(value))]
         return [*self.command, *given, *options]
 
     def start(
@@ -1353,9 +1331,7 @@ def _version(python: str) -> Optional[str]:
     """The version of an interpreter, such as "3.11"; None where the file isn't one that runs."""
     ask = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
-        done = subprocess.run(
-            [python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30
-        )
+        done = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode().strip() if done.returncode == 0 else None
@@ -1365,9 +1341,7 @@ def interpreters() -> list[tuple[str, str]]:
     """The Python versions that the project promises and this machine has: version and program."""
     installed: list[Path] = []
     if shutil.which("pyenv"):
-        root = subprocess.run(
-            ["pyenv", "root"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30
-        ).stdout
+        root = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30).stdout
         installed = sorted(Path(root.decode().strip()).glob("versions/3.*/bin/python"))
     found = []
     for version in VERSIONS:
@@ -1416,9 +1390,7 @@ def debian_python() -> Optional[str]:
     python = "/usr/bin/python3"
     if not Path("/etc/debian_version").exists():
         return None
-    done = subprocess.run(
-        [python, "-c", "import cryptography, ensurepip"], stderr=subprocess.DEVNULL, check=False
-    )
+    done = subprocess.run([python, "-c", "import cryptography, ensurepip"], stderr=subprocess.DEVNULL, check=False)
     return python if done.returncode == 0 else None
 
 
