@@ -42,7 +42,15 @@ EXCHANGES = (
 STORES = ("ok", "ok", "ok", "ok", "killed before", "killed after", "fails")
 CONNECTIONS = ("ok", "ok", "ok", "ok", "unreachable", "untrusted", "killed")
 CLOCKS = (0.0, -DAY, DAY, -400 * DAY, 400 * DAY, 60 * 365 * DAY, -3 * HOUR, None)  # None: 1970
-ADMINISTRATORS = ("sign", "sign", "sign for a short time", "sign for the future", "reject", "forget everything")
+ADMINISTRATORS = (
+    "sign",
+    "sign",
+    "sign for a short time",
+    "sign for the future",
+    "reject",
+    "forget everything",
+    "time passes",
+)
 
 Run = tuple[str, tuple[str, ...], tuple[str, ...], Optional[float]]
 Act = Union[str, Run]
@@ -53,8 +61,12 @@ RUNS: st.SearchStrategy[Act] = st.tuples(
     st.lists(st.sampled_from(STORES), max_size=3).map(tuple),
     st.sampled_from(CLOCKS),
 )
-ACTS: st.SearchStrategy[list[Act]] = st.lists(
-    st.one_of(RUNS, RUNS, st.sampled_from(ADMINISTRATORS), st.just("damage")), min_size=1, max_size=20
+#: Half of the storms come over a device that has its certificate already.
+BEFORE: list[list[Act]] = [[], [("ok", (), (), 0.0), "sign for a short time", ("ok", (), (), 0.0)]]
+ACTS: st.SearchStrategy[list[Act]] = st.builds(
+    lambda before, acts: [*before, *acts],
+    st.sampled_from(BEFORE),
+    st.lists(st.one_of(RUNS, RUNS, st.sampled_from(ADMINISTRATORS), st.just("damage")), min_size=1, max_size=20),
 )
 
 
@@ -117,6 +129,8 @@ class Storm:
         if what == "forget everything":
             self.requests.clear()
             self.rejected.clear()
+        elif what == "time passes":
+            self.begin += 3 * DAY
         elif not live:
             return
         elif what == "reject":
