@@ -263,6 +263,7 @@ def test_any_answer_is_understood_or_refused(status: int, headers: list[tuple[st
 
 @bounded(BOUNDS, max_examples=12)
 @given(storm.ACTS)
+@example([("ok", (), (), 0.0), "sign for a short time", ("ok", (), (), 0.0), "time passes", ("ok", (), (), 0.0)])
 def test_no_sequence_of_answers_kills_and_clocks_loses_a_key(folder: Path, acts: list[Any]) -> None:
     played = storm.play(folder, acts)
     assert not played.wrong, played.wrong
