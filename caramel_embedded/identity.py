@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 
 from .errors import NotReady, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator, Sequence
     from typing import Any, Optional
 
@@ -84,6 +86,23 @@ class Identity:
     def with_certificate(self, certificate: Optional[bytes], modified: Optional[float] = None) -> Identity:
         """The same key and request with another certificate, or with none."""
         return Identity(self.key, self.request, certificate, modified)
+
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Makes `context` show this identity in TLS, as a client or a server, without a file on any disk.
+
+        `ssl` wants a path: it gets that of a file in memory, see memfd_create(2). Raises ssl.SSLError where key and
+        certificate don't fit or there is no certificate, `NotReady` where the system has no such files.
+        """
+        if not hasattr(os, "memfd_create"):
+            raise NotReady("this system has no files in memory, memfd_create(2): Linux 3.17 or newer does")
+        fd = os.memfd_create("identity")
+        try:
+            with open(fd, "wb", buffering=0, closefd=False) as file:
+                file.write(self.key + (self.certificate or b""))
+            # Without a password to give, an encrypted key would make OpenSSL ask on the terminal, and wait.
+            context.load_cert_chain("/proc/self/fd/%d" % fd, password=str)
+        finally:
+            os.close(fd)
 
     def file(self) -> Any:
         """The combined form as a binary file object in memory, for an interface that wants a file."""
@@ -349,8 +368,6 @@ def require_entropy() -> None:
     Keys made before that have been found to share primes across the world (Heninger and others, "Mining Your Ps
     and Qs", 2012). Never waits.
     """
-    import os
-
     try:
         os.getrandom(1, os.GRND_NONBLOCK)
     except BlockingIOError:

@@ -8,12 +8,11 @@ tenth of loading another library.
 
 from __future__ import annotations
 
-import os
 import re
 import ssl
 import time
 
-from .errors import NotReady, Untrusted, UsageError
+from .errors import Untrusted, UsageError
 from .identity import REQUIRED, Identity
 
 TYPE_CHECKING = False
@@ -136,8 +135,8 @@ class Trust:
         theirs.verify_mode = ssl.CERT_REQUIRED
         theirs.num_tickets = 0
         self._trust_in(theirs, NO_CHECK_TIME)
-        _load(ours, identity)
-        _load(theirs, identity)
+        identity.load_into(ours)
+        identity.load_into(theirs)
         there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
         client, server = ours.wrap_bio(back, there), theirs.wrap_bio(there, back, server_side=True)
         for _ in range(3):  # client hello; server's flight; client's flight, which the server then judges
@@ -173,26 +172,8 @@ class Trust:
         context.set_ciphers(CIPHERS)
         self._trust_in(context, NO_CHECK_TIME if self.clock_is_wrong else 0)
         if identity is not None:
-            _load(context, identity)
+            identity.load_into(context)
         return context
-
-
-def _load(context: ssl.SSLContext, identity: Identity) -> None:
-    """Key and certificate into `context`, which wants a path: that of a file in memory, see memfd_create(2)."""
-    if not hasattr(os, "memfd_create"):
-        raise NotReady("this system has no files in memory, memfd_create(2): Linux 3.17 or newer does")
-    fd = os.memfd_create("identity")
-    try:
-        with open(fd, "wb", buffering=0, closefd=False) as file:
-            file.write(identity.key + (identity.certificate or b""))
-        context.load_cert_chain("/proc/self/fd/%d" % fd, password=_no_password)
-    finally:
-        os.close(fd)
-
-
-def _no_password() -> str:
-    # Without this an encrypted key would make OpenSSL ask on the terminal, and wait.
-    return ""
 
 
 def utc(seconds: float) -> str:
