@@ -105,9 +105,12 @@ def _spread(found: Sequence[Point], others: int) -> list[Point]:
 
 def _case(town: Town, scene: str, make: Callable[[], Resident], point: Point, what: str, label: str) -> Case:
     def act() -> list[str]:
-        for _ in range(3):
+        # How many calls a key takes is a matter of chance, because primes are looked for at random. Outside the
+        # folder an earlier one of them will do.
+        earlier = [] if point.inside else [point.number * 2 // 3, point.number // 3]
+        for number in [point.number] * 3 + [number for number in earlier if number]:
             resident = make()
-            run, happened = injected(resident, point.call, point.number, what)
+            run, happened = injected(resident, point.call, number, what)
             if happened:
                 break
             town.forget(resident)
