@@ -273,7 +273,7 @@ def _look_up(host: str, port: int, deadline: float) -> list[Any]:
     """
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         pass  # a name, then
     found: list[Any] = []
 

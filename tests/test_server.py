@@ -1,0 +1,117 @@
+"""The conversation by itself: name look-up, addresses and time, without a server where none is needed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from caramel_embedded import server
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+def found(*addresses: tuple[str, int]) -> list[Any]:
+    return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
+
+
+def test_an_address_needs_no_look_up() -> None:
+    before = threading.active_count()
+    assert server._look_up("127.0.0.1", 443, soon())[0][4] == ("127.0.0.1", 443)
+    assert threading.active_count() == before
+
+
+def test_a_look_up_that_fails_says_why() -> None:
+    with pytest.raises(OSError, match="name look-up failed"):
+        server._look_up("no-such-host.invalid", 443, soon())
+
+
+def test_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="name look-up failed"):
+        server._look_up("a" * 64 + ".example", 443, soon())
+
+
+def test_a_look_up_that_never_answers_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def silent(*arguments: Any, flags: int = 0, **options: Any) -> Any:
+        if flags:
+            raise socket.gaierror("not an address")
+        answered.wait(20)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    with pytest.raises(TimeoutError):
+        server._look_up("caramel.example", 443, time.monotonic() + 0.2)
+    answered.set()
+
+
+def test_no_room_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with pytest.raises(OSError, match="no room"):
+        server._look_up("localhost", 443, soon())
+
+
+def test_the_next_address_is_tried_where_one_refuses() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
+        refusing = closed.getsockname()
+        closed.close()
+        with server._connected(found(refusing, listening.getsockname()), soon()) as plain:
+            assert plain.getpeername() == listening.getsockname()
+
+
+def test_an_address_of_a_family_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        addresses = [(4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), *found(listening.getsockname())]
+        server._connected(addresses, soon()).close()
+        with pytest.raises(OSError, match="Address family not supported"):
+            server._connected(addresses[:1], soon())
+
+
+def test_a_name_without_an_address() -> None:
+    with pytest.raises(OSError, match="no address"):
+        server._connected([], soon())
+
+
+def test_no_time_left() -> None:
+    with pytest.raises(TimeoutError), socket.create_server(("127.0.0.1", 0)) as listening:
+        server._connected(found(listening.getsockname()), time.monotonic() - 1)
+
+
+def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Interrupted(socket.socket):
+        def connect(self, _address: Any) -> None:
+            made.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(socket, "socket", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server._connected(found(("127.0.0.1", 9)), soon())
+    assert made[0].fileno() == -1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 100),
+        ("Thu, 01 Jan 1970 01:01:40 +0100", 100),
+        ("Thu, 01 Jan 1970 00:01:40", 100),
+        ("Sun Nov  6 08:49:37 1994", 784111777),
+        ("yesterday", None),
+        ("Thu, 99 Abc 1970 99:99:99 GMT", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_dates(text: Any, seconds: Any) -> None:
+    assert server._seconds(text) == seconds
