@@ -1,0 +1,117 @@
+"""What hardly ever happens, each by itself: the machine isn't ready, a certificate's date is none, a bug.
+
+Most of it also happens for real in test_faults.py, to a whole run.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import ssl
+from typing import Any
+
+import pytest
+from world import Authority
+
+from caramel_embedded import Identity, NotReady, UsageError, hardware, identity, settings, trust
+from caramel_embedded import __main__ as entry
+from caramel_embedded.cli import Log
+
+
+def test_no_entropy_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unready(_size: int, flags: int) -> bytes:
+        assert flags == os.GRND_NONBLOCK, "nothing may wait for it"
+        raise BlockingIOError(errno.EAGAIN, "")
+
+    monkeypatch.setattr(os, "getrandom", unready)
+    with pytest.raises(NotReady, match="entropy"):
+        identity.make("a", [])
+
+
+@pytest.mark.parametrize("error", [ImportError("gone"), RuntimeError("another interpreter's")])
+def test_cryptography_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(_name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(NotReady, match="lacks the Python module cryptography"):
+        identity.make("a", [])
+
+
+def test_a_ca_whose_subject_can_be_in_no_request() -> None:
+    with pytest.raises(UsageError, match="subject can't be used"):
+        identity.make("a", [("countryName", "Sweden")])
+
+
+def test_a_system_without_files_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(NotReady, match="memfd_create"):
+        Identity(b"", b"").load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+
+def test_a_certificate_whose_date_is_none(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = trust.Trust(authority.pem)
+    decoded = {"subject": (), "notBefore": "Bad time value", "notAfter": "Bad time value"}
+    monkeypatch.setattr(judge, "_show", lambda _identity: decoded)
+    assert judge.judge(Identity(b"", b""), "a") == "can't be read"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "1970-01-01 00:00:00 UTC"), (1e20, "1%s seconds after 1970" % ("0" * 20))]
+)
+def test_times_for_a_person(seconds: float, text: str) -> None:
+    assert trust.utc(seconds) == text
+
+
+def test_an_interface_that_the_driver_knows_nothing_of() -> None:
+    assert hardware._asked_of_driver("no-such-one") is None
+
+
+def test_nothing_is_baked_in_and_no_ca_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "baked", lambda _name: None)
+    with pytest.raises(UsageError, match="no CA certificate"):
+        settings.Settings({"CARAMEL_CONFIG": "/dev/null"}, {}).ca_cert()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/a"), "Input/output error: /a"),
+        (OSError("without a number"), "without a number"),
+        (ModuleNotFoundError("gone", name="_ssl"), "this device lacks the Python module _ssl, or it is broken"),
+        (MemoryError(), "out of memory"),
+        (
+            ZeroDivisionError("-----BEGIN PRIVATE KEY-----"),
+            "internal error: ZeroDivisionError at test_last_resorts.py:",
+        ),
+    ],
+)
+@pytest.mark.parametrize("log", [True, False])
+def test_what_went_wrong_in_a_line(error: Exception, text: str, log: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a bug only the type and the place: its text may hold anything, a key too."""
+    try:
+        raise error
+    except Exception as raised:
+        entry._report(raised, Log() if log else None)
+    said = capfd.readouterr().err
+    assert said.startswith("caramel-embedded: " + text) and said.count("\n") == 1
+    assert "PRIVATE" not in said
+
+
+def test_no_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="standard output is closed"):
+        entry._print("help", False)
+
+
+def test_descriptors_that_are_closed_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def closed(fd: int) -> os.stat_result:
+        raise OSError(errno.EBADF, "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", closed)
+        patched.setattr(os, "open", lambda *arguments: opened.append(arguments))
+        assert entry._open_standard_descriptors() is False
+    assert opened == [("/dev/null", os.O_RDWR)] * 3
