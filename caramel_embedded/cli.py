@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from . import __version__, signals
-from .errors import CaramelError, Locked
+from .errors import CaramelError, Locked, UsageError
 from .keyfile import KeyFile
 from .settings import Settings
 
@@ -67,8 +67,6 @@ class Asked(Exception):
 def parser() -> argparse.ArgumentParser:
     """The option parser: everything the command line can say. Raises `UsageError` and `Asked`, never exits."""
     import argparse
-
-    from .errors import UsageError
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -174,8 +172,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log) -> 
 
 
 def _require(options: Mapping[str, str], json: bool, status: bool) -> None:
-    from .errors import UsageError
-
     if json and not status:
         raise UsageError("--json goes with --status")
     for flag, _, name, _ in SETTINGS:
@@ -213,7 +209,6 @@ def run(settings: Settings, log: Log) -> int:
 def _arguments(settings: Settings, log: Log) -> dict[str, Any]:
     """What the check wants to know from the settings, and from the hardware where they are silent."""
     from . import identity
-    from .errors import UsageError
 
     if settings.server is None:
         raise UsageError("no server: name one with --server or CARAMEL_CA")

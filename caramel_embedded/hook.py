@@ -30,17 +30,11 @@ def owe(key_file: str, certificate: bytes) -> None:
 
     What is owed for the one that is there stays owed until then. Raises `StorageError`.
     """
-    note = _note(key_file)
     lines = [_hash(certificate)]
-    try:
-        with open(note, "rb") as file:
-            owed = file.read(4096).split()
-    except OSError:
-        owed = []
     current = _certificate_in(key_file)
-    if current is not None and _hash(current) in owed and _hash(current) not in lines:
+    if current is not None and current != certificate and is_owed(key_file):
         lines.append(_hash(current))
-    keyfile.replace(note, b"".join(line + b"\n" for line in lines))
+    keyfile.replace(_note(key_file), b"".join(line + b"\n" for line in lines))
 
 
 def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) -> bool:
