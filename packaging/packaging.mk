@@ -78,7 +78,7 @@ install-systemd: install-libexec
 	for unit in $(UNITS); do \
 		sed 's#/usr/\(bin\|libexec\)/#$(PREFIX)/\1/#' "$(ROOT)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
 		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
-	for example in needs-certificate instance-as-root; do \
+	for example in needs-certificate instance-own-user; do \
 		$(INSTALL) -D -m 0644 "$(ROOT)systemd/examples/$$example.conf" \
 			"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/$$example.conf" || exit 1; done
 

@@ -7,6 +7,8 @@ boot: each has an instance of its own, and the first one has the device's own id
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -17,11 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from world import BUILD, ROOT, Authority, Caramel, Daemon, Nginx, environment, free_port, until
+from world import BUILD, ROOT, Authority, Caramel, Daemon, Nginx, environment, free_port, new_key, signing_request, until
 
 UNITS = ROOT / "packaging/systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
-PATIENCE = 60.0
+PATIENCE = 40.0
 
 SYSTEMD = shutil.which("systemd-analyze") is not None
 NSPAWN = os.geteuid() == 0 and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists()
@@ -60,14 +62,14 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     for name in ("network-online.target", "timers.target", "sysinit.target", "shutdown.target", "basic.target"):
         (folder / name).write_text("[Unit]\nDescription=stub\n")
     examples = root / "usr/share/doc/caramel-embedded/examples"
-    for unit, example in (("needs.service", "needs-certificate"), ("caramel-embedded@root.service", "instance-as-root")):
+    for unit, example in (("needs.service", "needs-certificate"), ("caramel-embedded@alone.service", "instance-own-user")):
         (folder / f"{unit}.d").mkdir()
         shutil.copy(examples / f"{example}.conf", folder / f"{unit}.d")
     (folder / "needs.service").write_text("[Service]\nExecStart=/usr/bin/caramel-embedded\n")
     names = sorted(path.name for path in folder.glob("caramel-embedded*") if path.is_file())
     names = [name.replace("@.", "@web.") for name in names]
     assert len(names) == 7
-    names += ["needs.service", "caramel-embedded@root.service"]
+    names += ["needs.service", "caramel-embedded@alone.service"]
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", f"--root={root}", *names],
         capture_output=True,
@@ -77,17 +79,17 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
 
 
 @needs_systemd
-@pytest.mark.parametrize("name", [*SERVICES, "as root", "server"])
+@pytest.mark.parametrize("name", [*SERVICES, "own user", "server"])
 def test_a_unit_has_what_it_needs_and_no_more(tmp_path: Path, name: str) -> None:
     """systemd-analyze's exposure level: 10 is everything open, 3 is where "OK" ends for most who ask."""
     path = tmp_path / "caramel-embedded@.service"
-    if name == "as root":  # settings that come later win, as in a drop-in
-        path.write_text("".join((UNITS / part).read_text() for part in (path.name, "examples/instance-as-root.conf")))
+    if name == "own user":  # settings that come later win, as in a drop-in
+        path.write_text("".join((UNITS / part).read_text() for part in (path.name, "examples/instance-own-user.conf")))
     elif name == "server":
         path.write_text(documented("ini", "ExecStart="))
     else:
         path = UNITS / name
-    most = 15 if name == "caramel-embedded@.service" else 29
+    most = 15 if name == "own user" else 29
     done = subprocess.run(
         ["systemd-analyze", "security", "--no-pager", "--offline=yes", f"--threshold={most}", str(path)],
         capture_output=True,
@@ -98,6 +100,8 @@ def test_a_unit_has_what_it_needs_and_no_more(tmp_path: Path, name: str) -> None
 
 class Machine:
     """A systemd, booted with our units; `control` is a folder that both sides see."""
+
+    number = itertools.count()
 
     def __init__(self, folder: Path, server: str, ca: Path) -> None:
         self.folder = folder
@@ -190,7 +194,7 @@ class Machine:
         (self.etc / "caramel-embedded").mkdir(exist_ok=True)
         with suppress(FileExistsError):
             (self.etc / "caramel-embedded.conf").touch(exist_ok=False)
-        name = f"caramel-{os.getpid()}"
+        name = f"caramel-{os.getpid()}-{next(Machine.number)}"
         groups = [
             top / name
             for top in map(Path, ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"))
@@ -338,6 +342,7 @@ def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, cara
     machine.unit(
         "caramel-embedded@own.service.d/file.conf", "[Service]\nEnvironment=CARAMEL_KEY_FILE=%S/caramel/own/other.pem\n"
     )
+    machine.conf("CARAMEL_CONFIG=/dev/null\n", "own")
     machine.needing("needs-own.service", "own")
     start(machine, "needs-own.service")
     until("the server has the request", lambda: caramel.requests("own"), PATIENCE)
@@ -352,44 +357,94 @@ def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, cara
 
 
 @needs_nspawn
-def test_an_instance_has_its_own_user_and_works_confined(machine: Machine, caramel: Caramel) -> None:
-    instance = "web"
+def test_an_instance_has_readers_and_restarts_services(machine: Machine, caramel: Caramel) -> None:
+    instance, key_file = "web", "/var/lib/caramel/web/identity.pem"
+    machine.unit("app.service", "[Service]\nExecStart=/bin/sleep infinity\n")
+    machine.conf('CARAMEL_GROUP=readers\nCARAMEL_MODE=0640\nCARAMEL_HOOK="systemctl restart app.service"\n', instance)
     # What "systemctl enable --now" starts; no hour goes by.
     start(machine, f"caramel-embedded@{instance}.timer")
     until("the server has the request", lambda: caramel.requests(instance), PATIENCE)
-    assert machine.state_of(f"caramel-embedded@{instance}.service") == "active"
-    start(machine, f"caramel-embedded-certificate@{instance}.service")
-    assert machine.state_of(f"caramel-embedded-certificate@{instance}.service") == "activating"
     caramel.sign(instance)
-    machine.becomes(f"caramel-embedded-certificate@{instance}.service")
+    machine.becomes("app.service")
     machine.becomes(f"caramel-embedded@{instance}.service", "inactive")
-    assert machine.inside("stat", "-L", "-c", "%U %a", f"/var/lib/caramel/{instance}/identity.pem").endswith(" 600")
-    owner = machine.inside("stat", "-L", "-c", "%u", f"/var/lib/caramel/{instance}/identity.pem")
-    # The range of DynamicUser=, systemd.exec(5).
-    assert 61184 <= int(owner) <= 65519
-    # The shell had nothing to complain of: its pauses are random.
-    assert "until-enrolled" not in machine.journal(f"caramel-embedded@{instance}.service")
+    assert machine.inside("stat", "-c", "%U %G %a", key_file) == "root readers 640"
+    assert "PRIVATE KEY" in as_a_reader(machine, key_file)
 
 
 @needs_nspawn
-def test_an_instance_as_root_has_readers_and_restarts_services(machine: Machine, caramel: Caramel) -> None:
-    instance = "shared"
-    service, key_file = f"caramel-embedded@{instance}.service", f"/var/lib/caramel/{instance}/identity.pem"
-    # It began as all do, and what it has by then stays.
-    start(machine, service)
+def test_an_instance_with_a_user_of_its_own(machine: Machine, caramel: Caramel) -> None:
+    """And there and back, with what it has."""
+    instance, key_file = "alone", "/var/lib/caramel/alone/identity.pem"
+    service, gate = f"caramel-embedded@{instance}.service", f"caramel-embedded-certificate@{instance}.service"
+    # Nothing of what is common to all that this user can't do.
+    machine.conf("CARAMEL_CONFIG=/dev/null\n", instance)
+    drop_in = f"{service}.d/own-user.conf"
+    machine.unit(drop_in, (UNITS / "examples/instance-own-user.conf").read_text())
+    start(machine, service, gate)
     (request,) = until("the server has the request", lambda: caramel.requests(instance), PATIENCE)
-    assert machine.inside("systemctl", "stop", service) == ""
+    assert machine.state_of(gate) == "activating"
+    # The range of DynamicUser=, systemd.exec(5).
+    assert 61184 <= int(machine.inside("stat", "-L", "-c", "%u", key_file)) <= 65519
+    # The shell had nothing to complain of: its pauses are random.
+    assert "until-enrolled" not in machine.journal(service)
 
-    machine.unit("app.service", "[Service]\nExecStart=/bin/sleep infinity\n")
-    machine.conf('CARAMEL_GROUP=readers\nCARAMEL_MODE=0640\nCARAMEL_HOOK="systemctl restart app.service"\n', instance)
-    machine.unit(f"{service}.d/as-root.conf", (UNITS / "examples/instance-as-root.conf").read_text())
+    assert machine.inside("systemctl", "stop", service) == ""
+    (machine.system / drop_in).unlink()
     start(machine, service)
     caramel.sign(instance)
-    machine.becomes("app.service")
+    machine.becomes(gate)
     machine.becomes(service, "inactive")
-    assert caramel.requests(instance) == [request]
-    assert machine.inside("stat", "-c", "%U %G %a", key_file) == "root readers 640"
-    assert "PRIVATE KEY" in as_a_reader(machine, key_file)
+    assert machine.inside("stat", "-L", "-c", "%U %a", key_file) == "root 600"
+    assert [now.sha256 for now in caramel.requests(instance)] == [request.sha256]
+
+
+@pytest.fixture(scope="module")
+def server_program() -> Path:
+    """Caramel for the system's Python, as the page has it installed; made once."""
+    folder = BUILD / "system-caramel"
+    if not (folder / "installed").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        page = (ROOT / "docs/server-administrators.md").read_text()
+        (install,) = re.findall(r"^/opt/caramel/bin/pip install (.*)$", page, re.M)
+        subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder)], check=True)
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", *shlex.split(install)], check=True)
+        for program in (folder / "bin").iterdir():
+            if program.is_file() and not program.is_symlink() and program.read_bytes()[:2] == b"#!":
+                program.write_text(program.read_text().replace(str(folder), "/opt/caramel"))
+        (folder / "installed").touch()
+    return folder
+
+
+@needs_nspawn
+def test_the_documented_server_works_confined(tmp_path: Path, server_program: Path, authority: Authority) -> None:
+    """The page's own commands, files and unit; a request, and a signature by root while the server runs."""
+    machine = Machine(tmp_path, "localhost", authority.certificate_file)
+    (machine.opt / "caramel").symlink_to("/control/caramel")
+    shutil.copytree(server_program, machine.control / "caramel", symlinks=True)
+    machine.unit("caramel.service", documented("ini", "ExecStart="))
+    port = str(free_port())
+    setup = documented("sh", "caramel_initialize_db")
+    script = (
+        f"set -eu\nmkdir -p /etc/caramel\ncat >/etc/caramel/caramel.ini <<'END'\n{documented('ini', 'egg:caramel')}END\n"
+        f"{setup}\n".replace("6543", port)
+    )
+    client_id, url = "server-test", f"http://127.0.0.1:{port}"
+    with machine.booted():
+        (machine.control / "setup").write_text(script)
+        machine.inside("sh", "/control/setup")
+        assert machine.inside("systemctl", "start", "caramel.service") == ""
+        until("it listens", lambda: "CERTIFICATE" in machine.inside("curl", "-s", f"{url}/root.crt"), PATIENCE)
+        user = machine.inside("sh", "-c", "ps -o uid= -p $(systemctl show -P MainPID caramel.service)")
+        assert 61184 <= int(user) <= 65519
+        subject = [("C", "SE"), ("ST", "Östergötland"), ("L", "Linköping"), ("O", "Example AB"), ("OU", "Devices")]
+        request = signing_request(new_key(), [*subject, ("CN", client_id)])
+        sha256 = hashlib.sha256(request).hexdigest()
+        (machine.control / "request").write_bytes(request)
+        machine.inside("curl", "-sS", "--fail", "--data-binary", "@/control/request", f"{url}/{sha256}")
+        tool = ["/opt/caramel/bin/caramel_tool", "/etc/caramel/caramel.ini"]
+        assert client_id in machine.inside(*tool, "--list")
+        machine.inside(*tool, "--sign=1")
+        assert "BEGIN CERTIFICATE-" in machine.inside("curl", "-sS", "--fail", f"{url}/{sha256}")
 
 
 @needs_nspawn
