@@ -111,8 +111,9 @@ class Machine:
         self.etc = folder / "etc"
         self.state = folder / "state"
         self.log = folder / "boot.log"
-        for made in (self.control, self.etc, self.state):
+        for made in (self.control, self.etc / "caramel-embedded", self.state):
             made.mkdir(parents=True)
+        self.conf("")
         make("install-systemd", f"DESTDIR={folder / 'made'}", "PREFIX=/opt", "UNITDIR=/system")
         shutil.copytree(folder / "made/opt", self.opt)
         shutil.copytree(folder / "made/system", self.system)
@@ -157,7 +158,6 @@ class Machine:
     def conf(self, text: str, instance: str = "") -> None:
         """Settings of the device, or of an instance."""
         path = self.etc / "caramel-embedded" / f"{instance}.conf" if instance else self.etc / "caramel-embedded.conf"
-        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
 
     def inside(self, *command: str) -> str:
@@ -182,18 +182,12 @@ class Machine:
 
     @contextmanager
     def booted(self) -> Iterator[None]:
-        for path in self.control.iterdir():
-            path.unlink()
         self.unit(
             "agent.service",
             "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=/bin/sh /control/agent\n",
         )
         (self.control / "agent").write_text(self.agent)
-        if not (self.system / "sysinit.target.wants/agent.service").is_symlink():
-            self.wants("agent.service", "sysinit.target")
-        (self.etc / "caramel-embedded").mkdir(exist_ok=True)
-        with suppress(FileExistsError):
-            (self.etc / "caramel-embedded.conf").touch(exist_ok=False)
+        self.wants("agent.service", "sysinit.target")
         name = f"caramel-{os.getpid()}-{next(Machine.number)}"
         groups = [
             top / name
@@ -407,7 +401,7 @@ def server_program() -> Path:
         page = (ROOT / "docs/server-administrators.md").read_text()
         (install,) = re.findall(r"^/opt/caramel/bin/pip install (.*)$", page, re.M)
         subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder)], check=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", *shlex.split(install)], check=True)
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-qq", *shlex.split(install)], check=True)
         for program in (folder / "bin").iterdir():
             if program.is_file() and not program.is_symlink() and program.read_bytes()[:2] == b"#!":
                 program.write_text(program.read_text().replace(str(folder), "/opt/caramel"))
@@ -419,8 +413,7 @@ def server_program() -> Path:
 def test_the_documented_server_works_confined(tmp_path: Path, server_program: Path, authority: Authority) -> None:
     """The page's own commands, files and unit; a request, and a signature by root while the server runs."""
     machine = Machine(tmp_path, "localhost", authority.certificate_file)
-    (machine.opt / "caramel").symlink_to("/control/caramel")
-    shutil.copytree(server_program, machine.control / "caramel", symlinks=True)
+    shutil.copytree(server_program, machine.opt / "caramel", symlinks=True)
     machine.unit("caramel.service", documented("ini", "ExecStart="))
     port = str(free_port())
     setup = documented("sh", "caramel_initialize_db")
