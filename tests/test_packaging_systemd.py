@@ -314,7 +314,7 @@ def as_a_reader(machine: Machine, path: str) -> str:
 def test_whatever_the_hook_does_the_unit_that_needs_the_certificate_starts(
     machine: Machine, caramel: Caramel, instance: str, hook: str
 ) -> None:
-    machine.conf(f'CARAMEL_HOOK="{hook}"\n', instance)
+    machine.conf(f'CARAMEL_CONFIG=/dev/null\nCARAMEL_HOOK="{hook}"\n', instance)
     needs = f"needs-{instance}.service"
     machine.needing(needs, instance)
     start(machine, needs)
