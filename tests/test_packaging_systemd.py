@@ -1,8 +1,8 @@
 """The units of packaging/systemd/: what systemd's own tools say of them, and what a real systemd does with them.
 
 The second part boots this machine's systemd as process 1 of a container that shares nothing with the machine but
-/usr and the network (systemd-nspawn(1), --volatile). Caramel, nginx and the program are real. Most scenarios share one
-boot: each has an instance of its own, and the first one has the device's own identity.
+/usr and the network (systemd-nspawn(1), --volatile). Caramel, nginx and the program are real. Most scenarios share
+one boot: each has an instance of its own, and the first one has the device's own identity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from world import BUILD, ROOT, Authority, Caramel, Daemon, Nginx, environment, free_port, new_key, signing_request, until
+from world import (
+    BUILD,
+    ROOT,
+    Authority,
+    Caramel,
+    Daemon,
+    Nginx,
+    environment,
+    free_port,
+    new_key,
+    signing_request,
+    until,
+)
 
 UNITS = ROOT / "packaging/systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
@@ -62,7 +74,10 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     for name in ("network-online.target", "timers.target", "sysinit.target", "shutdown.target", "basic.target"):
         (folder / name).write_text("[Unit]\nDescription=stub\n")
     examples = root / "usr/share/doc/caramel-embedded/examples"
-    for unit, example in (("needs.service", "needs-certificate"), ("caramel-embedded@alone.service", "instance-own-user")):
+    for unit, example in (
+        ("needs.service", "needs-certificate"),
+        ("caramel-embedded@alone.service", "instance-own-user"),
+    ):
         (folder / f"{unit}.d").mkdir()
         shutil.copy(examples / f"{example}.conf", folder / f"{unit}.d")
     (folder / "needs.service").write_text("[Service]\nExecStart=/usr/bin/caramel-embedded\n")
@@ -84,7 +99,9 @@ def test_a_unit_has_what_it_needs_and_no_more(tmp_path: Path, name: str) -> None
     """systemd-analyze's exposure level: 10 is everything open, 3 is where "OK" ends for most who ask."""
     path = tmp_path / "caramel-embedded@.service"
     if name == "own user":  # settings that come later win, as in a drop-in
-        path.write_text("".join((UNITS / part).read_text() for part in (path.name, "examples/instance-own-user.conf")))
+        path.write_text(
+            "".join((UNITS / part).read_text() for part in (path.name, "examples/instance-own-user.conf"))
+        )
     elif name == "server":
         path.write_text(documented("ini", "ExecStart="))
     else:
@@ -131,11 +148,6 @@ class Machine:
             self.unit(f"{name}.service.d/pace.conf", "[Service]\nEnvironment=RETRY_FIRST=1 RETRY_MAX=1 SPREAD=0\n")
         self.unit("caramel-embedded-boot.timer.d/pace.conf", "[Timer]\nRandomizedDelaySec=0\n")
         (self.etc / "group").write_text(Path("/etc/group").read_text() + "readers:x:64999:\n")
-        self.agent = "".join(f"{line}\n" for line in (
-            "n=0; while :; do",
-            "if [ -e /control/$n.sh ]; then sh /control/$n.sh >/control/$n.out 2>&1; : >/control/$n.done; n=$((n + 1)); fi",
-            "sleep 0.05; done",
-        ))  # fmt: skip
 
     def unit(self, name: str, text: str) -> None:
         path = self.system / name
@@ -186,7 +198,7 @@ class Machine:
             "agent.service",
             "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=/bin/sh /control/agent\n",
         )
-        (self.control / "agent").write_text(self.agent)
+        (self.control / "agent").write_text(AGENT)
         self.wants("agent.service", "sysinit.target")
         name = f"caramel-{os.getpid()}-{next(Machine.number)}"
         groups = [
@@ -238,6 +250,18 @@ def gone(folder: Path) -> bool:
             os.rmdir(path)
     return not folder.exists()
 
+
+#: Runs the scripts that appear in /control, one after the other.
+AGENT = """n=0
+while :; do
+    if [ -e /control/$n.sh ]; then
+        sh /control/$n.sh >/control/$n.out 2>&1
+        : >/control/$n.done
+        n=$((n + 1))
+    fi
+    sleep 0.05
+done
+"""
 
 OWN = "systemd-device"
 
@@ -334,7 +358,8 @@ def test_whatever_the_hook_does_the_unit_that_needs_the_certificate_starts(
 def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, caramel: Caramel) -> None:
     """The waiting unit looks into another file, where no certificate will ever be."""
     machine.unit(
-        "caramel-embedded@own.service.d/file.conf", "[Service]\nEnvironment=CARAMEL_KEY_FILE=%S/caramel/own/other.pem\n"
+        "caramel-embedded@own.service.d/file.conf",
+        "[Service]\nEnvironment=CARAMEL_KEY_FILE=%S/caramel/own/other.pem\n",
     )
     machine.conf("CARAMEL_CONFIG=/dev/null\n", "own")
     machine.needing("needs-own.service", "own")
@@ -417,10 +442,8 @@ def test_the_documented_server_works_confined(tmp_path: Path, server_program: Pa
     machine.unit("caramel.service", documented("ini", "ExecStart="))
     port = str(free_port())
     setup = documented("sh", "caramel_initialize_db")
-    script = (
-        f"set -eu\nmkdir -p /etc/caramel\ncat >/etc/caramel/caramel.ini <<'END'\n{documented('ini', 'egg:caramel')}END\n"
-        f"{setup}\n".replace("6543", port)
-    )
+    settings = documented("ini", "egg:caramel").replace("6543", port)
+    script = f"set -eu\nmkdir -p /etc/caramel\ncat >/etc/caramel/caramel.ini <<'END'\n{settings}END\n{setup}\n"
     client_id, url = "server-test", f"http://127.0.0.1:{port}"
     with machine.booted():
         (machine.control / "setup").write_text(script)
