@@ -144,6 +144,11 @@ class Identity:
         return self.issued.modified if self.issued else None
 
     @property
+    def for_servers_only(self) -> bool:
+        """Whether the certificate is for servers and not for clients, as public CAs make them."""
+        return self.issued is not None and self.issued.servers_only
+
+    @property
     def request_hash(self) -> str:
         """Under what the server keeps the request: SHA-256 over its PEM bytes, 64 lower-case hex digits."""
         return hashlib.sha256(self.request).hexdigest()

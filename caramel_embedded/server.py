@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import urllib3
 from urllib3 import exceptions
@@ -33,6 +33,7 @@ MAXIMUM_WAIT = 86400  # seconds; a Retry-After of a broken server must not keep 
 NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX_get_error(3)
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
+_T = TypeVar("_T")
 END_OF_9999 = 253402300799  # the last second that an HTTP date can tell (RFC 9110, 5.6.7)
 
 
@@ -92,29 +93,25 @@ class Server:
         self._shown: Optional[Identity] = None
         self._pool: Any = None
         self._requests = 0  # on the connection that is open
+        self._dates = True  # whether OpenSSL looks at them
 
-    def connect(self, shown: Optional[Identity]) -> None:
-        """Opens a connection, with the identity `shown` as client certificate if the server wants one.
+    def reach(self) -> None:
+        """Makes sure that the server is there, and can be trusted. Raises `Unreachable`, `Untrusted`."""
+        self._open(None)
+        self._believed(lambda: self._pool.connect())
 
-        Where the server drops the connection, opens one without it. Raises `Unreachable`, `Untrusted`.
-        """
-        try:
-            self._open(shown)
-        except _Dropped:
-            if shown is None:
-                raise
-            self.say("the server dropped the connection: once more without client certificate")
-            self._open(None)
-
-    def get(self, request_hash: str, since: Optional[float] = None) -> Response:
+    def get(self, request_hash: str, since: Optional[float], shown: Optional[Identity]) -> Response:
         """Asks for the certificate of the request. `since`: what it has to be newer than, seconds since 1970, UTC.
 
-        Where the server refuses the client certificate, asks once more without one, and without `since`: the other
-        side has shown that it doesn't think much of what we have. Raises `Unreachable`, `Untrusted`, `Refused`.
+        `shown`: the identity to show as client certificate if the server wants one. Where the server refuses it, asks
+        once more without it, and without `since`: the other side has shown that it doesn't think much of what we have.
+        Raises `Unreachable`, `Untrusted`, `Refused`.
         """
         headers = {}
         if since is not None and 0 <= since <= END_OF_9999:
             headers["If-Modified-Since"] = email.utils.formatdate(since, usegmt=True)
+        if self._pool is None:
+            self._open(shown)
         try:
             response = self._ask("GET", request_hash, None, headers)
         except _Dropped:
@@ -167,18 +164,13 @@ class Server:
         return connected
 
     def _open(self, shown: Optional[Identity]) -> None:
+        """Makes ready for a new connection, which the next request opens."""
+        self.close()
         if self._deadline is None:
             # Only now: what went before, the making of a key say, has not waited on the network.
             self._deadline = time.monotonic() + self._timeout
-        try:
-            self._connect(shown, dates=not self.trust.clock_is_behind)
-        except _Early as early:
-            self.say("%s: looking at it without its beginning" % early)
-            self._connect(shown, dates=False)
-
-    def _connect(self, shown: Optional[Identity], dates: bool) -> None:
-        self.close()
-        context = self.trust.context(dates)
+        self._dates = self._dates and not self.trust.clock_is_behind
+        context = self.trust.context(self._dates)
         context.sslsocket_class = _Socket
         self._shown = shown
         if shown is not None:
@@ -193,15 +185,14 @@ class Server:
             *self.address, maxsize=1, timeout=None, retries=False, ssl_context=context, ca_certs=None, server=self
         )
         self._requests = 0
-        self._guarded(self._pool.connect)
 
-    def certify(self, tls: ssl.SSLSocket, dates: bool) -> None:
+    def certify(self, tls: ssl.SSLSocket) -> None:
         """Looks at the dates of the server's certificates where OpenSSL didn't. Raises `Untrusted`, OSError."""
         told = tls.getpeercert()
         assert told, "CERT_REQUIRED"
         self.certificate_end = ssl.cert_time_to_seconds(str(told["notAfter"]))
         self.say("connected to %s:%d, %s" % (*self.address, tls.version()))
-        if dates:
+        if self._dates:
             return
         from . import certificates  # costs as much as all else: only where the clock is behind
 
@@ -220,52 +211,60 @@ class Server:
             raise Untrusted("the certificate of %s:%d %s" % (*self.address, reason)) from None
 
     def _ask(self, method: str, path: str, body: Optional[bytes], headers: dict[str, str]) -> Response:
+        def ask() -> Response:
+            return self._asked_once(method, path, body, headers)
+
         try:
-            response = self._asked_once(method, path, body, headers)
+            response = self._believed(ask)
         except _Dropped as dropped:
             # A server may close a connection that it has answered on at any time (RFC 9112, 9.3.1 and 9.5).
             if self._requests < 2:
                 raise
             self.say("%s: once more on a new connection" % dropped)
             self._open(self._shown)
-            response = self._asked_once(method, path, body, headers)
+            response = self._believed(ask)
         self.say("%s: %s, %d bytes" % (method, response, len(response.body)))
         return response
 
+    def _believed(self, act: Callable[[], _T]) -> _T:
+        """Does something on the connection; once more where OpenSSL refused only what hasn't begun."""
+        try:
+            return self._guarded(act)
+        except _Early as early:
+            self.say("%s: looking at ends only" % early)
+            self._dates = False
+            self._open(self._shown)
+            return self._guarded(act)
+
     def _asked_once(self, method: str, path: str, body: Optional[bytes], headers: dict[str, str]) -> Response:
         self._requests += 1
+        raw = self._pool.urlopen(
+            method,
+            "/" + path,
+            body=body,
+            headers={**self._headers, **headers},
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+            enforce_content_length=True,  # the default only since urllib3 2
+        )
+        content = b""
+        for piece in raw.stream(16384, decode_content=False):
+            content += piece
+            if len(content) > MAXIMUM_BODY:
+                raise Refused("the response is longer than %d bytes" % MAXIMUM_BODY)
+        raw.release_conn()
+        return Response(
+            raw.status,
+            content,
+            seconds(raw.headers.get("Last-Modified")),
+            _retry_after(raw.headers.get("Retry-After"), raw.headers.get("Date")),
+            _problem(raw.headers.get("Content-Type"), content),
+            "If-Modified-Since" in headers,
+        )
 
-        def ask() -> Response:
-            raw = self._pool.urlopen(
-                method,
-                "/" + path,
-                body=body,
-                headers={**self._headers, **headers},
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-                enforce_content_length=True,  # the default only since urllib3 2
-            )
-            content = b""
-            for piece in raw.stream(16384, decode_content=False):
-                content += piece
-                if len(content) > MAXIMUM_BODY:
-                    raise Refused("the response is longer than %d bytes" % MAXIMUM_BODY)
-            raw.release_conn()
-            return Response(
-                raw.status,
-                content,
-                seconds(raw.headers.get("Last-Modified")),
-                _retry_after(raw.headers.get("Retry-After"), raw.headers.get("Date")),
-                _problem(raw.headers.get("Content-Type"), content),
-                "If-Modified-Since" in headers,
-            )
-
-        response: Response = self._guarded(ask)
-        return response
-
-    def _guarded(self, act: Callable[[], Any]) -> Any:
+    def _guarded(self, act: Callable[[], _T]) -> _T:
         """Does something on the connection, and says in our own terms what went wrong."""
         name = "%s:%d" % self.address
         try:
@@ -349,9 +348,8 @@ class _Connection(urllib3.connection.HTTPSConnection):
         tls = self.sock
         assert isinstance(tls, _Socket)
         tls.server = self._server
-        assert self.ssl_context is not None
         try:
-            self._server.certify(tls, dates=not self.ssl_context.verify_flags & 0x200000)
+            self._server.certify(tls)
         except BaseException:
             self.close()
             raise

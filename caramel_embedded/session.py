@@ -215,7 +215,7 @@ class Check:
         if self._trust.clock_is_behind:
             self._say("the clock is behind a time that has certainly passed: not looking at what isn't valid yet")
         try:
-            return self._converse(self._connect())
+            return self._converse(self._begin())
         except CaramelError as error:
             if self._retry_after is not None:
                 error.retry_after = self._retry_after
@@ -224,29 +224,30 @@ class Check:
         finally:
             self._server.close()
 
-    def _connect(self) -> Identity:
-        """Opens the connection; the identity to ask for."""
+    def _begin(self) -> Identity:
+        """The identity to ask for, stored."""
         identity = self._found.identity
-        if identity is None and not self._stored:
-            identity = self._new()
-        elif identity is not None and not self._notes:
+        if identity is None:
+            if self._stored:
+                # A wrong CA in the configuration must not cost the device a good identity.
+                self._server.reach()
+            return self._new()
+        if not self._notes:
             self._keep(identity)  # the same in another form, or with its line
-        shown = identity if usable(identity, self._trust) else None
-        self._server.connect(None if shown and shown.issued and shown.issued.servers_only else shown)
-        # Only now: a wrong CA in the configuration must not cost the device a good identity.
-        return identity or self._new()
+        return identity
 
     def _converse(self, identity: Identity) -> Outcome:
         state, action = State.ASKED, Action.GET
         since = self._since(identity)
+        shown = identity if usable(identity, self._trust) and not identity.for_servers_only else None
         while action not in enrollment.FINAL:
             issued: Optional[Issued] = None
             if action is Action.START_OVER:
                 identity = self._new()
             if action is Action.GET:
-                response = self._server.get(identity.request_hash, since)
+                response = self._server.get(identity.request_hash, since, shown)
                 event, issued = self._event(response, identity)
-                since = None
+                since = shown = None
             else:
                 self._keep(identity)  # a request that was made again is stored before it is sent
                 response = self._server.post(identity.request_hash, identity.request)

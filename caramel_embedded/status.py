@@ -139,7 +139,7 @@ def _next(found: Stored, status: Optional[os.stat_result], settings: Settings) -
     if found.identity is None:
         steps.append("start over with a new key" if found.data else "make a key and a request, and send the request")
     elif usable(found.identity, found.trust):
-        only = found.identity.issued and found.identity.issued.servers_only
+        only = found.identity.for_servers_only
         steps.append("ask for a newer certificate" if only else "show the certificate, and ask for a newer one")
     elif certificate_in(found.data):
         steps.append("ask for a certificate, and drop the one in the file")
