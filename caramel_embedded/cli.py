@@ -6,30 +6,25 @@ costs time is imported where it is used.
 
 from __future__ import annotations
 
-import json
 import os
 import select
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
-from . import __version__, hardware, signals, system_log
+from . import __version__, signals
 from .errors import (
     EXIT_CERTIFIED,
     EXIT_FAILED,
     EXIT_LOCKED,
     EXIT_PENDING,
-    CaramelError,
     Locked,
     UsageError,
 )
-from .identity import Identity, certificate_in, remembered
 from .keyfile import KeyFile
 from .settings import Settings
 
 if TYPE_CHECKING:
     import argparse
-
-    from .session import Outcome, Stored
 
 NAME = "caramel-embedded"
 
@@ -143,6 +138,8 @@ class Log:
             self._write(priority, text)
         if not self.json:
             return None
+        import json
+
         told = {"status": status, "client_id": self.client_id, "retry_after": None, "not_after": None, "new": False}
         return json.dumps({**told, **values, "message": text}) + "\n"
 
@@ -150,8 +147,11 @@ class Log:
         text = "".join(c if c.isprintable() else "?" for c in text)
         if self.client_id:
             text = "%s: %s" % (self.client_id, text)
-        if self.syslog and system_log.send(getattr(system_log, priority), NAME, text):
-            return
+        if self.syslog:
+            from . import system_log
+
+            if system_log.send(getattr(system_log, priority), NAME, text):
+                return
         write(2, "%s: %s\n" % (NAME, text))
 
 
@@ -194,7 +194,12 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log, loc
         raise Asked(text, code)
     told: Optional[str]
     try:
-        outcome, notes = run(settings, log)
+        log.client_id = settings.client_id
+        file = KeyFile.open(settings.key_file)
+        from . import device  # TLS, HTTP and all else: not for a run that finds the key file locked
+
+        signals.catch()
+        outcome, notes = device.check(file, settings, log)
     except Locked as reason:
         code, told = locked, log.result(EXIT_LOCKED, str(reason))
     else:
@@ -210,115 +215,3 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log, loc
     if told:
         raise Asked(told, code)
     return code
-
-
-def run(settings: Settings, log: Log) -> tuple[Outcome, list[str]]:
-    """One check on the key file; its outcome, and what else its administrator has to know. Raises `CaramelError`."""
-    log.client_id = settings.client_id
-    try:
-        outcome, notes = _check(settings, log)
-    except Locked:
-        raise
-    except CaramelError as error:
-        _call_hook(settings, log, str(error))  # it can be owed for the certificate that is in place
-        raise
-    _call_hook(settings, log, str(outcome))
-    return outcome, notes
-
-
-def judge(settings: Settings, data: bytes, modified: Optional[float], log: Log) -> Stored:
-    """What the key file holds, judged for the client ID of this device, which the hardware tells if nobody does."""
-    from .session import Stored, require_entropy
-    from .trust import Trust
-
-    require_entropy()  # before anything is loaded that would wait for it
-    trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
-    fingerprints: tuple[str, ...] = ()
-    if settings.client_id is None:
-        present = hardware.Hardware(settings.interfaces)
-        settings.client_id, source = _client_id(present, data, settings.domain)
-        log.client_id = settings.client_id
-        log.source = source
-        log.step("client ID from the " + source)
-        fingerprints = present.fingerprints
-    return Stored(data, settings.client_id, trust, fingerprints, modified)
-
-
-def _client_id(present: hardware.Hardware, data: bytes, domain: Optional[str]) -> tuple[str, str]:
-    """The client ID, and where it is from: the key file, while the hardware is that of which it remembers an ID."""
-    fields = remembered(data)
-    stored = fields.get("id")
-    if data and not stored:
-        from . import certificates  # a file without the line of text, by an earlier version or another client
-
-        stored = certificates.client_id_in(data)
-    if stored and present.holds(stored, fields.get("hw", "").split(","), domain):
-        return stored, "key file, which was made on this hardware"
-    return present.client_id(domain)
-
-
-def _check(settings: Settings, log: Log) -> tuple[Outcome, list[str]]:
-    """The check of the library, with the key file, locked, to keep the bytes in."""
-    file = KeyFile.open(settings.key_file)
-    try:
-        signals.catch()
-        if settings.server is None:
-            raise UsageError("no server: name one with --server or CARAMEL_CA")
-        found = judge(settings, file.read() if file else b"", file.modified if file else None, log)
-        place = (settings.owner, settings.group, settings.mode)
-        if file is None:
-            # Only now: whatever is wrong with the settings shows before anything is made.
-            file = KeyFile.create(settings.key_file, *place)
-            if file.read():
-                raise Locked("another process has just made " + file.path)
-        file.clean()
-        if found.identity is not None and file.settle(found.data, *place):
-            log.step("owner, group and mode of %s set" % file.path)
-        from .session import Check
-
-        store = _store_in(file, found, settings, log)
-        outcome = Check(settings.server, found, store, settings.timeout, log.step).run()
-        misplaced = file.misplaced(*place)
-        return outcome, [misplaced] if misplaced else []
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _store_in(file: KeyFile, found: Stored, settings: Settings, log: Log) -> Callable[[Identity], None]:
-    """What keeps an identity in the key file."""
-
-    def store(identity: Identity) -> None:
-        if bytes(identity) == found.data and identity.modified is not None:
-            file.touch(identity.modified)
-            return
-        # Not for the same certificate, where only its form or the request had to be made again.
-        certificate = identity.certificate
-        if settings.hook and certificate is not None and certificate != certificate_in(found.data):
-            from . import hook
-
-            hook.owe(file.path, certificate)
-        try:
-            file.replace(bytes(identity), identity.modified, settings.owner, settings.group, settings.mode)
-        except CaramelError as error:
-            before = found.identity
-            if before is None or (before.request, before.issued) != (identity.request, identity.issued):
-                raise
-            log.step("%s: it keeps the form that it has" % error)  # and is judged at each check
-        else:
-            log.step("stored in %s" % file.path)
-
-    return store
-
-
-def _call_hook(settings: Settings, log: Log, so_far: str) -> None:
-    """Calls the hook if it is owed. Raises `CaramelError`, which says `so_far` too: a run has one line for all."""
-    if settings.hook and settings.client_id:
-        from . import hook
-
-        try:
-            called = hook.settle(settings.key_file, settings.hook, settings.client_id, settings.timeout)
-        except CaramelError as error:
-            error.args = ("%s; %s" % (so_far, error),)
-            raise
-        log.step("the hook was called" if called else "the hook is not owed")

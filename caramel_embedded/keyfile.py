@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 from typing import Optional
@@ -168,6 +167,8 @@ class Folder:
         """The name of a file that belongs to the key file: hidden, and as long as a name can be (255 bytes)."""
         name = self.name
         if len(os.fsencode(name)) > 240:
+            import hashlib  # rare enough
+
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
         return ".%s.%s" % (name, suffix)
 

@@ -10,7 +10,7 @@ import stat
 import time
 from typing import Any, Optional
 
-from . import __version__, certificates, cli, hook
+from . import __version__, certificates, cli, device, hook
 from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING, StorageError
 from .identity import certificate_in, utc
 from .keyfile import Folder, read
@@ -37,7 +37,7 @@ def collect(settings: Settings) -> dict[str, Any]:
     source = settings.source("CARAMEL_CN")
     data, status = _read(settings.key_file)
     log = cli.Log()
-    found = cli.judge(settings, data, status and int(status.st_mtime), log)
+    found = device.judge(settings, data, status and int(status.st_mtime), log)
     if source is None:
         source = "the " + log.source
     identity, trust = found.identity, found.trust
