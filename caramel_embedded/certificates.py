@@ -190,8 +190,8 @@ def _signable_key(data: bytes, elliptic: bool) -> PrivateKey:
     if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
         if elliptic:
             return key
-        raise Foreign("the private key is on an elliptic curve, and the key type is RSA")
-    raise Foreign("the private key is neither RSA nor P-256: it can't be signed")
+        raise Foreign("the private key is not an RSA key, and the key type is RSA")
+    raise Foreign("the private key is not an RSA key, nor one on the curve P-256")
 
 
 def _kept_request(pem: Optional[bytes], key: PrivateKey, client_id: str, anchors: Anchors) -> Optional[bytes]:

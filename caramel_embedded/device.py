@@ -6,15 +6,18 @@ Loaded when the key file is locked: a run that finds it locked by somebody else 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from . import cli, hardware, hook
 from .errors import CaramelError, Locked, UsageError
 from .identity import Identity, certificate_in, remembered
 from .keyfile import KeyFile
-from .session import Check, Outcome, Stored, require_entropy
 from .settings import Settings
+from .stored import Stored, require_entropy
 from .trust import Trust
+
+if TYPE_CHECKING:
+    from .session import Outcome
 
 
 def check(file: Optional[KeyFile], settings: Settings, log: cli.Log) -> tuple[Outcome, list[str]]:
@@ -45,10 +48,17 @@ def _check(file: Optional[KeyFile], settings: Settings, log: cli.Log) -> tuple[O
             if file.read():
                 raise Locked("another process has just made " + file.path)
         file.clean()
-        if found.identity is not None and file.settle(found.data, *place):
+        # Only what was judged: the path may lead to somebody else's file.
+        if found.identity is not None and not file.is_others and file.misplaced(*place):
+            file.settle(*place)
             log.step("owner, group and mode of %s set" % file.path)
         store = _store_in(file, found, settings, log)
+        from .session import Check  # HTTP: not for --status, which judges the file with what stands here
+
         outcome = Check(settings.server, found, store, settings.timeout, log.step).run()
+        if file.is_others and file.misplaced(*place):
+            # Another inode: its former owner may have the old one open for writing.
+            file.replace(bytes(outcome.identity), outcome.identity.modified, *place)
         misplaced = file.misplaced(*place)
         return outcome, [misplaced] if misplaced else []
     finally:

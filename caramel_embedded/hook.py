@@ -41,7 +41,7 @@ def owe(key_file: str, certificate: bytes) -> None:
         finally:
             lock.drop()
     except OSError as error:
-        raise StorageError("can't note beside %s that the hook is owed: %s" % (key_file, error.strerror)) from None
+        raise _problem("write", folder, error) from None
     finally:
         folder.close()
 
@@ -57,8 +57,10 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
         return False
     note = folder.beside("hook")
     lock: Optional[FileLock] = None
+    doing = "read"
     try:
         lock = FileLock(folder.open(note))
+        doing = "settle"
         if not lock.take():
             return False  # another run is at it; perhaps the hook itself has started this one
         data = _content(folder)
@@ -68,16 +70,21 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
             return False
         _run(command, _environment(folder.path, data, client_id), limit)
         if folder.leads_to(note, lock.fd):
-            folder.discard(note)
+            os.unlink(note, dir_fd=folder.fd)
         return True
     except FileNotFoundError:
         return False  # nothing is owed
     except OSError as error:
-        raise StorageError("can't settle the hook's note beside %s: %s" % (key_file, error.strerror)) from None
+        raise _problem(doing, folder, error) from None
     finally:
         if lock is not None:
             lock.drop()
         folder.close()
+
+
+def _problem(doing: str, folder: Folder, error: OSError) -> StorageError:
+    note = os.path.join(os.path.dirname(folder.path), folder.beside("hook"))
+    return StorageError("can't %s %s: %s" % (doing, note, error.strerror))
 
 
 def is_owed(key_file: str) -> bool:

@@ -324,26 +324,21 @@ class KeyFile:
         self._locks.append(lock)
         self._folder.sync(self._fd)
 
-    def settle(self, data: bytes, owner: int, group: int, mode: int) -> bool:
-        """Gives the file, which holds `data`, this owner, group and mode; whether there was something to do.
+    @property
+    def is_others(self) -> bool:
+        """Whether the file belongs to neither root nor the caller: its owner may have it open for writing."""
+        return os.fstat(self._fd).st_uid not in (0, os.geteuid())
 
-        In its place where it is root's or the caller's. Another's file is replaced: who has it open for writing must
-        not have the next owner's file open. Raises `StorageError`.
-        """
-        status = os.fstat(self._fd)
-        if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (owner, group, mode):
-            return False
-        if status.st_uid not in (0, os.geteuid()):
-            self.replace(data, self.modified, owner, group, mode)
-            return True
+    def settle(self, owner: int, group: int, mode: int) -> None:
+        """Gives the file this owner, group and mode in its place. Raises `StorageError`."""
+        has = stat.S_IMODE(os.fstat(self._fd).st_mode)
         try:
             # Never more than one of the two allows: first what both do, then the owner, then the rest.
-            if stat.S_IMODE(status.st_mode) & ~mode:
-                os.fchmod(self._fd, status.st_mode & mode)
+            if has & ~mode:
+                os.fchmod(self._fd, has & mode)
             _hand_over(self._fd, owner, group, mode)
         except OSError as error:
             raise _problem("can't set owner, group and mode of", self.path, error) from None
-        return self.misplaced(owner, group, mode) is None
 
     def misplaced(self, owner: int, group: int, mode: int) -> Optional[str]:
         """What the file system keeps in the place of this owner, group and mode; None where it is right."""

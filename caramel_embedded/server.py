@@ -104,7 +104,7 @@ class Server:
         """Asks for the certificate of the request. `since`: what it has to be newer than, seconds since 1970, UTC.
 
         `shown`: the identity to show as client certificate if the server wants one. Where the server refuses it, asks
-        once more without it, and without `since`: the other side has shown that it doesn't think much of what we have.
+        once more without it, and without `since`: the other side doesn't seem to think much of what we have.
         Raises `Unreachable`, `Untrusted`, `Refused`.
         """
         headers = {}

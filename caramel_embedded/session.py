@@ -7,16 +7,16 @@ global state. The command is a thin skin over it (``cli``), and so is every appl
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Any, Optional, Union
 
 from . import enrollment, settings
 from .enrollment import Action, Event, State
-from .errors import CaramelError, NotReady, Refused, UsageError
-from .identity import Identity, Issued, only_certificates, utc
+from .errors import CaramelError, Refused, UsageError
+from .identity import Identity, Issued, utc
 from .server import Response, Server
+from .stored import Stored, usable
 from .trust import Trust, pem_certificates
 
 
@@ -125,68 +125,6 @@ def check(
     return Check(address, found, store, timeout, say).run()
 
 
-class Stored:
-    """What was found where the identity is kept, judged.
-
-    Attributes: data; client_id; trust; hardware; identity: None where there is none that can be kept; notes: for a
-    person, each reason why something can't be kept.
-    """
-
-    def __init__(
-        self,
-        data: bytes,
-        client_id: str,
-        trust: Trust,
-        hardware: tuple[str, ...] = (),
-        modified: Optional[float] = None,
-    ) -> None:
-        """`hardware`: what a new identity is to remember, see `Hardware.fingerprints`. `modified`: the certificate's
-        time, seconds since 1970, UTC; None: its notBefore. Raises `UsageError`, `NotReady`."""
-        require_entropy()  # OpenSSL would wait for it
-        self.data = data
-        self.client_id = client_id
-        self.trust = trust
-        self.hardware = hardware
-        self.notes: list[str] = []
-        self.identity = Identity.sealed(data, trust.digest, modified)
-        if self.identity is None:
-            self.identity = self._examined(modified)
-        elif self.identity.client_id != client_id:
-            other = self.identity.client_id
-            self.notes.append(
-                "the request in the file is for another client ID, %r: starting over with a new key" % other
-            )
-            self.identity = None
-        issued = self.identity and self.identity.issued
-        if issued:
-            trust.learn(issued.not_before)
-            if not usable(self.identity, trust):
-                self.notes.append("the stored certificate ended at " + utc(issued.not_after))
-
-    def _examined(self, modified: Optional[float]) -> Optional[Identity]:
-        from . import certificates  # costs as much as all else: only where something is new
-
-        anchors = certificates.anchors(self.trust)  # a bad one shows before anything is made
-        if not self.data:
-            return None
-        if self.data in (self.trust.ca_cert, self.trust.identity_ca) or only_certificates(self.data):
-            raise UsageError("what is stored is somebody's certificates, and no identity: left as it is")
-        try:
-            identity, wrong = certificates.examine(
-                self.data, self.client_id, anchors, self.trust, self.hardware, modified
-            )
-        except certificates.Foreign as reason:
-            self.notes.append("%s: starting over with a new key" % reason)
-            return None
-        self.notes += wrong
-        return identity
-
-
-def usable(identity: Optional[Identity], trust: Trust) -> bool:
-    """Whether the identity has a certificate that hasn't ended by the best known time."""
-    return identity is not None and identity.issued is not None and identity.issued.not_after >= trust.now()
-
-
 class Check:
     """Carries out what ``enrollment`` decides."""
 
@@ -225,16 +163,13 @@ class Check:
             self._server.close()
 
     def _begin(self) -> Identity:
-        """The identity to ask for, stored."""
-        identity = self._found.identity
-        if identity is None:
-            if self._stored:
-                # A wrong CA in the configuration must not cost the device a good identity.
-                self._server.reach()
-            return self._new()
-        if not self._notes:
-            self._keep(identity)  # the same in another form, or with its line
-        return identity
+        """The identity to ask for."""
+        if self._found.identity is not None:
+            return self._found.identity
+        if self._stored:
+            # A wrong CA in the configuration must not cost the device a good identity.
+            self._server.reach()
+        return self._new()
 
     def _converse(self, identity: Identity) -> Outcome:
         state, action = State.ASKED, Action.GET
@@ -351,18 +286,6 @@ def _event_of_post(response: Response) -> Event:
     if response.status == 202:
         return Event.ACCEPTED
     return Event.DECLINED if response.status == 400 and response.from_caramel else Event.UNEXPECTED
-
-
-def require_entropy() -> None:
-    """Raises `NotReady` where the kernel's random numbers aren't ready yet, see getrandom(2). Never waits.
-
-    Keys made before that have been found to share primes across the world (Heninger and others, "Mining Your Ps
-    and Qs", 2012).
-    """
-    try:
-        os.getrandom(1, os.GRND_NONBLOCK)
-    except BlockingIOError:
-        raise NotReady("the kernel has no entropy yet: nothing was done") from None
 
 
 def _require(right: bool, what: str) -> None:

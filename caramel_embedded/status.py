@@ -14,8 +14,8 @@ from . import __version__, certificates, cli, device, hook
 from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING, StorageError
 from .identity import certificate_in, utc
 from .keyfile import Folder, read
-from .session import Stored, usable
 from .settings import Settings
+from .stored import Stored, usable
 
 
 def report(settings: Settings, as_json: bool) -> tuple[str, int]:
