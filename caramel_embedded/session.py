@@ -184,7 +184,8 @@ class Check:
                 event, issued = self._event(response, identity)
                 since = shown = None
             else:
-                self._keep(identity)  # a request that was made again is stored before it is sent
+                if self._notes:
+                    self._keep(identity)  # a request that was made again is stored before it is sent
                 response = self._server.post(identity.request_hash, identity.request)
                 event = _event_of_post(response)
             self._retry_after = response.retry_after
