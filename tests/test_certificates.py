@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-import words
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from world import CLIENT_AUTH, SERVER_AUTH, Authority, Device, Run, Scripted, hours, now
+from world import CLIENT_AUTH, SERVER_AUTH, Authority, Device, Run, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 HOST = "fffbeec0ffee.devices.example.com"
@@ -51,10 +50,10 @@ def device(tmp_path: Path, authority: Authority) -> Device:
 
 
 def answered(device: Device, pem: Path, body: bytes, *options: str, **fields: Any) -> Run:
-    with Scripted(pem, [words.certificate(body)], client_ca=device.ca) as server:
+    with Scripted(pem, [answers.certificate(body)], client_ca=device.ca) as server:
         device.server = server.address
         run = device.run(*options, **fields)
-    device.asked = server.asked  # type: ignore[attr-defined]
+    device.asked = server.requests  # type: ignore[attr-defined]
     return run
 
 
@@ -202,10 +201,10 @@ def test_a_new_request_of_a_host_name_has_it_as_alternative_name(
 ) -> None:
     for client_id, expected in ((HOST, [HOST]), (ID, None)):
         device = Device(tmp_path / client_id, None, authority.certificate_file, client_id)
-        with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+        with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
             device.server = server.address
             assert device.run().status == 69
-        request = x509.load_pem_x509_csr(server.asked[1].body)
+        request = x509.load_pem_x509_csr(server.requests[1].body)
         try:
             alternative = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             assert alternative.get_values_for_type(x509.DNSName) == expected
@@ -249,10 +248,10 @@ def test_the_ca_of_the_device_is_not_believed_for_the_server(
 ) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     option = ("--identity-ca", str(public_ca.certificate_file))
-    with Scripted(public_ca.server(file="false.pem"), [words.UNKNOWN]) as server:
+    with Scripted(public_ca.server(file="false.pem"), [answers.UNKNOWN]) as server:
         device.server = server.address
         run = device.run(*option)
-    assert (run.status, server.asked) == (127, []), run.err
+    assert (run.status, server.requests) == (127, []), run.err
 
 
 def test_a_certificate_by_the_ca_of_the_device(
@@ -260,7 +259,7 @@ def test_a_certificate_by_the_ca_of_the_device(
 ) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     option = ("--identity-ca", str(public_ca.certificate_file))
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run(*option).status == 69
     subject = x509.load_pem_x509_csr(device.request).subject
@@ -285,7 +284,7 @@ def test_a_new_key_is_of_the_type_that_was_asked_for(
 ) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     option = ("--key-type", key_type)
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run(*option).status == 69
     key: Any = serialization.load_pem_private_key(device.block("PRIVATE KEY") or b"", None)
@@ -300,15 +299,15 @@ def test_a_new_key_is_of_the_type_that_was_asked_for(
 
 def test_an_ec_key_is_not_kept_where_the_key_type_says_rsa(tmp_path: Path, pem: Path, authority: Authority) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run("--key-type", "ec-p256").status == 69
     before = device.request
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         run = device.run()
     assert (run.status, "not an RSA key" in run.err, device.request == before) == (69, True, False)
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         device.server = server.address
         kept = device.request
         run = device.run("--key-type", "ec-p256")
@@ -320,7 +319,7 @@ def test_an_ec_key_is_not_kept_where_the_key_type_says_rsa(tmp_path: Path, pem: 
 
 def test_the_first_line_of_a_whole_life(tmp_path: Path, pem: Path, authority: Authority) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69
     assert list(line(device)) == ["id", "seal"] and line(device)["id"] == ID

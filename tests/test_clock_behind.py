@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import words
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from world import Authority, Device, Scripted, hours, now
+from world import Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -55,7 +54,7 @@ def test_a_certificate_that_has_not_begun_by_our_clock_is_taken(
 ) -> None:
     leaf = authority.sign(device.request, not_before=now() + hours(ahead / 3600), not_after=now() + hours(48))
     for _ in range(2):
-        with Scripted(pem, [words.certificate(leaf)]) as server:
+        with Scripted(pem, [answers.certificate(leaf)]) as server:
             device.server = server.address
             run = device.run()
         assert run.status == 0, run.err
@@ -70,7 +69,7 @@ def test_a_saved_clock_that_is_behind_costs_nothing(
     device.ca = old.certificate_file
     device.has(old.identity(ID, certified=False))
     leaf = old.sign(device.request, not_before=now() - hours(1))
-    with Scripted(old.server(not_before=now() - hours(1)), [words.certificate(leaf)]) as server:
+    with Scripted(old.server(not_before=now() - hours(1)), [answers.certificate(leaf)]) as server:
         device.server = server.address
         run = device.run(before=at(now() - hours(24 * days)))
     assert (run.status, device.certificate is not None) == (0, True), run.err
@@ -83,7 +82,7 @@ def test_a_clock_that_is_behind_makes_nothing_good_that_has_ended(
     device.ca = old.certificate_file
     device.has(old.identity(ID, certified=False))
     pem = old.server(not_before=now() - hours(24 * 35), not_after=now() - hours(24 * 33))
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         device.server = server.address
         behind = device.run(before=at(now() - hours(24 * 34)))
         assert behind.status == 69, "by that clock it is good"
@@ -124,7 +123,7 @@ def test_an_intermediate_of_the_server_is_looked_at_too(tmp_path: Path, ended: b
     device = Device(tmp_path / "device", None, root.certificate_file, ID, command=UNBAKED)
     # The certificate in the file tells the time: today's.
     device.has(root.identity(ID, not_before=now() - hours(2)))
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         device.server = server.address
         run = device.run(before=clock(FIRST_BOOT))
     assert run.status == (127 if ended else 69), run.err
@@ -134,7 +133,7 @@ def test_a_server_whose_clock_was_ahead_strands_nobody(device: Device, pem: Path
     """It signed for a time at which its own certificate will have ended: as a floor, that would lock us out."""
     before = device.snapshot()
     leaf = authority.sign(device.request, not_before=now() + hours(24 * 30), not_after=now() + hours(24 * 32))
-    with Scripted(pem, [words.certificate(leaf)]) as server:
+    with Scripted(pem, [answers.certificate(leaf)]) as server:
         device.server = server.address
         run = device.run(before=clock(FIRST_BOOT))
         assert (run.status, "clock is ahead" in run.err) == (127, True), run.err
@@ -144,9 +143,9 @@ def test_a_server_whose_clock_was_ahead_strands_nobody(device: Device, pem: Path
 
 def test_in_1970_a_device_lives(device: Device, pem: Path, authority: Authority) -> None:
     leaf = authority.sign(device.request, not_before=now() - hours(1))
-    for answers in ([words.PENDING], [words.certificate(leaf)], [words.certificate(leaf)]):
-        with Scripted(pem, answers, client_ca=authority.certificate_file) as server:
+    for says in ([answers.PENDING], [answers.certificate(leaf)], [answers.certificate(leaf)]):
+        with Scripted(pem, says, client_ca=authority.certificate_file) as server:
             device.server = server.address
             run = device.run(before=clock(FIRST_BOOT))
         assert run.status in (0, 69) and run.err.count("\n") == 1, run.err
-    assert server.asked[0].client_certificate is not None
+    assert server.requests[0].client_certificate is not None
