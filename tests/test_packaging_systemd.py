@@ -305,6 +305,7 @@ def test_a_unit_that_needs_the_certificate_waits_and_nobody_else(machine: Machin
     until("the server has the request", lambda: caramel.requests(OWN), PATIENCE)
     machine.becomes("multi-user.target")
     assert machine.state_of("everyone.service") == "active"
+    assert machine.inside("systemctl", "is-system-running") == "starting"
     assert machine.state_of("needs.service") == "inactive"
     assert machine.state_of("caramel-embedded-certificate.service") == "activating"
     assert machine.inside("systemctl", "list-units", "--failed", "--no-legend", "caramel*", "needs*") == ""
@@ -489,7 +490,8 @@ def test_with_a_stored_certificate_nobody_waits_for_the_network(tmp_path: Path, 
     key_file = machine.state / "caramel/identity.pem"
     key_file.write_bytes(authority.identity(client_id))
     key_file.chmod(0o600)
-    machine.conf(f"CARAMEL_CN={client_id}\n")
+    # A drop-in for all units of ours, systemd.unit(5).
+    machine.unit("caramel-.service.d/settings.conf", f"[Service]\nEnvironment=CARAMEL_CN={client_id}\n")
     machine.needing("needs.service")
     machine.wants("needs.service")
     machine.wants("caramel-embedded-boot.timer", "timers.target")
