@@ -452,7 +452,8 @@ def busybox_with_crond() -> Optional[str]:
     for program in (shutil.which("busybox"), str(BUILD / "busybox-static/bin/busybox")):
         if program and Path(program).exists():
             applets = subprocess.run([program, "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout
-            static = b"statically linked" in subprocess.run(["file", "-L", program], stdout=subprocess.PIPE).stdout
+            # ldd(1) fails on what needs nothing beside it.
+            static = subprocess.run(["ldd", program], capture_output=True).returncode != 0
             if static and {"crond", "init", "start-stop-daemon", "pidof"} <= set(applets.split()):
                 return program
     return None
