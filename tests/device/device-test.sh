@@ -10,7 +10,7 @@ build=${BUILD:-build}/device
 suite=bookworm
 mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 # The last one stands there because debootstrap doesn't follow virtual packages.
-packages=busybox-static,libfaketime,python3-cryptography,python3-cffi-backend
+packages=busybox-static,libfaketime,python3-cryptography,python3-cffi-backend,python3-openssl,python3-urllib3,python3-fasteners
 tree=$build/$suite-armhf
 
 fail() {
