@@ -28,7 +28,9 @@ from world.authority import (
     new_key,
     now,
     private_pem,
+    sealed,
     signing_request,
+    unsealed,
 )
 from world.caramel import Caramel, Request
 from world.device import Device, Run, Snapshot
@@ -105,9 +107,11 @@ __all__ = [
     "now",
     "private_pem",
     "reset",
+    "sealed",
     "signing_request",
     "silence",
     "strays",
+    "unsealed",
     "until",
     "wheel",
 ]
