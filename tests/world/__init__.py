@@ -16,6 +16,7 @@ from world.answers import Answer, HttpRequest, answer
 from world.authority import (
     ATTRIBUTES,
     CLIENT_AUTH,
+    CODE_SIGNING,
     SERVER_AUTH,
     SUBJECT,
     Authority,
@@ -67,6 +68,7 @@ __all__ = [
     "BUILD",
     "CARAMEL",
     "CLIENT_AUTH",
+    "CODE_SIGNING",
     "COMMAND",
     "PATIENCE",
     "PLAIN",
