@@ -341,19 +341,21 @@ def _names(certificate: x509.Certificate) -> list[str]:
 
 
 def _uses(certificate: x509.Certificate) -> tuple[bool, bool]:
-    """Whether a certificate is for TLS clients, and whether for servers (RFC 5280, 4.2.1.3 and 4.2.1.12)."""
+    """Whether a certificate is for TLS clients, and whether for servers (RFC 5280, 4.2.1.3 and 4.2.1.12).
+
+    As OpenSSL sees it, which doesn't take anyExtendedKeyUsage for either.
+    """
     try:
         extended = set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
     except x509.ExtensionNotFound:
-        extended = {ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+        extended = {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH}
     try:
         usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
         signs, encrypts = usage.digital_signature or usage.key_agreement, usage.key_encipherment
     except x509.ExtensionNotFound:
         signs = encrypts = True
-    anything = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in extended
-    clients = signs and (anything or ExtendedKeyUsageOID.CLIENT_AUTH in extended)
-    return clients, (signs or encrypts) and (anything or ExtendedKeyUsageOID.SERVER_AUTH in extended)
+    clients = signs and ExtendedKeyUsageOID.CLIENT_AUTH in extended
+    return clients, (signs or encrypts) and ExtendedKeyUsageOID.SERVER_AUTH in extended
 
 
 def _begin(certificate: x509.Certificate) -> float:

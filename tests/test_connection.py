@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import words
 import world
-from world import Authority, Caramel, Device, Nginx, Scripted, answer, hours, now
+from world import Authority, Caramel, Device, Nginx, Scripted, answer, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -47,23 +46,23 @@ def test_a_server_that_closes_between_get_and_post(
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_request_that_is_not_the_first_on_its_connection_is_made_again(new: Device, pem: Path, at: int) -> None:
     """RFC 9112, 9.3.1: a server may close a connection at any time after an answer; the next request finds out."""
-    script: list[world.Says] = [words.UNKNOWN, words.PENDING, words.PENDING]
+    script: list[world.Answer] = [answers.UNKNOWN, answers.PENDING, answers.PENDING]
     script.insert(at, None)
     with Scripted(pem, script) as server:
         new.server = server.address
         run = new.run()
     assert (run.status, server.connections) == (69, 2), run.err
-    assert [asked.method for asked in server.asked] == {
+    assert [asked.method for asked in server.requests] == {
         1: ["GET", "POST", "POST", "GET"],
         2: ["GET", "POST", "GET", "GET"],
     }[at]
 
 
 def test_a_server_that_closes_every_time_is_not_asked_for_ever(new: Device, pem: Path) -> None:
-    with Scripted(pem, [words.UNKNOWN, None, None, None]) as server:
+    with Scripted(pem, [answers.UNKNOWN, None, None, None]) as server:
         new.server = server.address
         assert new.run().status == 127
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
 def test_making_a_key_costs_none_of_the_time_limit(new: Device, pem: Path, authority: Authority) -> None:
@@ -81,7 +80,7 @@ def test_making_a_key_costs_none_of_the_time_limit(new: Device, pem: Path, autho
         "main(sys.argv[1:])\n"
     )
     new.command = [str(Path(world.COMMAND).parent / "python"), "-I", "-c", code]
-    with Scripted(pem, [words.REJECTED, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.REJECTED, answers.PENDING, answers.PENDING]) as server:
         new.server = server.address
         run = new.run("--timeout", "2")
     assert (run.status, run.seconds > 3) == (69, True), run.err
@@ -93,7 +92,7 @@ def test_early_hints_are_passed_over(new: Device, pem: Path, authority: Authorit
     new.has(authority.identity(ID, certified=False))
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n" * count
     certificate = authority.sign(new.request, not_before=now() - hours(1))
-    with Scripted(pem, [early + words.certificate(certificate)]) as server:
+    with Scripted(pem, [early + answers.certificate(certificate)]) as server:
         new.server = server.address
         run = new.run()
     assert (run.status, new.certificate is not None) == (0, True), run.err
@@ -213,15 +212,15 @@ def test_a_system_without_files_in_memory_does_without_client_certificate(
     before: tuple[str, ...] = ("strace", "-qq", "-f", "-o", "/dev/null", "-e", "inject=memfd_create:error=ENOSYS")
     if lacks == "/proc":
         before = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
-    with Scripted(pem, [words.PENDING], client_ca=authority.certificate_file) as server:
+    with Scripted(pem, [answers.PENDING], client_ca=authority.certificate_file) as server:
         new.server = server.address
         run = new.run("-v", before=before)
     assert (run.status, run.err.count("can't be shown")) == (69, 1), run.err
-    assert server.asked[0].client_certificate is None
+    assert server.requests[0].client_certificate is None
 
 
 def test_a_first_boot_without_proc(new: Device, pem: Path) -> None:
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         new.server = server.address
         run = new.run(before=("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"))
     assert run.status == 69, run.err
@@ -233,7 +232,7 @@ def test_a_first_boot_without_proc(new: Device, pem: Path) -> None:
 def test_a_date_at_the_end_of_time(new: Device, pem: Path, authority: Authority, header: str) -> None:
     new.has(authority.identity(ID, certified=False))
     certificate = authority.sign(new.request, not_before=now() - hours(1))
-    with Scripted(pem, [words.certificate(certificate, header)]) as server:
+    with Scripted(pem, [answers.certificate(certificate, header)]) as server:
         new.server = server.address
         assert new.run().status == 0
         run = new.run()
@@ -250,8 +249,8 @@ def far_away(new: Device, pem: Path, authority: Authority, folder: Path) -> None
     new.has(authority.identity(ID))
     os.utime(new.key_file, (300_000_000_000, 300_000_000_000))
     assert new.key_file.stat().st_mtime == 300_000_000_000
-    with Scripted(pem, [words.certificate(new.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(new.block("CERTIFICATE") or b"")]) as server:
         new.server = server.address
         run = new.run()
     assert run.status == 0, run.err
-    assert server.asked[0].if_modified_since == ""
+    assert server.requests[0].if_modified_since == ""

@@ -11,9 +11,8 @@ import pwd
 from pathlib import Path
 
 import pytest
-import words
 import world
-from world import Authority, Device, Scripted, Snapshot, hours, now
+from world import Authority, Device, Scripted, Snapshot, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -39,8 +38,8 @@ def owned(tmp_path: Path, authority: Authority) -> Device:
     return device
 
 
-def checked(device: Device, pem: Path, *answers: world.Says) -> world.Run:
-    with Scripted(pem, answers or (words.UNKNOWN, words.PENDING, words.PENDING)) as server:
+def checked(device: Device, pem: Path, *says: world.Answer) -> world.Run:
+    with Scripted(pem, says or (answers.UNKNOWN, answers.PENDING, answers.PENDING)) as server:
         device.server = server.address
         return device.run("--owner", "nobody", "--mode", "0600")
 
@@ -53,7 +52,7 @@ def test_it_does_its_job_there(owned: Device, pem: Path) -> None:
     assert checked(owned, pem).status == 69
     status = owned.key_file.stat()
     assert (status.st_uid, status.st_mode & 0o777) == (pwd.getpwnam("nobody").pw_uid, 0o600)
-    assert checked(owned, pem, words.PENDING).status == 69
+    assert checked(owned, pem, answers.PENDING).status == 69
 
 
 @pytest.mark.parametrize("content", ["a text of root's", "", "x" * 5_000_000, "identity"])
@@ -104,7 +103,7 @@ def test_a_hard_link_to_roots_file_is_left_alone(
     if name != "identity.pem":
         assert checked(owned, pem).status == 69
     os.link(target, owned.key_file.parent / name)
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         owned.server = server.address
         run = owned.run("--owner", "nobody", "--hook", "true")
     assert (run.status, "is a hard link that somebody else" in run.err) == (127, True)
@@ -138,7 +137,7 @@ def test_a_file_whose_owner_may_still_write_to_it_gets_another_inode(
 ) -> None:
     owned.has(authority.identity(ID))
     as_nobody(owned.key_file)
-    with open(owned.key_file, "r+b") as kept_open, Scripted(pem, [words.PENDING]) as server:
+    with open(owned.key_file, "r+b") as kept_open, Scripted(pem, [answers.PENDING]) as server:
         owned.server = server.address
         assert owned.run("--owner", "root").status == 69
         assert os.fstat(kept_open.fileno()).st_ino != owned.key_file.stat().st_ino
@@ -155,7 +154,7 @@ def test_roots_own_link_in_roots_own_folder_is_followed(owned: Device, pem: Path
     link.symlink_to(tmp_path / "var" / "identity.pem")
     (tmp_path / "var").mkdir()
     owned.key_file = link
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         owned.server = server.address
         assert owned.run().status == 69
     assert link.is_symlink() and (tmp_path / "var" / "identity.pem").exists()
@@ -201,11 +200,11 @@ def test_a_name_may_be_as_long_as_the_file_system_has_them(
 ) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.key_file = device.folder / name
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run("--hook", "true").status == 69
     certificate = authority.sign(device.request, not_before=now() - hours(1))
-    with Scripted(pem, [words.certificate(certificate)]) as server:
+    with Scripted(pem, [answers.certificate(certificate)]) as server:
         device.server = server.address
         run = device.run("--hook", "true")
     assert run.status == 0, run.err
@@ -218,7 +217,7 @@ def test_folders_are_made_for_everybody_to_pass_whatever_the_umask(
 ) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.key_file = device.folder / "a" / "b" / "identity.pem"
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         run = device.run(before=("sh", "-c", f'umask {umask}; exec "$@"', "sh"))
     assert run.status == 69, run.err

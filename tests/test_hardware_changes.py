@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-import words
-from world import Authority, Device, Run, Says, Scripted
+from world import Answer, Authority, Device, Run, Scripted, answers
 
 ETH0, ETH1, WLAN0 = "0050c2a1b2c3", "0050c2d4e5f6", "0050c2778899"
 
@@ -38,7 +37,7 @@ class Machine:
         self.serial: Optional[str] = None
         self.readable = True
 
-    def run(self, *answers: Says, options: Sequence[str] = ()) -> Run:
+    def run(self, *says: Answer, options: Sequence[str] = ()) -> Run:
         shutil.rmtree(self.sys, ignore_errors=True)
         self.sys.mkdir()
         for name, address in self.addresses.items():
@@ -54,19 +53,19 @@ class Machine:
             (folder / "product_serial").chmod(0o444 if self.readable else 0)
         # Root without the right to read what its mode forbids: what any other user is.
         script = f'mount --rbind "{self.sys}" /sys && exec setpriv --bounding-set -dac_override,-dac_read_search "$@"'
-        with Scripted(self.pem, answers or [words.PENDING]) as server:
+        with Scripted(self.pem, says or [answers.PENDING]) as server:
             self.device.server = server.address
             return self.device.run(*options, before=("unshare", "-m", "sh", "-c", script, "sh"))
 
     def enroll(self, options: Sequence[str] = ()) -> None:
-        run = self.run(words.UNKNOWN, words.PENDING, words.PENDING, options=options)
+        run = self.run(answers.UNKNOWN, answers.PENDING, answers.PENDING, options=options)
         assert run.status == 69, run.err
 
     @property
     def line(self) -> dict[str, str]:
-        words_ = self.device.key_file.read_text().splitlines()[0].split()
-        assert words_[:2] == ["#", "caramel-embedded/1"]
-        return dict(word.split("=", 1) for word in words_[2:])
+        fields = self.device.key_file.read_text().splitlines()[0].split()
+        assert fields[:2] == ["#", "caramel-embedded/1"]
+        return dict(word.split("=", 1) for word in fields[2:])
 
     def keeps(self, client_id: str, options: Sequence[str] = ()) -> None:
         before = self.device.request
@@ -129,7 +128,7 @@ def test_a_machine_that_has_none_of_them_is_another_one(machine: Machine) -> Non
     machine.enroll()
     before = machine.device.request
     machine.addresses = {"lan0": WLAN0}
-    run = machine.run(words.UNKNOWN, words.PENDING, words.PENDING)
+    run = machine.run(answers.UNKNOWN, answers.PENDING, answers.PENDING)
     assert (run.status, "starting over" in run.err, machine.line["id"]) == (69, True, WLAN0)
     assert machine.device.request != before
 
