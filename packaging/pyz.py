@@ -34,17 +34,20 @@ PACKAGE = "caramel_embedded"
 LIBRARIES = ("urllib3", "fasteners")
 LEFT_OUT = ("urllib3/contrib/", "urllib3/http2/connection.py", "fasteners/pywin32/")
 
-#: The starter is the archive's head: execve(2) starts a shell, which hands the file to Python. Python would start a zip
-#: archive by itself, but with a crash's status, and through runpy, which takes longer than the shell does. Behind the
-#: shell's last line come the compiled modules, and behind these the zip archive: zip files are read from their end.
+#: The starter is the archive's head: execve(2) starts a shell, which hands the file to Python. Python would start a
+#: zip archive by itself, but with a crash's status, and through runpy, which takes longer than the shell does. Behind
+#: the shell's last line come the compiled modules, and behind these the zip archive, which is read from its end.
 STARTER = ROOT / "packaging" / "starter" / "caramel-embedded"
 WHERE = re.compile(r"^# --- where .*?^# --- end of where\n", re.MULTILINE | re.DOTALL)
 
-#: Instead of the starter's own part on where Python and the program are.
-FIND = r"""# caramel-embedded(8) @VERSION@ in one file: a shell script, compiled modules, and a zip archive of their sources.
+#: Instead of the starter's own part on where Python and the program are. -S: what most runs need is in the standard
+#: library and in here, so the device's own packages are looked for when the first of them is wanted, which saves the
+#: others 2 ms of processor time.
+FIND = r"""# caramel-embedded(8) @VERSION@ in one file: this shell script, compiled modules, a zip archive of sources.
 case $0 in */*) file=$0 ;; *) file=$(command -v -- "$0") || file=$0 ;; esac
+set -- "$file" "$@"
 python=@PYTHON@
-find='
+more=-S find='
     file = sys.argv.pop(1)
     if sys.implementation.cache_tag == "@TAG@":
         from marshal import loads
@@ -53,15 +56,23 @@ find='
             members = loads(opened.read(@SIZE@))
         exec(loads(members.pop("finder")))
     else:
+        import site
+        site.main()
         sys.path.insert(0, file)'
-set -- "$file" "$@"
 """
 
 #: Finds the compiled modules; compiled itself, because compiling it at each start would take as long as all it saves.
 #: (zipimport reads the directory of the archive with Python code, and unpacks each module twice.)
 FINDER = """
 class Compiled:
+    device = ("OpenSSL", "cryptography")
+
     def find_spec(self, name, path=None, target=None):
+        if name in self.device:
+            self.device = ()
+            import site
+
+            site.main()  # as Python itself would have done it without -S
         for member, package in ((name, False), (name + ".__init__", True)):
             if member in members:
                 spec = type(sys.__spec__)(name, self, is_package=package)
@@ -203,9 +214,8 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="pyz.py", description="Make the program one executable file.")
     options.add_argument("--output", type=Path, default=ROOT / "build" / "caramel-embedded.pyz")
     options.add_argument("--python", default="/usr/bin/python3", help="where Python is on the device")
-    options.add_argument(
-        "--packages", type=Path, required=True, help="folder with " + " and ".join(LIBRARIES) + ", as pip --target makes it"
-    )
+    where = "folder with urllib3 and fasteners, as pip install --target makes it"
+    options.add_argument("--packages", type=Path, required=True, help=where)
     options.add_argument("--server", help="the Caramel server, HOST or HOST:PORT")
     options.add_argument("--ca-cert", help="PEM file with the CA's certificate")
     options.add_argument("--conf", type=Path, help="file with more settings; $CARAMEL_BAKE unless given")
