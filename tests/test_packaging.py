@@ -437,12 +437,18 @@ ALWAYS = [
     "usr/share/doc/caramel-embedded/examples/caramel-embedded.conf",
     "usr/share/man/man8/caramel-embedded.8",
 ]
-LIBEXEC = ["usr/libexec/caramel-embedded/keep-enrolled", "usr/libexec/caramel-embedded/until-enrolled"]
+LIBEXEC = [f"usr/libexec/caramel-embedded/{name}" for name in ("keep-enrolled", "until-certified", "until-enrolled")]
 UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "packaging/systemd").glob("*.*"))
 FILES = {
     "none": ALWAYS,
     "sysv": [*ALWAYS, *LIBEXEC, "etc/init.d/S95caramel-embedded"],
-    "systemd": [*ALWAYS, *LIBEXEC, *UNITS, "usr/share/doc/caramel-embedded/examples/needs-certificate.conf"],
+    "systemd": [
+        *ALWAYS,
+        *LIBEXEC,
+        *UNITS,
+        "usr/share/doc/caramel-embedded/examples/instance-own-user.conf",
+        "usr/share/doc/caramel-embedded/examples/needs-certificate.conf",
+    ],
 }
 PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *LIBEXEC}
 
@@ -471,7 +477,13 @@ def test_another_prefix_is_in_all_that_refers_to_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     installed = [path for path in tmp_path.rglob("*") if path.is_file() and "usr/lib/p" not in str(path)]
     texts = {path.name: path.read_text() for path in installed if path.suffix not in (".8", ".conf")}
-    for name in ("caramel-embedded.service", "S95caramel-embedded", "keep-enrolled", "until-enrolled"):
+    for name in (
+        "caramel-embedded.service",
+        "S95caramel-embedded",
+        "keep-enrolled",
+        "until-certified",
+        "until-enrolled",
+    ):
         assert "/opt/caramel/" in texts[name]
         assert "/usr/libexec/" not in texts[name]
         assert "/usr/bin/caramel-embedded" not in texts[name]
