@@ -1,22 +1,21 @@
-"""Two machines for a recipe of docs/recipes.md: a device and a server, each with an identity that the program fetched.
+"""Two machines for a recipe of docs/recipes.md: a device and a server, each with an identity that it fetched itself.
 
-The configuration of their programs comes from the page, word for word but for paths, host names, port numbers and (for
-tests that root doesn't run) users. What is no page's business is here: where a machine's files are, and what stands in
-for systemd. The stand-in knows `restart` and `reload-or-restart`, and whether and how a service can be reloaded it takes from
-Debian's unit file, or from a drop-in that the page shows. A service isn't running until a hook has asked for it.
+The configuration of their programs comes from the page, word for word but for paths, host names, port numbers and,
+where it isn't root who runs the test, users. Here is what is no page's business: where a machine's files are, and
+what stands in for systemd. That knows `restart` and `reload-or-restart`; whether and how a service can be reloaded it
+takes from Debian's unit file, or from a drop-in that the page shows. No service runs until a hook has asked for it.
 """
 
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Optional, Union
@@ -50,7 +49,7 @@ class Section:
         self.text = found[1]
 
     def files(self, side: str) -> dict[str, str]:
-        """Path to content, of the files that "device" or "server" has: a line such as `# server: /etc/...` is before each."""
+        """Path to content, of the files of "device" or "server"; before each is a line such as `# server: /etc/x`."""
         content: dict[str, str] = {}
         for block in re.findall(r"^```\w+\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL):
             pieces = re.split(r"^(?:#|;|//) (device|server|both): (/\S+)\n", block, flags=re.MULTILINE)
@@ -67,9 +66,11 @@ class Section:
 
     def command(self, first: str) -> str:
         """The shell command in the text that begins with these words."""
+        consoles = "".join(re.findall(r"^```console\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL))
         prose = re.sub(r"^```.*?^```$", "", self.text, flags=re.MULTILINE | re.DOTALL)
-        (found,) = {code for code in re.findall(r"`([^`]+)`", prose) if code.startswith(first)}
-        return found
+        known = re.findall(r"^\w+\$ (.*?)\n(?! )", f"{consoles}\n", re.MULTILINE | re.DOTALL)
+        (found,) = {str(code) for code in (*known, *re.findall(r"`([^`]+)`", prose)) if code.startswith(first)}
+        return re.sub(r"\\?\n +", " ", found)
 
 
 SYSTEMCTL = r"""
@@ -150,9 +151,19 @@ class Machine:
         `more`: the signal that stops it (`stop`, else TERM), and variables of its environment.
         """
         template = re.sub(r"@.*", "@", unit)
-        known = (Path(f"/lib/systemd/system/{template}.service"), *self.folder.glob(f"etc/systemd/system/{template}.*"))
-        words = "".join(file.read_text() for path in known for file in ([path] if path.is_file() else path.glob("*.conf")) if file.exists())
-        reload = re.findall(r"^ExecReload=.*?(?:kill -(\w+) \$MAINPID|-s reload|pg_ctlcluster .*reload)", words, re.MULTILINE)
+        known = (
+            Path(f"/lib/systemd/system/{template}.service"),
+            *self.folder.glob(f"etc/systemd/system/{template}.*"),
+        )
+        words = "".join(
+            file.read_text()
+            for path in known
+            for file in ([path] if path.is_file() else path.glob("*.conf"))
+            if file.exists()
+        )
+        reload = re.findall(
+            r"^ExecReload=.*?(?:kill -(\w+) \$MAINPID|-s reload|pg_ctlcluster .*reload)", words, re.MULTILINE
+        )
         (self.folder / "units" / f"{unit}.unit").write_text("".join(name or "HUP" for name in reload))
         line = ["setpriv", "--pdeathsig", "KILL"]
         if user and os.getuid() == 0:
@@ -174,11 +185,11 @@ class Machine:
         # By another process: a script that this one has open for writing can't be executed by a fork of it.
         subprocess.run(["install", "/dev/stdin", str(self.folder / "bin" / name)], input=text.encode(), check=True)
 
-    def sh(self, command: str, *, check: bool = True, **environment: str) -> str:
+    def sh(self, command: str, *, check: bool = True, env: Optional[Mapping[str, str]] = None) -> str:
         """Runs a shell command of the page's and returns what it printed, on both outputs."""
         done = subprocess.run(
             ["sh", "-c", self.here(command)],
-            env={**self.environment, **environment},
+            env={**self.environment, **(env or {})},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -233,6 +244,10 @@ class Machine:
         assert done.status == 0 and "new certificate" in done.err, done.err
         assert self._device.certificate != before
 
+    def request_hash(self) -> str:
+        """By which Caramel knows the request."""
+        return self._device.request_hash()
+
     @property
     def certificate(self) -> bytes:
         """The certificate in the key file, DER."""
@@ -276,7 +291,7 @@ class Place:
         return str(path)
 
     def say(self, words: Mapping[str, object], *, server: Optional[Mapping[str, object]] = None) -> None:
-        """What the page's words are here, on both machines or otherwise on the server; then writes the page's files."""
+        """What the page's words are here, on both machines or else on the server; then writes the page's files."""
         for machine in (self.device, self.server):
             machine.words = {key: str(word) for key, word in words.items()}
         self.server.words.update({key: str(word) for key, word in (server or {}).items()})
@@ -313,7 +328,9 @@ class Place:
 
     def until_shown(self, port: int, *options: str) -> None:
         """Waits until the server shows the certificate that is in its key file now."""
-        world.until("it shows its certificate", lambda: self.shown(port, *options) == self.server.certificate, pause=0.2)
+        world.until(
+            "it shows its certificate", lambda: self.shown(port, *options) == self.server.certificate, pause=0.2
+        )
 
     def stop(self) -> None:
         self.device.stop()
