@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-import world
-from world import Authority, Caramel, Nginx
-
-sys.path.append(str(world.ROOT))
-
 from torture import clocks, report
 from torture.town import Town
+from world import Authority, Caramel, Nginx
 
 
 @pytest.fixture(scope="module")

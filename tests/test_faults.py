@@ -7,14 +7,10 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-import world
-from world import Authority, Caramel, Device, Nginx
-
-sys.path.append(str(world.ROOT))
-
 from torture import machine, power, report
 from torture.report import Case
 from torture.town import Town, whole
+from world import Authority, Caramel, Device, Nginx
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import world
-from world import Authority, Caramel, Nginx
-
-sys.path.append(str(world.ROOT))
-
 from torture import crowd, report
 from torture.town import Town
+from world import Authority, Caramel, Nginx
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,12 @@ import world
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
+from torture import storm
+from torture.town import whole
 
 from caramel_embedded import hardware, identity, settings, trust
 from caramel_embedded.errors import UsageError
 from caramel_embedded.identity import Foreign
-
-sys.path.append(str(world.ROOT))
-
-from torture import storm
-from torture.town import whole
 
 ID = "fe00feedc0de"
 #: Bounded in count, and the same every time: a test that fails by chance helps nobody.
@@ -275,7 +272,8 @@ def test_no_sequence_of_answers_kills_and_clocks_loses_a_key(folder: Path, acts:
 @pytest.mark.parametrize("target", ["key-file", "answer"])
 def test_the_fuzzer_finds_nothing_in_a_few_seconds(tmp_path: Path, target: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-I", str(world.ROOT / "torture" / "fuzz.py"), target, "4", str(tmp_path)],
+        [sys.executable, "-Es", "-m", "torture.fuzz", target, "4", str(tmp_path)],
+        cwd=world.ROOT / "tests",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import world
-from world import Authority, Caramel, Nginx
-
-sys.path.append(str(world.ROOT))
-
 from torture import disk, power, report
 from torture.town import Town
+from world import Authority, Caramel, Nginx
 
 SCENES = (
     "first enrollment", "first certificate", "renewal", "renewal with a hook", "rejection", "clean-up of a bad file",

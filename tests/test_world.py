@@ -199,7 +199,7 @@ def test_a_server_dies_with_who_started_it(tmp_path: Path) -> None:
         "d.start(); print(d.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(world.__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(world.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.PIPE)
     pid = int(done.stdout)
     world.until("it is gone", lambda: pid not in [number for number, _ in world.strays()] and not _alive(pid))

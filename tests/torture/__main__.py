@@ -14,13 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
-sys.path.append(str(ROOT))
+from world import ROOT
 
-from torture import clocks, crowd, disk, machine, network, power, report, storm  # noqa: E402
-from torture.report import Case, Row, tried  # noqa: E402
-from torture.town import Town  # noqa: E402
+from torture import clocks, crowd, disk, machine, network, power, report, storm
+from torture.report import Case, Row, tried
+from torture.town import Town
 
 PAGE = ROOT / "docs" / "torture.md"
 
@@ -29,7 +27,8 @@ def fuzzed(target: str, seconds: int, folder: Path) -> Row:
     """One fuzzer, for so many seconds."""
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-I", str(ROOT / "torture" / "fuzz.py"), target, str(seconds), str(folder)],
+        [sys.executable, "-Es", "-m", "torture.fuzz", target, str(seconds), str(folder)],
+        cwd=ROOT / "tests",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the two parsers that strangers reach: the key file's and the answer's.
 
-    python torture/fuzz.py key-file|answer SECONDS FOLDER
+    cd tests && python -m torture.fuzz key-file|answer SECONDS FOLDER
 
 libFuzzer (through atheris) changes inputs so that they reach new lines; where atheris can't be had for this Python,
 the same oracles get random changes of the same seeds. Ends with status 0 and a line with the number of inputs where
@@ -15,10 +15,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
-sys.path.append(str(ROOT))
 
 try:
     import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
