@@ -4,6 +4,7 @@
 set -eu
 root=$1
 
+mkdir -p "$root/etc"
 for folder in bin sbin lib lib64; do
     mkdir -p "$root/usr/$folder"
     [ -e "$root/$folder" ] || ln -s "usr/$folder" "$root/$folder"
@@ -18,7 +19,7 @@ done | sort -u | while read -r path; do
     case $path in
         # What Debian says of the licences goes along.
         /usr/share/doc/*/copyright) ;;
-        /usr/share/* | /etc/* | /usr/lib/*/gconv/* | /usr/lib/*/engines-3/* | /usr/lib/*/ossl-modules/*) continue ;;
+        /usr/bin/py3* | /usr/share/* | /etc/* | /usr/lib/*/gconv/* | /usr/lib/*/engines-3/*) continue ;;
         */pydoc_data/* | */unittest/* | */idlelib/* | */turtle.py | */config-3.11-*/* | */test/* | */tests/*) continue ;;
         */asyncio/* | */curses/* | */dbm/* | */sqlite3/* | */wsgiref/* | */xmlrpc/* | */multiprocessing/*) continue ;;
     esac
