@@ -143,7 +143,7 @@ class Machine:
 
 
 class Story:
-    """Says each step and how it went, and how long it took."""
+    """Answer each step and how it went, and how long it took."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()

@@ -42,7 +42,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     import world
 
     from caramel_embedded import identity, trust
-    from torture.town import whole
+    from torture.fleet import key_file_parts
 
     folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
     authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
@@ -50,7 +50,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     subjects = trusted.subjects
     key = world.new_key()
     certified = authority.identity(CLIENT_ID, key=key)
-    parts = whole(certified)
+    parts = key_file_parts(certified)
     assert parts is not None and parts.certificate is not None
     seeds = [
         certified,
@@ -99,7 +99,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     from caramel_embedded import identity
     from caramel_embedded.errors import Refused, Unreachable
     from caramel_embedded.server import MAXIMUM_BODY
-    from torture.storm import parsed
+    from torture.simulation import parsed
 
     folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
     authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
