@@ -248,7 +248,7 @@ def test_an_api(start: Start) -> None:
         assert device.sh(curl) == f"hello {ID}\n"
 
 
-class Application(world._Living):
+class Application(world.Service):
     """An application behind a TLS front: greets the device that the front names."""
 
     def __init__(self, port: int) -> None:

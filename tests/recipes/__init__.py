@@ -337,7 +337,7 @@ class Place:
         self.server.stop()
 
 
-class Tap(world._Living):
+class Tap(world.Service):
     """Passes on what comes to a port, as it is, and remembers it: up to TLS 1.2 certificates go in the clear."""
 
     def __init__(self, target: int) -> None:
