@@ -107,3 +107,5 @@ deb: ## the Debian package, into build/: [CARAMEL_BAKE=/path/to/firmware.conf]
 
 device-test: $(BUILD)/tests/installed $(BUILD)/caramel/installed ## a Debian armhf tree under qemu that boots the init script and enrolls (root, some minutes)
 	@BUILD="$(BUILD)" PYTHON="$(PYTHON)" "$(ROOT)tests/device/device-test.sh"
+
+-include $(PACKAGING)container/container.mk
