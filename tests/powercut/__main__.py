@@ -8,12 +8,19 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from powercut import machine, replaces, stores, verdict, volatile  # noqa: E402
+from powercut import lives, machine, replaces, stores, verdict, volatile  # noqa: E402
+
+
+LOADS = {
+    "replaces": "The key file, replaced over and over",
+    "lives": "The whole program, against a Caramel server",
+}
 
 
 def main() -> int:
@@ -21,24 +28,37 @@ def main() -> int:
     options.add_argument("--cuts", type=int, default=100, help="for each file system")
     options.add_argument("--only", action="append", metavar="NAME", choices=list(stores.STORES), help="file systems")
     options.add_argument("--short", action="store_true", help=f"20 cuts on {' and '.join(stores.SHORT)}")
-    options.add_argument("--program", type=Path, default=ROOT, help="a source tree of the program; this one by default")
+    options.add_argument(
+        "--program", type=Path, default=ROOT, help="a source tree of the program; this one by default"
+    )
     options.add_argument("--seed", type=int, default=None, help="of the chances, which is printed")
+    options.add_argument("--load", choices=list(LOADS), help="only one of the loads")
     chosen = options.parse_args()
+    loads = [chosen.load] if chosen.load else ["replaces"] if chosen.short else list(LOADS)
     names = chosen.only or (stores.SHORT if chosen.short else list(stores.STORES))
     cuts = 20 if chosen.short else chosen.cuts
     seed = chosen.seed if chosen.seed is not None else int.from_bytes(os.urandom(4), "big")
     build = ROOT / os.environ.get("BUILD", "build") / "powercut"
-    rows = []
+    tables: dict[str, list[verdict.Row]] = {}
     print(f"{cuts} cuts on each of: {', '.join(names)}; seed {seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="powercut-") as folder:
+    with tempfile.TemporaryDirectory(prefix="powercut-") as folder, ExitStack() as stack:
         place = Path(folder)
         guest = prepared(build, chosen.program, place)
-        for name in names:
-            row = replaces.campaign(guest, place, stores.STORES[name], cuts, random.Random(f"{seed} {name}"))
-            rows.append(row)
-            tell(row)
-    print(f"\n{verdict.table(rows)}")
-    return 1 if any(row.failed for row in rows) else 0
+        town = stack.enter_context(lives.town(place / "town")) if "lives" in loads else None
+        for load in loads:
+            tables[load] = []
+            for name in names:
+                chance = random.Random(f"{seed} {load} {name}")
+                store = stores.STORES[name]
+                if town is not None and load == "lives":
+                    row = lives.campaign(guest, place, store, cuts, chance, town)
+                else:
+                    row = replaces.campaign(guest, place, store, cuts, chance)
+                tables[load].append(row)
+                tell(load, row)
+    for load, rows in tables.items():
+        print(f"\n{LOADS[load]}:\n\n{verdict.table(rows)}")
+    return 1 if any(row.failed for rows in tables.values() for row in rows) else 0
 
 
 def prepared(build: Path, program: Path, folder: Path) -> Path:
@@ -54,10 +74,10 @@ def prepared(build: Path, program: Path, folder: Path) -> Path:
     return guest
 
 
-def tell(row: verdict.Row) -> None:
+def tell(load: str, row: verdict.Row) -> None:
     """Says how a file system went, as soon as it is known."""
     words = ", ".join(f"{count} {word}" for word, count in row.found.most_common())
-    print(f"{row.store.name}: {row.cuts} cuts, {words}; {row.seconds:.0f} s", flush=True)
+    print(f"{load}, {row.store.name}: {row.cuts} cuts, {words}; {row.seconds:.0f} s", flush=True)
     for line in row.lines[:40]:
         print(f"    {line}", file=sys.stderr, flush=True)
 

@@ -64,6 +64,10 @@ depmod -b tree "$version"
 # The program isn't in the image: it comes with the start, so that another version needs no other image.
 ln -s /run/program/caramel_embedded tree/usr/lib/python3/dist-packages/caramel_embedded
 mkdir -p tree/data tree/store
+# The host's loopback interface, as QEMU's user network shows it. There is no route to anything else.
+printf '127.0.0.1 localhost\n10.0.2.2 ca.example\n' >tree/etc/hosts
+echo 'hosts: files' >tree/etc/nsswitch.conf
+printf 'passwd: files\ngroup: files\n' >>tree/etc/nsswitch.conf
 mke2fs -q -t ext4 -O ^has_journal -d tree root.img 400M >mke2fs.log 2>&1
 
 mkdir -p first/bin first/modules first/proc first/sys first/dev first/root

@@ -139,9 +139,26 @@ class Guest:
         return [done.returncode, done.stdout.decode(errors="replace")[-2000:]]
 
 
+#: The hook says for which certificate it was called, once it is done.
+_HOOK = """#!/bin/sh
+set -e
+sum=$(sed -n '/BEGIN CERTIFICATE-/,/END CERTIFICATE-/p' "$CARAMEL_KEY_FILE" | sha256sum)
+echo "{\\"hook\\": \\"${sum%% *}\\"}" >/dev/ttyS0
+"""
+
+_NETWORK = """
+modprobe virtio_net; modprobe virtio_rng
+busybox ip link set lo up; busybox ip link set eth0 up; busybox ip addr add 10.0.2.15/24 dev eth0
+"""
+
+
 def _warm(path: str) -> None:
-    """Everything that the loads need is in memory before the snapshot, so that it isn't read after every restore."""
+    """All that the loads need is there before the snapshot, so that it needn't be read and made after every restore."""
     subprocess.run([sys.executable, "-m", "compileall", "-q", "/run/program"], check=True)
+    subprocess.run(["/bin/sh", "-ec", _NETWORK], check=True)
+    with open("/run/hook", "w") as hook:
+        hook.write(_HOOK)
+    os.chmod("/run/hook", 0o755)
     for number in range(3):
         replaced(path, content(number), 1, 2, 0o640)
     os.unlink(path)

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 #: Bytes of the disk, and of the flash memory. mkfs.btrfs and mkfs.f2fs want this much.
 DISK = 128 << 20
-FLASH = 16 << 20
+FLASH = 8 << 20
 
 #: Seconds that anything may take which isn't a load; generous, because machines are shared.
 PATIENCE = 120.0
@@ -142,23 +142,27 @@ class Machine:
         except OSError:
             raise Failed(f"the machine is off: {self.log[-5:]}") from None
 
-    def event(self, kind: str, seconds: float = PATIENCE) -> Any:
-        """The next event, which has to be of this kind. Raises `Failed`."""
-        try:
-            event = self._events.get(timeout=seconds)
-        except queue.Empty:
-            raise Failed(f"no {kind} in {seconds:g} s: {self.log[-5:]}") from None
-        if event is None:
-            self._events.put(None)
-            raise Failed(f"the machine went off by itself: {self.log[-5:]}")
-        if kind not in event:
-            raise Failed(f"{event} where {kind} was expected; {self.log[-5:]}")
-        return event[kind]
+    def event(self, kind: str, others: Optional[list[dict[str, Any]]] = None, seconds: float = PATIENCE) -> Any:
+        """The next event of this kind; `others` get what comes before. Raises `Failed`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise Failed(f"no {kind} in {seconds:g} s: {self.log[-5:]}") from None
+            if event is None:
+                self._events.put(None)
+                raise Failed(f"the machine went off by itself: {self.log[-5:]}")
+            if kind in event:
+                return event[kind]
+            if others is None or "failed" in event:
+                raise Failed(f"{event} where {kind} was expected; {self.log[-5:]}")
+            others.append(event)
 
-    def done(self, do: str, **arguments: Any) -> Any:
+    def done(self, do: str, others: Optional[list[dict[str, Any]]] = None, **arguments: Any) -> Any:
         """Gives an order and waits for its result. Raises `Failed`."""
         self.order(do, **arguments)
-        return self.event("done")
+        return self.event("done", others)
 
     def shell(self, script: str) -> tuple[int, str]:
         """Runs a script; its exit status and output."""
@@ -234,7 +238,11 @@ def prepared(build: Path, program: Path, disk: Path, flash: Path) -> Path:
         raise Failed("there is no guest")
     sources = sorted((program / "caramel_embedded").glob("*.py"))
     sources += [program / "packaging" / "starter" / "caramel-embedded", HERE / "load.py"]
-    parts = [(guest / "complete").read_bytes(), (HERE / "machine.py").read_bytes(), *(each.read_bytes() for each in sources)]
+    parts = [
+        (guest / "complete").read_bytes(),
+        (HERE / "machine.py").read_bytes(),
+        *(each.read_bytes() for each in sources),
+    ]
     recipe = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     place = build / "program"
     if (place / "complete").exists() and (place / "complete").read_text() == recipe:

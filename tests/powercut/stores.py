@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-_FLASH = "modprobe phram phram=flash,0x100000000,0x1000000,0x10000"
+_FLASH = "modprobe phram phram=flash,0x100000000,0x800000,0x8000"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,14 @@ STORES: dict[str, Store] = {
             check="fsck.vfat -a /dev/vdb",
             **_NO_MODES,
         ),
-        _block("vfat, default options", "vfat", "mkfs.vfat /dev/vdb", check="fsck.vfat -a /dev/vdb", shown=0o755, **_NO_MODES),
+        _block(
+            "vfat, default options",
+            "vfat",
+            "mkfs.vfat /dev/vdb",
+            check="fsck.vfat -a /dev/vdb",
+            shown=0o755,
+            **_NO_MODES,
+        ),
         _block(
             "exfat",
             "exfat",

@@ -1,0 +1,241 @@
+"""The second load: the whole program, against a real Caramel server on the host.
+
+A device enrolls, is signed, renewed and rejected; each of its runs is cut off at a random instant, or soon after its
+end. What a cut leaves must have the key of the request that the server has, and must not be older than what the last
+finished run has said; the next, undisturbed run has to end as if nothing had happened, and a hook that was owed has
+been called by then. In a third of the runs there is a hook.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import world
+from torture.town import Town, whole
+from world import Authority, Caramel, Nginx
+
+from powercut import volatile
+from powercut.machine import Failed
+from powercut.rig import Rig
+from powercut.stores import Store
+from powercut.verdict import BAD, FOLDER, KEY_FILE, WORST_FIRST, File, Row, is_exposed
+
+#: The host's loopback interface has this name in the guest.
+SERVER = "ca.example"
+
+#: Seconds: a run takes about so long at most; after its first write the power goes within; and it is left alone for.
+_RUN, _WRITING, _QUIET = 4.0, 0.4, 1.5
+
+
+@contextmanager
+def town(folder: Path) -> Iterator[Town]:
+    """A real Caramel server behind nginx, which the guest reaches."""
+    with ExitStack() as stack:
+        authority = Authority(folder / "authority")
+        caramel = stack.enter_context(Caramel(folder / "caramel", authority))
+        front = stack.enter_context(Nginx(folder / "nginx", caramel, authority.server((SERVER,))))
+        yield Town.around(folder / "town", authority, caramel, front)
+
+
+@dataclass
+class Life:
+    """One device: what the server's administrator has done for it, and what its runs have said."""
+
+    town: Town
+    client_id: str
+    #: The content of the key file that the last finished run has left.
+    kept: bytes = b""
+    certificate: Optional[bytes] = None
+    #: Certificates for which the hook was called.
+    called: set[str] = field(default_factory=set)
+    signed: int = 0
+
+    @property
+    def requests(self) -> list[str]:
+        return self.town.requests(self.client_id)
+
+    def prepare(self, chance: random.Random) -> str:
+        """The administrator acts; what the next run will be."""
+        requests = self.requests
+        if not requests:
+            return "enrollment"
+        if self.certificate is None:
+            self._sign(requests[-1])
+            return "first certificate"
+        if chance.random() < 0.4:
+            self.town.reject(requests[-1])
+            self.certificate = None
+            return "rejection"
+        self._sign(requests[-1])
+        return "renewal"
+
+    def _sign(self, sha256: str) -> None:
+        # Each one ends later than the one before, because Caramel hands out the one that ends last.
+        self.signed += 1
+        end = world.now() + datetime.timedelta(hours=40 + self.signed)
+        self.certificate = self.town.sign(sha256, not_before=world.now() - datetime.timedelta(hours=1), not_after=end)
+
+
+def digest(certificate: bytes) -> str:
+    return hashlib.sha256(certificate).hexdigest()
+
+
+def verdict(life: Life, store: Store, files: list[File]) -> str:
+    """What one look at the file system has found, as one word."""
+    named = [file for file in files if file.path == KEY_FILE]
+    requests = life.requests
+    if not named or not named[0].data:
+        return "lost" if requests or life.kept else "absent"
+    parts = whole(named[0].data)
+    if parts is None:
+        return "torn"
+    if requests and parts.sha256 not in requests:
+        return "lost"  # the key of the request that the server has is gone
+    kept = whole(life.kept)
+    if kept and kept.certificate and kept.sha256 in requests:
+        # Renewed by the finished run: an older certificate must not come back.
+        allowed = [kept.certificate, *([life.certificate] if life.certificate else [])]
+        if parts.certificate not in allowed:
+            return "lost"
+    if is_exposed(store, files):
+        return "wrong mode"
+    return "old" if named[0].data == life.kept else "new"
+
+
+class Device:
+    """The machine with the program on it, and its life."""
+
+    def __init__(self, rig: Rig, town: Town, number: int) -> None:
+        self.rig, self.town = rig, town
+        self.life = Life(town, f"fe{number:010x}")
+
+    def _order(self, hook: bool) -> dict[str, Any]:
+        store = self.rig.store
+        options = [
+            f"--server={SERVER}:{self.town.front.port}",
+            "--ca-cert=/run/ca.pem",
+            f"--key-file=/data/{KEY_FILE}",
+            f"--client-id={self.life.client_id}",
+            f"--owner={store.owner}",
+            f"--group={store.group}",
+            f"--mode={store.mode:04o}",
+            *(["--hook=/run/hook"] if hook else []),
+        ]
+        return {"options": options, "environment": {}}
+
+    def start(self) -> None:
+        self.rig.start()
+        self.rig.do(f"cat >/run/ca.pem <<'END'\n{self.town.authority.pem.decode()}END")
+
+    def files(self) -> list[File]:
+        return self.rig.files()
+
+    def run(self, hook: bool) -> tuple[int, str]:
+        """An undisturbed run: its exit status and output."""
+        assert self.rig.machine
+        others: list[dict[str, Any]] = []
+        status, output = self.rig.machine.done("check", others, **self._order(hook))
+        self._heard(others)
+        return int(status), str(output)
+
+    def interrupted(self, hook: bool, chance: random.Random) -> tuple[str, int]:
+        """A run whose power goes: what was the case then, and how many sectors are lost."""
+        machine = self.rig.machine
+        assert machine
+        others: list[dict[str, Any]] = []
+        machine.order("check", **self._order(hook))
+        machine.event("loading")
+        kind = chance.choice(("at any time", "while it writes", "while it writes", "while it writes", "at rest"))
+        if kind == "at any time":
+            time.sleep(chance.uniform(0, _RUN))
+        elif kind == "while it writes":
+            self.rig.written(_RUN)
+            time.sleep(chance.choice((0.01, 0.05, _WRITING)) * chance.random())
+        else:
+            machine.event("done", others)
+            self._heard(others)
+            self._finished()
+            time.sleep(chance.uniform(0, _QUIET))
+        survives = chance.choice(volatile.CUTS)
+        said, sectors = self.rig.cut(survives)
+        self._heard(said)
+        return f"{kind}, {survives} of what was unflushed kept", sectors
+
+    def _heard(self, events: list[dict[str, Any]]) -> None:
+        self.life.called.update(event["hook"] for event in events if "hook" in event)
+
+    def _finished(self) -> None:
+        """What a finished run has left is what no cut may take away."""
+        named = [file for file in self.files() if file.path == KEY_FILE]
+        self.life.kept = named[0].data if named else b""
+
+    def recovered(self, hook: bool, owed: bool) -> list[str]:
+        """Runs undisturbed, and says what is otherwise than if nothing had happened."""
+        status, output = self.run(hook)
+        self._finished()
+        life = self.life
+        wrong = []
+        parts = whole(life.kept)
+        wanted = 0 if life.certificate else 69
+        if status != wanted:
+            wrong.append(f"the next run ends with {status}, not {wanted}: {output.strip()[-300:]}")
+        if parts is None or [parts.sha256] != life.requests:
+            wrong.append("the next run doesn't leave the key of the server's one request")
+        elif parts.certificate != life.certificate:
+            wrong.append("the next run doesn't leave the newest certificate")
+        elif owed and parts.certificate and digest(parts.certificate) not in life.called:
+            wrong.append("the hook was never called")
+        litter = [file.path for file in self.files() if file.path.startswith(FOLDER + "/") and file.path != KEY_FILE]
+        if litter:
+            wrong.append(f"litter: {litter}")
+        return wrong
+
+
+def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.Random, town: Town) -> Row:
+    """So many cuts, one after the other; every now and then a device of its own that has nothing yet."""
+    row = Row(store)
+    started = time.monotonic()
+    rig = Rig(guest, folder, store, chance)
+    numbers = iter(range(chance.getrandbits(32) << 8, 1 << 48))
+    try:
+        rig.make()
+        device = Device(rig, town, next(numbers))
+        device.start()
+        rig.looked()
+        while row.cuts < cuts:
+            life = device.life
+            scene = life.prepare(chance)
+            hook = chance.random() < 1 / 3
+            line = f"cut {row.cuts + 1} ({scene}{', hook' if hook else ''}"
+            try:
+                how, sectors = device.interrupted(hook, chance)
+                line += f", {how}, {sectors} sectors lost)"
+                device.start()
+                looks = rig.looked()
+                word = min((verdict(life, store, files) for files in looks), key=WORST_FIRST.index)
+                wrong = device.recovered(hook, owed=hook and scene in ("first certificate", "renewal"))
+                rig.tidy(row.count_beside(looks[-1]))
+                if wrong and word not in BAD:
+                    word = "stuck"
+            except Failed as error:
+                word, wrong = "lost", [str(error)]
+                rig.cut("all")
+                rig.make()
+                device.start()
+                rig.looked()
+            row.count(word, f"{line}: {'; '.join(wrong)}")
+            if word in BAD or chance.random() < 0.2:
+                rig.do(f"rm -rf /data/{FOLDER}; sync -f /data")
+                device = Device(rig, town, next(numbers))
+    finally:
+        rig.close()
+    row.seconds = time.monotonic() - started
+    return row
