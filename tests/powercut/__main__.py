@@ -1,4 +1,4 @@
-"""``make powercut``: real kernels, real file systems, real power cuts. A table; exit status 1 if anything was lost."""
+"""``make powercut``: real kernels, real file systems, real power cuts. Exit status 1 if anything was lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from powercut import lives, machine, replaces, stores, verdict, volatile  # noqa: E402
 
-
 LOADS = {
     "replaces": "The key file, replaced over and over",
     "lives": "The whole program, against a Caramel server",
@@ -28,9 +27,7 @@ def main() -> int:
     options.add_argument("--cuts", type=int, default=100, help="for each file system")
     options.add_argument("--only", action="append", metavar="NAME", choices=list(stores.STORES), help="file systems")
     options.add_argument("--short", action="store_true", help=f"20 cuts on {' and '.join(stores.SHORT)}")
-    options.add_argument(
-        "--program", type=Path, default=ROOT, help="a source tree of the program; this one by default"
-    )
+    options.add_argument("--program", type=Path, default=ROOT, help="a source tree of the program; else this one")
     options.add_argument("--seed", type=int, default=None, help="of the chances, which is printed")
     options.add_argument("--load", choices=list(LOADS), help="only one of the loads")
     chosen = options.parse_args()

@@ -11,7 +11,7 @@ packages=python3,python3-cryptography,python3-cffi-backend,python3-openssl,pytho
 packages=$packages,f2fs-tools,dosfstools,exfatprogs,btrfs-progs,e2fsprogs,mtd-utils,kmod,mount,busybox-static
 # The last lines: what the file systems ask for by name when they are mounted.
 modules="virtio_pci virtio_blk virtio_net virtio_rng ext4
-    vfat exfat f2fs btrfs overlay ubi ubifs jffs2 phram
+    vfat exfat f2fs btrfs overlay ubi ubifs jffs2 flash
     nls_cp437 nls_ascii nls_utf8 nls_iso8859_1
     crc32c_generic crc32c_intel crc32_generic deflate lzo zstd"
 
@@ -21,29 +21,42 @@ fail() {
 }
 
 [ "$(id -u)" = 0 ] || fail "has to run as root"
-for program in mmdebstrap mke2fs cpio depmod dpkg-deb; do
+for program in qemu-system-x86_64 mmdebstrap mke2fs cpio depmod gcc make; do
     command -v "$program" >/dev/null ||
-        fail "$program is missing: apt-get install qemu-system-x86 mmdebstrap e2fsprogs cpio kmod"
+        fail "$program is missing: apt-get install qemu-system-x86 mmdebstrap e2fsprogs cpio kmod gcc make libelf1"
 done
 
 # Made by another version of this script, it is made again.
-recipe=$(cat "$0" "$here/init" | cksum)
+recipe=$(cat "$0" "$here/init" "$here/flash.c" | cksum)
 [ "$(cat "$folder/complete" 2>/dev/null)" != "$recipe" ] || exit 0
 rm -rf "$folder"
 mkdir -p "$folder"
 cd "$folder"
 echo "making the guest (once)"
 
-# A file, and nothing that would become this machine's kernel.
-kernel=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9]\)/\1/p' | head -n 1)
-apt-get download "${kernel:-linux-image-amd64}" >apt.log 2>&1 || fail "no kernel: $(tail -n 1 apt.log)"
-dpkg-deb -x linux-image-*.deb kernel
+# Files, and nothing that would become this machine's kernel.
+depends() {
+    apt-cache depends "$1" | sed -n 's/.*Depends: \(linux-[a-z]*-[0-9][^ ]*\)$/\1/p'
+}
+image=$(depends linux-image-amd64)
+[ -n "$image" ] || fail "apt knows no linux-image-amd64: apt-get update"
+headers=linux-headers-${image#linux-image-}
+# shellcheck disable=SC2046  # words
+apt-get download "$image" "$headers" $(depends "$headers") >apt.log 2>&1 || fail "no kernel: $(tail -n 1 apt.log)"
+for package in *.deb; do dpkg-deb -x "$package" kernel; done
 version=$(ls kernel/lib/modules)
+
+# The headers' Makefile expects them where the package would have put them.
+sed -i "s|/usr/src/|$PWD/kernel/usr/src/|" "kernel/usr/src/$headers/Makefile"
+mkdir flash
+cp "$here/flash.c" flash/
+echo 'obj-m := flash.o' >flash/Makefile
+make -s -C "kernel/usr/src/$headers" "M=$PWD/flash" modules >flash.log 2>&1 || fail "no flash: $(tail -n 3 flash.log)"
+install -D -m 0644 flash/flash.ko "kernel/lib/modules/$version/extra/flash.ko"
 depmod -b kernel "$version"
 
-
 mmdebstrap --quiet --variant=apt --include="$packages" \
-    --dpkgopt="path-exclude=/usr/share/doc/*" --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' "$suite" tree >mmdebstrap.log 2>&1 ||
     fail "no Debian: $(tail -n 3 mmdebstrap.log)"
 rm -rf tree/var/cache/apt/* tree/var/lib/apt/lists/*
@@ -79,5 +92,5 @@ with_needs virtio_pci virtio_blk ext4 crc32c_generic | while read -r path; do
 done
 (cd first && find . | cpio --quiet -o -H newc) >initrd.img
 cp kernel/boot/vmlinuz-* vmlinuz
-rm -rf tree kernel first linux-image-*.deb
+rm -rf tree kernel first flash ./*.deb
 echo "$recipe" >complete

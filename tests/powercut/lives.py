@@ -22,7 +22,6 @@ import world
 from torture.town import Town, whole
 from world import Authority, Caramel, Nginx
 
-from powercut import volatile
 from powercut.machine import Failed
 from powercut.rig import Rig
 from powercut.stores import Store
@@ -146,8 +145,8 @@ class Device:
         self._heard(others)
         return int(status), str(output)
 
-    def interrupted(self, hook: bool, chance: random.Random) -> tuple[str, int]:
-        """A run whose power goes: what was the case then, and how many sectors are lost."""
+    def interrupted(self, hook: bool, chance: random.Random) -> str:
+        """A run whose power goes: what was the case then, and what it cost, for a person."""
         machine = self.rig.machine
         assert machine
         others: list[dict[str, Any]] = []
@@ -164,10 +163,9 @@ class Device:
             self._heard(others)
             self._finished()
             time.sleep(chance.uniform(0, _QUIET))
-        survives = chance.choice(volatile.CUTS)
-        said, sectors = self.rig.cut(survives)
+        said, cost = self.rig.cut()
         self._heard(said)
-        return f"{kind}, {survives} of what was unflushed kept", sectors
+        return kind + cost
 
     def _heard(self, events: list[dict[str, Any]]) -> None:
         self.life.called.update(event["hook"] for event in events if "hook" in event)
@@ -216,8 +214,7 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
             hook = chance.random() < 1 / 3
             line = f"cut {row.cuts + 1} ({scene}{', hook' if hook else ''}"
             try:
-                how, sectors = device.interrupted(hook, chance)
-                line += f", {how}, {sectors} sectors lost)"
+                line += f", {device.interrupted(hook, chance)})"
                 device.start()
                 looks = rig.looked()
                 word = min((verdict(life, store, files) for files in looks), key=WORST_FIRST.index)
@@ -227,7 +224,7 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
                     word = "stuck"
             except Failed as error:
                 word, wrong = "lost", [str(error)]
-                rig.cut("all")
+                rig.cut()
                 rig.make()
                 device.start()
                 rig.looked()

@@ -153,7 +153,7 @@ busybox ip link set lo up; busybox ip link set eth0 up; busybox ip addr add 10.0
 
 
 def _warm(path: str) -> None:
-    """All that the loads need is there before the snapshot, so that it needn't be read and made after every restore."""
+    """All that the loads need is there before the snapshot; it needn't be read and made after every restore."""
     subprocess.run([sys.executable, "-m", "compileall", "-q", "/run/program"], check=True)
     subprocess.run(["/bin/sh", "-ec", _NETWORK], check=True)
     with open("/run/hook", "w") as hook:

@@ -24,7 +24,7 @@ from typing import Any, Optional
 
 HERE = Path(__file__).resolve().parent
 
-#: Bytes of the disk, and of the flash memory. mkfs.btrfs and mkfs.f2fs want this much.
+#: Bytes of the disk, as many as mkfs.btrfs and mkfs.f2fs want, and of the flash memory (flash.c).
 DISK = 128 << 20
 FLASH = 8 << 20
 
@@ -46,8 +46,9 @@ class Machine:
         monitor = Path(self._folder.name) / "monitor"
         command = [
             "nice", "-n", "10", "qemu-system-x86_64",
-            "-machine", "q35,accel=tcg,nvdimm=on", "-cpu", "max", "-smp", "1", "-m", "448M,slots=1,maxmem=1G", "-nodefaults", "-nographic",
-            "-no-reboot", "-serial", "stdio", "-qmp", f"unix:{monitor},server=on,wait=off",
+            "-machine", "q35,accel=tcg,nvdimm=on", "-cpu", "max", "-smp", "1", "-m", "448M,slots=1,maxmem=1G",
+            "-nodefaults", "-nographic", "-no-reboot",
+            "-serial", "stdio", "-qmp", f"unix:{monitor},server=on,wait=off",
             "-kernel", str(guest / "vmlinuz"), "-initrd", str(guest / "start.img"), "-append", _KERNEL_LINE,
             "-drive", f"if=virtio,format=raw,readonly=on,file={guest / 'root.img'}",
             "-drive", f"if=virtio,format=raw,cache=writeback,file=nbd:unix:{disk}",

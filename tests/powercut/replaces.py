@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from powercut import volatile
 from powercut.machine import Failed
 from powercut.rig import Rig
 from powercut.stores import Store
@@ -31,13 +30,10 @@ class Cut:
     kind: str
     floor: Optional[int]
     acks: int = 0
-    survived: str = ""
-    sectors: int = 0
+    cost: str = ""
 
     def __str__(self) -> str:
-        done = f"{self.acks} replaces done" if self.acks else "no replace done"
-        disk = f", {self.survived} of what was unflushed kept, {self.sectors} sectors lost" if self.survived else ""
-        return f"cut {self.number} ({self.kind}): {done}, the last is {self.floor}{disk}"
+        return f"cut {self.number} ({self.kind}): {self.acks} replaces done, the last is {self.floor}{self.cost}"
 
 
 def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.Random) -> Row:
@@ -50,7 +46,7 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
         cut: Optional[Cut] = None
         found: Optional[int] = None
         following = 1
-        for number in range(cuts + 1):
+        while True:
             rig.start()
             try:
                 looks = rig.looked()
@@ -58,16 +54,16 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
                 if cut is None:
                     raise
                 row.count("lost", f"{cut}: {error}")
-                rig.cut("all")
+                rig.cut()
                 rig.make()
                 cut, found = None, None
                 continue
             if cut is not None:
                 found = _judged(row, cut, looks)
             rig.tidy(row.count_beside(looks[-1]))
-            if number == cuts:
+            if row.cuts == cuts:
                 break
-            cut = Cut(number + 1, chance.choice(("loop", "loop", "first ones", "single")), found)
+            cut = Cut(row.cuts + 1, chance.choice(("loop", "loop", "first ones", "single")), found)
             following = _loaded(rig, cut, following)
     finally:
         rig.close()
@@ -103,9 +99,7 @@ def _loaded(rig: Rig, cut: Cut, first: int) -> int:
     else:
         rig.disk.wait(chance.randint(1, _REQUESTS), _LOAD)
         time.sleep(chance.uniform(0, 0.005))
-    survives = chance.choice(volatile.CUTS)
-    said, cut.sectors = rig.cut(survives)
-    cut.survived = "" if store.flash else survives
+    said, cut.cost = rig.cut()
     for event in said:
         if "failed" in event:
             raise Failed(f"the load failed: {event['failed']}")

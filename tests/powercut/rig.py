@@ -45,17 +45,22 @@ class Rig:
         """A new, empty file system."""
         self.start()
         self.do(self.store.make)
-        self.do("sync")
-        self.cut("all")
+        # An empty UBIFS volume gets its file system from the first mount, which therefore has to be one for writing.
+        self.do(f"{self.store.mount}; {self.store.unmount}; sync")
+        self.cut()
 
-    def cut(self, survives: str) -> tuple[list[dict[str, Any]], int]:
-        """The power goes. What the machine had said and nobody has read, and the number of sectors that are lost."""
+    def cut(self) -> tuple[list[dict[str, Any]], str]:
+        """The power goes. What the machine had said and nobody has read, and what it cost, for a person."""
         if self.machine is None:
-            return [], 0
+            return [], ""
         said = self.machine.cut()
         self.machine = None
         self._server.settle()
-        return said, self.disk.cut(self.chance, survives)
+        if self.store.flash:
+            return said, ""
+        survives = self.chance.choice(volatile.CUTS) if self.store.cache else "all"
+        sectors = self.disk.cut(self.chance, survives)
+        return said, f", {survives} of what was unflushed kept, {sectors} sectors lost"
 
     def written(self, seconds: float) -> None:
         """Waits until the guest has written something, for at most so long."""

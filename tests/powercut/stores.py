@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
-_FLASH = "modprobe phram phram=flash,0x100000000,0x800000,0x8000"
+_FLASH = "modprobe flash"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Store:
     #: What the file system makes of the mode, where it keeps none.
     shown: Optional[int] = None
     flash: bool = False
+    #: Whether the disk has a cache that a power cut empties.
+    cache: bool = True
     #: False: known to lose what was acknowledged, and documented; counted, and no failure.
     promised: bool = True
 
@@ -46,7 +48,7 @@ def _block(name: str, kind: str, make: str, options: str = "", check: str = "", 
 
 
 def _overlay(name: str, below: Store) -> Store:
-    """An overlay whose upper layer is `below`, over a read-only lower one, as images with a read-only root have it."""
+    """An overlay whose upper layer is `below`, as images with a read-only root have it."""
     lower = "mkdir -p /run/lower; "
     return Store(
         name,
@@ -59,6 +61,15 @@ def _overlay(name: str, below: Store) -> Store:
         unmount="umount /data; umount /store",
         flash=below.flash,
     )
+
+
+def _unjournaled(name: str, kind: str, make: str) -> tuple[Store, Store]:
+    """On a disk without a cache, and on one with: there, the kernel doesn't flush at the end of each fsync(2), see
+    ext4_fsync_nojournal() in its fs/ext4/fsync.c.
+    """
+    # -p leaves to a person what a power cut does to these.
+    plain = _block(name, kind, make, check="e2fsck -y /dev/vdb", cache=False)
+    return plain, replace(plain, name=f"{name}, disk with a volatile cache", cache=True, promised=False)
 
 
 _NO_MODES = {"owner": 0, "group": 0, "mode": 0o600}
@@ -77,13 +88,8 @@ STORES: dict[str, Store] = {
     store.name: store
     for store in (
         _EXT4,
-        _block(
-            "ext4 without journal",
-            "ext4",
-            "mkfs.ext4 -q -F -O ^has_journal /dev/vdb",
-            check="e2fsck -p /dev/vdb",
-        ),
-        _block("ext2", "ext2", "mkfs.ext2 -q -F /dev/vdb", check="e2fsck -p /dev/vdb", promised=False),
+        *_unjournaled("ext4 without journal", "ext4", "mkfs.ext4 -q -F -O ^has_journal /dev/vdb"),
+        *_unjournaled("ext2", "ext2", "mkfs.ext2 -q -F /dev/vdb"),
         _block("f2fs", "f2fs", "mkfs.f2fs -q -f /dev/vdb", check="fsck.f2fs -a /dev/vdb"),
         _block("btrfs", "btrfs", "mkfs.btrfs -q -f --mixed /dev/vdb"),
         _block(
@@ -105,7 +111,7 @@ STORES: dict[str, Store] = {
         _block(
             "exfat",
             "exfat",
-            "mkfs.exfat -q /dev/vdb",
+            "mkfs.exfat /dev/vdb",
             "fmask=0177,dmask=0077",
             check="fsck.exfat -p /dev/vdb",
             **_NO_MODES,
