@@ -191,7 +191,7 @@ class Device:
             wrong.append("the next run doesn't leave the newest certificate")
         elif owed and parts.certificate and digest(parts.certificate) not in life.called:
             wrong.append("the hook was never called")
-        litter = [file.path for file in self.files() if file.path.startswith(FOLDER + "/") and file.path != KEY_FILE]
+        litter = [file.path for file in self.files() if file.path.startswith(FOLDER + "/.")]
         if litter:
             wrong.append(f"litter: {litter}")
         return wrong
@@ -230,7 +230,7 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
                 rig.looked()
             row.count(word, f"{line}: {'; '.join(wrong)}")
             if word in BAD or chance.random() < 0.2:
-                rig.do(f"rm -rf /data/{FOLDER}; sync -f /data")
+                rig.do(f"{store.empty}; sync -f /data")
                 device = Device(rig, town, next(numbers))
     finally:
         rig.close()

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
+from world import die_with_parent
+
 HERE = Path(__file__).resolve().parent
 
 #: Bytes of the disk, as many as mkfs.btrfs and mkfs.f2fs want, and of the flash memory (flash.c).
@@ -60,7 +62,12 @@ class Machine:
             *(["-incoming", "defer"] if incoming else []),
         ]  # fmt: skip
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self._folder.name
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=self._folder.name,
+            preexec_fn=die_with_parent,
         )
         self._events: queue.Queue[Optional[dict[str, Any]]] = queue.Queue()
         self.log: list[str] = []
@@ -126,7 +133,7 @@ class Machine:
                 with contextlib.suppress(OSError):
                     stream.close()
         self._folder.cleanup()
-        rest = []
+        rest: list[dict[str, Any]] = []
         while True:
             event = self._events.get()
             if event is None:

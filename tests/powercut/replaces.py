@@ -14,7 +14,7 @@ from typing import Optional
 from powercut.machine import Failed
 from powercut.rig import Rig
 from powercut.stores import Store
-from powercut.verdict import FOLDER, KEY_FILE, WORST_FIRST, File, Row, of_replaces
+from powercut.verdict import KEY_FILE, WORST_FIRST, File, Row, of_replaces
 
 #: Seconds that the load runs at most, and that a run that has ended is left alone at most.
 _LOAD, _QUIET = 0.6, 1.5
@@ -83,10 +83,13 @@ def _loaded(rig: Rig, cut: Cut, first: int) -> int:
     machine, chance, store = rig.machine, rig.chance, rig.store
     assert machine
     if cut.kind == "first ones":
-        rig.do(f"rm -rf /data/{FOLDER}; sync -f /data")
+        rig.do(f"{store.empty}; sync -f /data")
         cut.floor = None
     count = 1 if cut.kind == "single" else 1 << 20
-    rig.disk.writes = rig.disk.flushes = 0
+    last = None
+    if cut.kind != "single" and not store.flash and chance.random() < 0.6:
+        last = chance.randint(1, _REQUESTS)
+    rig.disk.watch(last)
     rights = {"owner": store.owner, "group": store.group, "mode": store.mode}
     machine.order("replace", path=f"/data/{KEY_FILE}", first=first, count=count, **rights)
     machine.event("loading")
@@ -94,11 +97,11 @@ def _loaded(rig: Rig, cut: Cut, first: int) -> int:
     if cut.kind == "single":
         acks.append(machine.event("ack"))
         time.sleep(chance.uniform(0, _QUIET))
-    elif store.flash or chance.random() < 0.5:
+    elif last is None:
         time.sleep(chance.uniform(0, _LOAD))
     else:
-        rig.disk.wait(chance.randint(1, _REQUESTS), _LOAD)
-        time.sleep(chance.uniform(0, 0.005))
+        rig.disk.wait(last, _LOAD)
+        time.sleep(0.02)  # what was acknowledged is on its way
     said, cut.cost = rig.cut()
     for event in said:
         if "failed" in event:

@@ -47,6 +47,7 @@ class Rig:
         self.do(self.store.make)
         # An empty UBIFS volume gets its file system from the first mount, which therefore has to be one for writing.
         self.do(f"{self.store.mount}; {self.store.unmount}; sync")
+        self.disk.flush()  # unmounting doesn't
         self.cut()
 
     def cut(self) -> tuple[list[dict[str, Any]], str]:
@@ -65,7 +66,7 @@ class Rig:
     def written(self, seconds: float) -> None:
         """Waits until the guest has written something, for at most so long."""
         if not self.store.flash:
-            self.disk.writes = self.disk.flushes = 0
+            self.disk.watch()
             self.disk.wait(1, seconds)
             return
         deadline = time.monotonic() + seconds

@@ -22,6 +22,8 @@ class Store:
     #: The same as `mount`, for a look that changes nothing; empty: there is none.
     look: str = ""
     unmount: str = "umount /data"
+    #: Takes away what the program has made.
+    empty: str = "rm -rf /data/caramel"
     #: What the program is told to give the key file.
     owner: int = 1
     group: int = 2
@@ -72,7 +74,18 @@ def _unjournaled(name: str, kind: str, make: str) -> tuple[Store, Store]:
     return plain, replace(plain, name=f"{name}, disk with a volatile cache", cache=True, promised=False)
 
 
-_NO_MODES = {"owner": 0, "group": 0, "mode": 0o600}
+def _fat(name: str, make: str, check: str, options: str = "fmask=0177,dmask=0077", **more: object) -> Store:
+    """One that keeps no owners and modes: all files have those of the mount options."""
+    kind = name.split(",")[0]
+    return _block(name, kind, make, options, check, owner=0, group=0, mode=0o600, **more)
+
+
+#: The key file's slot and its draft's stand in different sectors, and the draft's comes first.
+_CROWDED = """
+    mkfs.vfat /dev/vdb; mount -t vfat /dev/vdb /data; mkdir /data/caramel; cd /data/caramel
+    for name in a b c d e f g h i j k l m n; do touch other-$name; done
+    touch identity.pem; rm other-a other-b; cd /; umount /data
+"""
 
 _EXT4 = _block("ext4", "ext4", "mkfs.ext4 -q -F /dev/vdb", check="e2fsck -p /dev/vdb")
 _UBIFS = Store(
@@ -92,30 +105,10 @@ STORES: dict[str, Store] = {
         *_unjournaled("ext2", "ext2", "mkfs.ext2 -q -F /dev/vdb"),
         _block("f2fs", "f2fs", "mkfs.f2fs -q -f /dev/vdb", check="fsck.f2fs -a /dev/vdb"),
         _block("btrfs", "btrfs", "mkfs.btrfs -q -f --mixed /dev/vdb"),
-        _block(
-            "vfat",
-            "vfat",
-            "mkfs.vfat /dev/vdb",
-            "fmask=0177,dmask=0077",
-            check="fsck.vfat -a /dev/vdb",
-            **_NO_MODES,
-        ),
-        _block(
-            "vfat, default options",
-            "vfat",
-            "mkfs.vfat /dev/vdb",
-            check="fsck.vfat -a /dev/vdb",
-            shown=0o755,
-            **_NO_MODES,
-        ),
-        _block(
-            "exfat",
-            "exfat",
-            "mkfs.exfat /dev/vdb",
-            "fmask=0177,dmask=0077",
-            check="fsck.exfat -p /dev/vdb",
-            **_NO_MODES,
-        ),
+        _fat("vfat", "mkfs.vfat /dev/vdb", "fsck.vfat -a /dev/vdb"),
+        _fat("vfat, default options", "mkfs.vfat /dev/vdb", "fsck.vfat -a /dev/vdb", "", shown=0o755),
+        _fat("vfat, full folder", _CROWDED, "fsck.vfat -a /dev/vdb", empty=":"),
+        _fat("exfat", "mkfs.exfat /dev/vdb", "fsck.exfat -p /dev/vdb"),
         _overlay("overlay on ext4", _EXT4),
         _UBIFS,
         Store(

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, Optional, cast
 
 SECTOR = 512
 
@@ -30,6 +30,10 @@ _FLAGS = 1 | 4  # has flags, takes flushes
 
 #: What of the unflushed sectors survives a cut.
 CUTS = ("all", "none", "half", "most", "prefix")
+
+
+class PowerLost(Exception):
+    """The power went before this request."""
 
 
 class Written(NamedTuple):
@@ -47,33 +51,43 @@ class Disk:
         self._unflushed: list[Written] = []
         self._durable: dict[int, bytes] = {}  # what the sectors that were written since the last flush had before
         self._changed = threading.Condition()
-        self.writes = 0
-        self.flushes = 0
+        self.requests = 0
+        self._last: Optional[int] = None
 
     # --- What the guest does
 
+    def _request(self) -> None:
+        """Another one has come. Raises `PowerLost` where it comes too late."""
+        if self._last is not None and self.requests >= self._last:
+            raise PowerLost
+        self.requests += 1
+        self._changed.notify_all()
+
     def write(self, offset: int, data: bytes) -> None:
         with self._changed:
+            self._request()
             for at in range(offset, offset + len(data), SECTOR):
                 self._durable.setdefault(at // SECTOR, bytes(self.data[at : at + SECTOR]))
             self.data[offset : offset + len(data)] = data
             self._unflushed.append(Written(offset // SECTOR, data))
-            self.writes += 1
-            self._changed.notify_all()
 
     def flush(self) -> None:
         with self._changed:
+            self._request()
             self._unflushed.clear()
             self._durable.clear()
-            self.flushes += 1
-            self._changed.notify_all()
 
     # --- What the harness does
 
-    def wait(self, requests: int, seconds: float) -> bool:
-        """Whether so many writes and flushes have come since the start, waited for at most so long."""
+    def watch(self, last: Optional[int] = None) -> None:
+        """Counts writes and flushes from now on; after the `last` one the power is gone, and none is answered."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.writes + self.flushes >= requests, seconds)
+            self.requests, self._last = 0, last
+
+    def wait(self, requests: int, seconds: float) -> bool:
+        """Whether so many writes and flushes have come, waited for at most so long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.requests >= requests, seconds)
 
     def cut(self, chance: random.Random, how: str) -> int:
         """The power goes: what was not flushed is kept or lost as `how` says (one of `CUTS`); how many sectors are
@@ -91,6 +105,7 @@ class Disk:
             self.data[piece.sector * SECTOR : (piece.sector + 1) * SECTOR] = piece.data
         self._unflushed.clear()
         self._durable.clear()
+        self.watch()
         return len(pieces) - len(kept)
 
 
@@ -133,9 +148,14 @@ class Server:
             except OSError:
                 return
             try:
-                with connection, connection.makefile("rwb") as stream:
-                    if _agree(cast(BinaryIO, stream), len(self.disk.data)):
-                        _obey(cast(BinaryIO, stream), self.disk)
+                with connection, connection.makefile("rwb") as both:
+                    stream = cast(BinaryIO, both)
+                    if _agree(stream, len(self.disk.data)):
+                        try:
+                            _obey(stream, self.disk)
+                        except PowerLost:
+                            while stream.read(1 << 16):
+                                pass
             except (OSError, EOFError):
                 pass  # the power is off
             finally:
