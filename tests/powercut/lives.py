@@ -194,6 +194,20 @@ class Device:
         litter = [file.path for file in self.files() if file.path.startswith(FOLDER + "/.")]
         if litter:
             wrong.append(f"litter: {litter}")
+        if self.rig.store.shown is not None and not wrong:
+            wrong += self._resigned(hook)
+        return wrong
+
+    def _resigned(self, hook: bool) -> list[str]:
+        """Where the file system can't keep a mode, a run that changes nothing says so, and writes nothing."""
+        self.rig.disk.watch()
+        _, output = self.run(hook)
+        wrong = []
+        self.rig.do("sync -f /data")
+        if self.rig.disk.requests > 1:  # sync itself flushes
+            wrong.append(f"a run that changes nothing writes, {self.rig.disk.requests} requests")
+        if "fmask=" not in output:
+            wrong.append(f"no word of the mount option in: {output.strip()[-300:]}")
         return wrong
 
 
