@@ -55,6 +55,7 @@ class Guest:
             "look": self._look,
             "replace": self._replace,
             "check": self._check,
+            "copy_up": self._copy_up,
         }
 
     def say(self, **what: Any) -> None:
@@ -124,6 +125,37 @@ class Guest:
         for number in range(first, first + count):
             replaced(path, content(number), owner, group, mode)
             self.say(ack=number)
+
+    @staticmethod
+    def _copy_up(path: str, owner: int, group: int, mode: int) -> dict[str, bool]:
+        """A key file of the lower layer is copied to the upper one under a lock; whether others saw that lock then."""
+        from caramel_embedded.errors import Locked
+        from caramel_embedded.keyfile import KeyFile
+
+        def locked() -> bool:
+            return subprocess.run(["flock", "--nonblock", path, "true"]).returncode == 1
+
+        file = KeyFile.open(path)
+        assert file
+        found = {"opened": locked()}
+        os.chmod(path, 0o600)
+        found["copied up"] = locked()
+        file.replace(content(1), None, owner, group, mode)
+        found["replaced"] = locked()
+        file.close()
+        found["free in the end"] = not locked()
+        # The other way round: somebody else has the lock, and copies.
+        other = os.open(path.replace("identity", "other"), os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        os.chmod(other, 0o600)
+        try:
+            KeyFile.open(path.replace("identity", "other"))
+        except Locked:
+            found["another's"] = True
+        else:
+            found["another's"] = False
+        os.close(other)
+        return found
 
     def _check(self, options: list[str], environment: dict[str, str], seconds: float = 120) -> list[Any]:
         """One run of the whole program: exit status and output."""

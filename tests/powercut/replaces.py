@@ -42,6 +42,8 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
     started = time.monotonic()
     rig = Rig(guest, folder, store, chance)
     try:
+        if store.lower:
+            row.lines += _copied_up(rig)
         rig.make()
         cut: Optional[Cut] = None
         found: Optional[int] = None
@@ -69,6 +71,18 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
         rig.close()
     row.seconds = time.monotonic() - started
     return row
+
+
+def _copied_up(rig: Rig) -> list[str]:
+    """What is wrong with the lock on a key file of the lower layer while it is copied to the upper one."""
+    store = rig.store
+    rig.make()
+    machine = rig.start()
+    folder = f"{store.lower}/caramel"
+    rig.do(f"mkdir -p {folder}; echo image >{folder}/identity.pem; echo image >{folder}/other.pem; {store.mount}")
+    found = machine.done("copy_up", path=f"/data/{KEY_FILE}", owner=store.owner, group=store.group, mode=store.mode)
+    rig.cut()
+    return [f"lock: not seen when {when}" for when, seen in found.items() if not seen]
 
 
 def _judged(row: Row, cut: Cut, looks: list[list[File]]) -> Optional[int]:

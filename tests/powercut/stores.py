@@ -24,6 +24,8 @@ class Store:
     unmount: str = "umount /data"
     #: Takes away what the program has made.
     empty: str = "rm -rf /data/caramel"
+    #: A folder of the lower layer, where there is one.
+    lower: str = ""
     #: What the program is told to give the key file.
     owner: int = 1
     group: int = 2
@@ -51,14 +53,14 @@ def _block(name: str, kind: str, make: str, options: str = "", check: str = "", 
 
 def _overlay(name: str, below: Store) -> Store:
     """An overlay whose upper layer is `below`, as images with a read-only root have it."""
-    lower = "mkdir -p /run/lower; "
+    lower = "/run/lower"
     return Store(
         name,
         make=f"{below.make}; {below.mount}; mkdir /data/upper /data/work; umount /data",
         attach=below.attach,
-        mount=lower
-        + below.mount.replace("/data", "/store")
-        + "; mount -t overlay -o lowerdir=/run/lower,upperdir=/store/upper,workdir=/store/work overlay /data",
+        mount=f"mkdir -p {lower}; {below.mount.replace('/data', '/store')}; mount -t overlay"
+        f" -o lowerdir={lower},upperdir=/store/upper,workdir=/store/work overlay /data",
+        lower=lower,
         check=below.check,
         unmount="umount /data; umount /store",
         flash=below.flash,
