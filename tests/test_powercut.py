@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional, cast
 
 import pytest
 import world
-
-sys.path.append(str(Path(__file__).resolve().parent))
-
-from powercut import lives, stores, verdict, volatile
+from powercut import runs, stores, verdict, volatile
 from powercut.load import content
 from powercut.verdict import DRAFT, KEY_FILE, File
-from torture.town import Town, whole
+from torture.fleet import Fleet, key_file_parts
 
 SECTOR = volatile.SECTOR
 EXT4, FAT = stores.STORES["ext4"], stores.STORES["vfat"]
@@ -140,28 +135,28 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> world.Authority:
     return world.Authority(tmp_path_factory.mktemp("authority"))
 
 
-def test_what_a_cut_has_left_of_a_life(authority: world.Authority) -> None:
+def test_what_a_cut_has_left_of_a_run(authority: world.Authority) -> None:
     name = "fe0000000001"
     older, newer, other = (authority.identity(name, certified=number < 2) for number in range(3))
-    parts = whole(older)
+    parts = key_file_parts(older)
     assert parts and parts.certificate
 
     known: list[str] = []
-    life = lives.Life(cast(Town, SimpleNamespace(requests=lambda client_id: known)), name)
+    history = runs.History(cast(Fleet, SimpleNamespace(requests=lambda client_id: known)), name)
 
     def word(data: Optional[bytes], **rights: Any) -> str:
-        return lives.verdict(life, EXT4, [] if data is None else [key_file(data, **rights)])
+        return runs.verdict(history, EXT4, [] if data is None else [key_file(data, **rights)])
 
     assert word(None) == "absent" and word(other) == "new"
     known[:] = [parts.sha256]
     assert word(None) == word(b"") == "lost"  # the server has a request, and its key is gone
     assert word(other) == word(newer) == "lost"  # another key
     assert word(older[:900]) == "torn"
-    life.kept = older
+    history.kept = older
     assert word(older) == "old"
     assert word(older, mode=0o644) == "wrong mode"
     assert word(older.replace(parts.certificate, b"")) == "lost"  # acknowledged, and gone
     renewed = authority.sign(parts.request)
     assert word(older.replace(parts.certificate, renewed)) == "lost"  # from where?
-    life.certificate = renewed
+    history.certificate = renewed
     assert word(older.replace(parts.certificate, renewed)) == "new"

@@ -128,7 +128,7 @@ class Guest:
 
     @staticmethod
     def _copy_up(path: str, owner: int, group: int, mode: int) -> dict[str, bool]:
-        """A key file of the lower layer is copied to the upper one under a lock; whether others saw that lock then."""
+        """Copies a key file of the lower layer to the upper one under a lock; whether others see that lock."""
         from caramel_embedded.errors import Locked
         from caramel_embedded.keyfile import KeyFile
 

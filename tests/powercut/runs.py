@@ -1,6 +1,6 @@
 """The second load: the whole program, against a real Caramel server on the host.
 
-A device enrolls, is signed, renewed and rejected; each of its runs is cut off at a random instant, or soon after its
+A device enrolls, gets certificates and is rejected; each of its runs is cut off at a random instant, or soon after its
 end. What a cut leaves must have the key of the request that the server has, and must not be older than what the last
 finished run has said; the next, undisturbed run has to end as if nothing had happened, and a hook that was owed has
 been called by then. In a third of the runs there is a hook.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import world
-from torture.town import Town, whole
+from torture.fleet import Fleet, key_file_parts
 from world import Authority, Caramel, Nginx
 
 from powercut.machine import Failed
@@ -35,20 +35,20 @@ _RUN, _WRITING, _QUIET = 4.0, 0.4, 1.5
 
 
 @contextmanager
-def town(folder: Path) -> Iterator[Town]:
+def fleet(folder: Path) -> Iterator[Fleet]:
     """A real Caramel server behind nginx, which the guest reaches."""
     with ExitStack() as stack:
         authority = Authority(folder / "authority")
         caramel = stack.enter_context(Caramel(folder / "caramel", authority))
         front = stack.enter_context(Nginx(folder / "nginx", caramel, authority.server((SERVER,))))
-        yield Town.around(folder / "town", authority, caramel, front)
+        yield Fleet.around(folder / "fleet", authority, caramel, front)
 
 
 @dataclass
-class Life:
+class History:
     """One device: what the server's administrator has done for it, and what its runs have said."""
 
-    town: Town
+    fleet: Fleet
     client_id: str
     #: The content of the key file that the last finished run has left.
     kept: bytes = b""
@@ -59,7 +59,7 @@ class Life:
 
     @property
     def requests(self) -> list[str]:
-        return self.town.requests(self.client_id)
+        return self.fleet.requests(self.client_id)
 
     def prepare(self, chance: random.Random) -> str:
         """The administrator acts; what the next run will be."""
@@ -70,7 +70,7 @@ class Life:
             self._sign(requests[-1])
             return "first certificate"
         if chance.random() < 0.4:
-            self.town.reject(requests[-1])
+            self.fleet.reject(requests[-1])
             self.certificate = None
             return "rejection"
         self._sign(requests[-1])
@@ -80,49 +80,51 @@ class Life:
         # Each one ends later than the one before, because Caramel hands out the one that ends last.
         self.signed += 1
         end = world.now() + datetime.timedelta(hours=40 + self.signed)
-        self.certificate = self.town.sign(sha256, not_before=world.now() - datetime.timedelta(hours=1), not_after=end)
+        self.certificate = self.fleet.sign(
+            sha256, not_before=world.now() - datetime.timedelta(hours=1), not_after=end
+        )
 
 
 def digest(certificate: bytes) -> str:
     return hashlib.sha256(certificate).hexdigest()
 
 
-def verdict(life: Life, store: Store, files: list[File]) -> str:
+def verdict(history: History, store: Store, files: list[File]) -> str:
     """What one look at the file system has found, as one word."""
     named = [file for file in files if file.path == KEY_FILE]
-    requests = life.requests
+    requests = history.requests
     if not named or not named[0].data:
-        return "lost" if requests or life.kept else "absent"
-    parts = whole(named[0].data)
+        return "lost" if requests or history.kept else "absent"
+    parts = key_file_parts(named[0].data)
     if parts is None:
         return "torn"
     if requests and parts.sha256 not in requests:
         return "lost"  # the key of the request that the server has is gone
-    kept = whole(life.kept)
+    kept = key_file_parts(history.kept)
     if kept and kept.certificate and kept.sha256 in requests:
         # Renewed by the finished run: an older certificate must not come back.
-        allowed = [kept.certificate, *([life.certificate] if life.certificate else [])]
+        allowed = [kept.certificate, *([history.certificate] if history.certificate else [])]
         if parts.certificate not in allowed:
             return "lost"
     if is_exposed(store, files):
         return "wrong mode"
-    return "old" if named[0].data == life.kept else "new"
+    return "old" if named[0].data == history.kept else "new"
 
 
 class Device:
-    """The machine with the program on it, and its life."""
+    """The machine with the program on it, and its history."""
 
-    def __init__(self, rig: Rig, town: Town, number: int) -> None:
-        self.rig, self.town = rig, town
-        self.life = Life(town, f"fe{number:010x}")
+    def __init__(self, rig: Rig, fleet: Fleet, number: int) -> None:
+        self.rig, self.fleet = rig, fleet
+        self.history = History(fleet, f"fe{number:010x}")
 
     def _order(self, hook: bool) -> dict[str, Any]:
         store = self.rig.store
         options = [
-            f"--server={SERVER}:{self.town.front.port}",
+            f"--server={SERVER}:{self.fleet.front.port}",
             "--ca-cert=/run/ca.pem",
             f"--key-file=/data/{KEY_FILE}",
-            f"--client-id={self.life.client_id}",
+            f"--client-id={self.history.client_id}",
             f"--owner={store.owner}",
             f"--group={store.group}",
             f"--mode={store.mode:04o}",
@@ -132,7 +134,7 @@ class Device:
 
     def start(self) -> None:
         self.rig.start()
-        self.rig.do(f"cat >/run/ca.pem <<'END'\n{self.town.authority.pem.decode()}END")
+        self.rig.do(f"cat >/run/ca.pem <<'END'\n{self.fleet.authority.pem.decode()}END")
 
     def files(self) -> list[File]:
         return self.rig.files()
@@ -168,28 +170,28 @@ class Device:
         return kind + cost
 
     def _heard(self, events: list[dict[str, Any]]) -> None:
-        self.life.called.update(event["hook"] for event in events if "hook" in event)
+        self.history.called.update(event["hook"] for event in events if "hook" in event)
 
     def _finished(self) -> None:
         """What a finished run has left is what no cut may take away."""
         named = [file for file in self.files() if file.path == KEY_FILE]
-        self.life.kept = named[0].data if named else b""
+        self.history.kept = named[0].data if named else b""
 
     def recovered(self, hook: bool, owed: bool) -> list[str]:
         """Runs undisturbed, and says what is otherwise than if nothing had happened."""
         status, output = self.run(hook)
         self._finished()
-        life = self.life
+        history = self.history
         wrong = []
-        parts = whole(life.kept)
-        wanted = 0 if life.certificate else 69
+        parts = key_file_parts(history.kept)
+        wanted = 0 if history.certificate else 69
         if status != wanted:
             wrong.append(f"the next run ends with {status}, not {wanted}: {output.strip()[-300:]}")
-        if parts is None or [parts.sha256] != life.requests:
+        if parts is None or [parts.sha256] != history.requests:
             wrong.append("the next run doesn't leave the key of the server's one request")
-        elif parts.certificate != life.certificate:
+        elif parts.certificate != history.certificate:
             wrong.append("the next run doesn't leave the newest certificate")
-        elif owed and parts.certificate and digest(parts.certificate) not in life.called:
+        elif owed and parts.certificate and digest(parts.certificate) not in history.called:
             wrong.append("the hook was never called")
         litter = [file.path for file in self.files() if file.path.startswith(FOLDER + "/.")]
         if litter:
@@ -211,7 +213,7 @@ class Device:
         return wrong
 
 
-def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.Random, town: Town) -> Row:
+def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.Random, fleet: Fleet) -> Row:
     """So many cuts, one after the other; every now and then a device of its own that has nothing yet."""
     row = Row(store)
     started = time.monotonic()
@@ -219,20 +221,20 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
     numbers = iter(range(chance.getrandbits(32) << 8, 1 << 48))
     try:
         rig.make()
-        device = Device(rig, town, next(numbers))
+        device = Device(rig, fleet, next(numbers))
         device.start()
         rig.looked()
         while row.cuts < cuts:
-            life = device.life
-            scene = life.prepare(chance)
+            history = device.history
+            scenario = history.prepare(chance)
             hook = chance.random() < 1 / 3
-            line = f"cut {row.cuts + 1} ({scene}{', hook' if hook else ''}"
+            line = f"cut {row.cuts + 1} ({scenario}{', hook' if hook else ''}"
             try:
                 line += f", {device.interrupted(hook, chance)})"
                 device.start()
                 looks = rig.looked()
-                word = min((verdict(life, store, files) for files in looks), key=WORST_FIRST.index)
-                wrong = device.recovered(hook, owed=hook and scene in ("first certificate", "renewal"))
+                word = min((verdict(history, store, files) for files in looks), key=WORST_FIRST.index)
+                wrong = device.recovered(hook, owed=hook and scenario in ("first certificate", "renewal"))
                 rig.tidy(row.count_beside(looks[-1]))
                 if wrong and word not in BAD:
                     word = "stuck"
@@ -245,7 +247,7 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
             row.count(word, f"{line}: {'; '.join(wrong)}")
             if word in BAD or chance.random() < 0.2:
                 rig.do(f"{store.empty}; sync -f /data")
-                device = Device(rig, town, next(numbers))
+                device = Device(rig, fleet, next(numbers))
     finally:
         rig.close()
     row.seconds = time.monotonic() - started
