@@ -1,9 +1,9 @@
 """The second load: the whole program, against a real Caramel server on the host.
 
-A device enrolls, gets certificates and is rejected; each of its runs is cut off at a random instant, or soon after its
-end. What a cut leaves must have the key of the request that the server has, and must not be older than what the last
-finished run has said; the next, undisturbed run has to end as if nothing had happened, and a hook that was owed has
-been called by then. In a third of the runs there is a hook.
+A device enrolls, gets certificates and is rejected; each of its runs is cut off at a random instant, or soon after
+its end. What a cut leaves must have the key of the request that the server has, and must not be older than what the
+last finished run has said; the next, undisturbed run has to end as if nothing had happened, and a hook that was owed
+has been called by then. In a third of the runs there is a hook.
 """
 
 from __future__ import annotations
