@@ -96,7 +96,7 @@ def _loaded(rig: Rig, cut: Cut, first: int) -> int:
     """The load, and the cut; the number that the next load begins with."""
     machine, chance, store = rig.machine, rig.chance, rig.store
     assert machine
-    if cut.kind == "first ones":
+    if cut.kind == "first ones" and store.empty:
         rig.do(f"{store.empty}; sync -f /data")
         cut.floor = None
     count = 1 if cut.kind == "single" else 1 << 20

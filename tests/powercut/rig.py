@@ -64,9 +64,8 @@ class Rig:
         return said, f", {survives} of what was unflushed kept, {sectors} sectors lost"
 
     def written(self, seconds: float) -> None:
-        """Waits until the guest has written something, for at most so long."""
+        """Waits until the guest has written something since the disk is watched, for at most so long."""
         if not self.store.flash:
-            self.disk.watch()
             self.disk.wait(1, seconds)
             return
         deadline = time.monotonic() + seconds

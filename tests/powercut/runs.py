@@ -32,6 +32,8 @@ SERVER = "ca.example"
 
 #: Seconds: a run takes about so long at most; after its first write the power goes within; and it is left alone for.
 _RUN, _WRITING, _QUIET = 4.0, 0.4, 1.5
+#: Writes and flushes after which the power goes, at most.
+_REQUESTS = 24
 
 
 @contextmanager
@@ -80,9 +82,8 @@ class History:
         # Each one ends later than the one before, because Caramel hands out the one that ends last.
         self.signed += 1
         end = world.now() + datetime.timedelta(hours=40 + self.signed)
-        self.certificate = self.fleet.sign(
-            sha256, not_before=world.now() - datetime.timedelta(hours=1), not_after=end
-        )
+        begin = world.now() - datetime.timedelta(hours=1)
+        self.certificate = self.fleet.sign(sha256, not_before=begin, not_after=end)
 
 
 def digest(certificate: bytes) -> str:
@@ -152,11 +153,16 @@ class Device:
         machine = self.rig.machine
         assert machine
         others: list[dict[str, Any]] = []
+        kind = chance.choice(("at any time", "while it writes", "while it writes", "while it writes", "at rest"))
+        last = chance.randint(1, _REQUESTS) if kind == "while it writes" and chance.random() < 0.5 else None
+        self.rig.disk.watch(last)
         machine.order("check", **self._order(hook))
         machine.event("loading")
-        kind = chance.choice(("at any time", "while it writes", "while it writes", "while it writes", "at rest"))
         if kind == "at any time":
             time.sleep(chance.uniform(0, _RUN))
+        elif last and not self.rig.store.flash:
+            self.rig.disk.wait(last, _RUN)
+            time.sleep(0.02)  # what was said by then is on its way
         elif kind == "while it writes":
             self.rig.written(_RUN)
             time.sleep(chance.choice((0.01, 0.05, _WRITING)) * chance.random())
@@ -246,7 +252,8 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
                 rig.looked()
             row.count(word, f"{line}: {'; '.join(wrong)}")
             if word in BAD or chance.random() < 0.2:
-                rig.do(f"{store.empty}; sync -f /data")
+                if store.empty:
+                    rig.do(f"{store.empty}; sync -f /data")
                 device = Device(rig, fleet, next(numbers))
     finally:
         rig.close()

@@ -22,7 +22,7 @@ class Store:
     #: The same as `mount`, for a look that changes nothing; empty: there is none.
     look: str = ""
     unmount: str = "umount /data"
-    #: Takes away what the program has made.
+    #: Takes away what the program has made; empty: it stays.
     empty: str = "rm -rf /data/caramel"
     #: A folder of the lower layer, where there is one.
     lower: str = ""
@@ -109,7 +109,7 @@ STORES: dict[str, Store] = {
         _block("btrfs", "btrfs", "mkfs.btrfs -q -f --mixed /dev/vdb"),
         _fat("vfat", "mkfs.vfat /dev/vdb", "fsck.vfat -a /dev/vdb"),
         _fat("vfat, default options", "mkfs.vfat /dev/vdb", "fsck.vfat -a /dev/vdb", "", shown=0o755),
-        _fat("vfat, full folder", _CROWDED, "fsck.vfat -a /dev/vdb", empty=":"),
+        _fat("vfat, full folder", _CROWDED, "fsck.vfat -a /dev/vdb", empty=""),
         _fat("exfat", "mkfs.exfat /dev/vdb", "fsck.exfat -p /dev/vdb"),
         _overlay("overlay on ext4", _EXT4),
         _UBIFS,
