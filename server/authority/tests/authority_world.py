@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The registration authority as its users have it: an installed command, its servers and workers, and what they stand on.
+
+Nothing of the authority is imported. What stands around it is real: PostgreSQL, Knot DNS, Pebble, nginx. As in `world`,
+everything lives as long as its `with` block, on free ports of the loopback interface.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import http.client
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[2] / "tests"))
+
+import world  # noqa: E402
+from cryptography import x509  # noqa: E402
+from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric import ec, rsa  # noqa: E402
+from world import Daemon, until  # noqa: E402
+
+#: Where `make` installs the authority, in an environment of its own.
+BIN = Path(os.environ.get("CARAMEL_AUTHORITY_BIN", world.BUILD / "authority" / "bin"))
+COMMAND = BIN / "caramel-authority"
+SUBJECT = "C=SE,ST=Östergötland,L=Linköping,O=Example AB,OU=Devices,CN=Example Device CA"
+PREFIX: world.Subject = (("C", "SE"), ("ST", "Östergötland"), ("L", "Linköping"), ("O", "Example AB"))
+PEM = serialization.Encoding.PEM
+
+Key = Union[rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey]
+#: Making RSA keys takes long, and no test but those of RSA cares.
+_RSA: dict[int, rsa.RSAPrivateKey] = {}
+
+
+def ec_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def rsa_key(size: int = 2048) -> rsa.RSAPrivateKey:
+    """A key of this size, always the same one."""
+    if size not in _RSA:
+        _RSA[size] = rsa.generate_private_key(65537, size)
+    return _RSA[size]
+
+
+def csr(
+    client_id: str,
+    key: Optional[Key] = None,
+    *,
+    subject: Optional[world.Subject] = None,
+    names: Sequence[x509.GeneralName] = (),
+    digest: Any = None,
+) -> bytes:
+    """A request in PEM as a device makes it under the authority's usual CA."""
+    subject = [*PREFIX, ("OU", "Devices"), ("CN", client_id)] if subject is None else subject
+    builder = x509.CertificateSigningRequestBuilder().subject_name(world.name_of(subject))
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), False)
+    return builder.sign(key or ec_key(), digest or hashes.SHA256()).public_bytes(PEM)
+
+
+def sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def chain(self) -> list[x509.Certificate]:
+        return x509.load_pem_x509_certificates(self.body)
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        return self.chain[0]
+
+
+def ask(port: int, method: str, path: str, body: Optional[bytes] = None, **headers: str) -> Reply:
+    """One request over plain HTTP, in a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+class RegistrationAuthority:
+    """One configuration, with servers and workers that run it. `settings` is TOML, after the lines that are always there."""
+
+    def __init__(self, folder: Path, settings: str = "", *, database: Optional[str] = None, signer: str = "ca") -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state = self.folder / "state.db"
+        self.config = self.folder / "caramel-authority.toml"
+        self.configure(settings, database or f"sqlite:///{self.state}", signer)
+        self._logs = 0
+
+    def configure(self, settings: str, database: str, signer: str) -> None:
+        tables = settings if "[ca]" in settings or signer == "acme" else f'{settings}\n[ca]\nfolder = "{self.folder}/ca"\n'
+        self.config.write_text(f'database = "{database}"\nsigner = "{signer}"\n{tables}')
+        self.database = database
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca" / "ca.crt"
+
+    def command(self, *arguments: str, status: int = 0, before: Sequence[str] = (), given: str = "") -> str:
+        """One of the administrator's commands; what it printed, on both outputs."""
+        done = subprocess.run(
+            [*before, str(COMMAND), "--config", str(self.config), *arguments],
+            input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90,
+            env=world.environment(),
+        )  # fmt: skip
+        assert done.returncode == status, (arguments, done.returncode, done.stdout)
+        return done.stdout
+
+    def create_ca(self, *options: str) -> None:
+        self.command("ca-create", "--subject", SUBJECT, *options)
+
+    @contextmanager
+    def serving(self, *, before: Sequence[str] = (), options: Sequence[str] = ()) -> Iterator[Server]:
+        server = Server(self, before, options)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+    @contextmanager
+    def working(self, *, before: Sequence[str] = ()) -> Iterator[Daemon]:
+        self._logs += 1
+        command = [*before, COMMAND, "--config", self.config, "work", "--pause", "0.2"]
+        with Daemon(command, self.folder / f"worker-{self._logs}.log") as worker:
+            yield worker
+
+    def log(self, action: str = "") -> list[list[str]]:
+        rows = [line.split("  ") for line in self.command("log").splitlines()]
+        return [row for row in rows if not action or row[2] == action]
+
+    def rows(self, query: str) -> list[Any]:
+        """What an SQLite database holds."""
+        with sqlite3.connect(self.state) as database:
+            return database.execute(query).fetchall()
+
+
+class Server:
+    """One process that serves."""
+
+    def __init__(self, authority: RegistrationAuthority, before: Sequence[str], options: Sequence[str]) -> None:
+        self.authority = authority
+        self.before = before
+        self.options = options
+        self.port = 0
+        self.daemon: Optional[Daemon] = None
+
+    def start(self) -> None:
+        for _ in range(5):
+            self.port = self.port or world.free_port()
+            command = [*self.before, COMMAND, "--config", self.authority.config, "serve"]
+            listen = ["--listen", f"127.0.0.1:{self.port}", *self.options]
+            self.daemon = Daemon([*command, *listen], self.authority.folder / f"server-{self.port}.log")
+            self.daemon.start()
+            until("the authority answers or has ended", lambda: self._answers() or not self._alive)
+            if self._alive:
+                return
+            text = self.daemon.text()
+            self.daemon.stop()
+            if "Address already in use" not in text:
+                break
+            self.port = 0
+        raise AssertionError(f"the authority doesn't start: {text}")
+
+    def stop(self) -> None:
+        if self.daemon:
+            self.daemon.stop()
+
+    def kill(self) -> None:
+        assert self.daemon and self.daemon.process
+        os.killpg(self.daemon.process.pid, signal.SIGKILL)
+        self.daemon.stop()
+
+    @property
+    def _alive(self) -> bool:
+        return self.daemon is not None and self.daemon.alive
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1):
+                return True
+        except OSError:
+            return False
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return ask(self.port, "GET", path if path.startswith("/") else f"/{path}", **headers)
+
+    def post(self, body: bytes, path: Optional[str] = None) -> Reply:
+        return ask(self.port, "POST", f"/{path or sha256(body)}", body)
+
+    def enroll(self, request: bytes) -> Reply:
+        """Posts a request, and returns the first answer to it that is no 202."""
+        assert self.post(request).status == 202
+        return self.get(sha256(request))
+
+
+def at(days: float) -> list[str]:
+    """What starts a program at another time than now."""
+    moment = world.now() + datetime.timedelta(days=days)
+    return ["faketime", "-f", f"@{moment.astimezone():%F %T}"]
+
+
+# --- PostgreSQL ---------------------------------------------------------------------------------------------
+
+
+class Postgres:
+    """A PostgreSQL of its own, in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.port = world.free_port()
+        self.url = f"postgresql+psycopg://authority@127.0.0.1:{self.port}/postgres"
+
+    @staticmethod
+    def program(name: str) -> Optional[str]:
+        """Debian keeps them out of the search path."""
+        found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
+        return str(found[-1]) if found else shutil.which(name)
+
+    def __enter__(self) -> Postgres:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, *self.folder.parents):  # pytest's folders belong to one user only
+            if folder.owner() == pwd.getpwuid(os.getuid()).pw_name and folder != Path("/"):
+                folder.chmod(folder.stat().st_mode | 0o711)
+        other = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []  # it refuses to run as root
+        if other:
+            shutil.chown(self.folder, "postgres")
+        data = self.folder / "data"
+        command = [self.program("initdb"), "-D", data, "-U", "authority", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        subprocess.run([*other, *map(str, command)], check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=120)
+        options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder), "-c", "max_connections=60"]
+        # setpriv becomes the server itself, so that there is no process between it and the daemon.
+        user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if other else []
+        self._daemon = Daemon(
+            [*user, str(self.program("postgres")), "-D", data, *options], self.folder / "postgres.log"
+        )
+        (self.folder / "postgres.log").touch()
+        self._daemon.start()
+        until("PostgreSQL answers", self._answers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._daemon.process and self._daemon.alive:
+            self._daemon.process.send_signal(signal.SIGINT)  # pg_ctl's "fast": waits for no client
+            self._daemon.process.wait(30)
+        self._daemon.stop()
+
+    def _answers(self) -> bool:
+        return bool(self._daemon.alive) and self.sql("SELECT 1", check=False) == "1"
+
+    def sql(self, statement: str, check: bool = True) -> str:
+        command = [str(self.program("psql")), "-At", "-h", "127.0.0.1", "-p", str(self.port), "-U", "authority"]
+        done = subprocess.run(
+            [*command, "-d", "postgres", "-c", statement], capture_output=True, text=True, timeout=30, cwd="/"
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout.strip()
