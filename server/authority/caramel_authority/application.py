@@ -91,7 +91,7 @@ class Application:
         if answer.modified is not None:
             headers["Last-Modified"] = http_date(answer.modified)
             if answer.modified == _asked_since(request):
-                return Response(status=304, headers=headers)
+                return Response(status=304)
         return Response(answer.pem, content_type=OCTETS, headers=headers)
 
     @staticmethod

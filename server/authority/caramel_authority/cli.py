@@ -40,22 +40,15 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
     # Only this command needs a server; others that serve WSGI call application.from_environment.
     from waitress import serve as waitress
 
-    kind = {"unix_socket": options.listen[5:], "unix_socket_perms": "660"}
-    if not options.listen.startswith("unix:"):
-        kind = {"listen": options.listen}
-    # What the front says of the client is believed, because nobody else reaches this port.
-    waitress(
-        Application(parts.registry),
-        **kind,
-        threads=8,
-        ident=None,
-        trusted_proxy="*" if options.behind_proxy else None,
-        trusted_proxy_headers={"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
-        if options.behind_proxy
-        else None,
-        clear_untrusted_proxy_headers=True,
-        max_request_body_size=65536,
-    )
+    listen = {"listen": options.listen}
+    if options.listen.startswith("unix:"):
+        listen = {"unix_socket": options.listen[5:], "unix_socket_perms": "660"}
+    front = {}
+    if options.behind_proxy:
+        # What the front says of the client is believed, because nobody else reaches this port.
+        front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto x-forwarded-host"}
+    # A request that is longer than ours by far is waitress's own to refuse.
+    waitress(Application(parts.registry), **listen, **front, threads=8, ident=None, max_request_body_size=65536)
 
 
 def work(parts: Parts, options: argparse.Namespace) -> None:

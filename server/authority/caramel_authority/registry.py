@@ -258,7 +258,7 @@ class Registry:
         with self.store.writing() as db:
             minimum = store.next_serial(db)
             store.set_number(db, "minimum", minimum)
-            store.write_log(db, who, "minimum", detail=str(minimum))
+            store.write_log(db, who, "minimum", detail=f"{minimum:x}")
             return minimum
 
 

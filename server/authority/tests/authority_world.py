@@ -36,7 +36,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa  # noqa: E402
 from world import Daemon, until  # noqa: E402
 
 #: Where `make` installs the authority, in an environment of its own.
-BIN = Path(os.environ.get("CARAMEL_AUTHORITY_BIN", world.BUILD / "authority" / "bin"))
+BIN = Path(os.environ.get("CARAMEL_AUTHORITY_BIN", HERE.parents[2] / "build" / "authority" / "bin"))
 COMMAND = BIN / "caramel-authority"
 SUBJECT = "C=SE,ST=Östergötland,L=Linköping,O=Example AB,OU=Devices,CN=Example Device CA"
 PREFIX: world.Subject = (("C", "SE"), ("ST", "Östergötland"), ("L", "Linköping"), ("O", "Example AB"))
@@ -111,7 +111,9 @@ def ask(port: int, method: str, path: str, body: Optional[bytes] = None, **heade
 class RegistrationAuthority:
     """One configuration, with servers and workers that run it. `settings` is TOML, after the lines that are always there."""
 
-    def __init__(self, folder: Path, settings: str = "", *, database: Optional[str] = None, signer: str = "ca") -> None:
+    def __init__(
+        self, folder: Path, settings: str = "", *, database: Optional[str] = None, signer: str = "ca"
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = self.folder / "state.db"
@@ -120,7 +122,9 @@ class RegistrationAuthority:
         self._logs = 0
 
     def configure(self, settings: str, database: str, signer: str) -> None:
-        tables = settings if "[ca]" in settings or signer == "acme" else f'{settings}\n[ca]\nfolder = "{self.folder}/ca"\n'
+        tables = (
+            settings if "[ca]" in settings or signer == "acme" else f'{settings}\n[ca]\nfolder = "{self.folder}/ca"\n'
+        )
         self.config.write_text(f'database = "{database}"\nsigner = "{signer}"\n{tables}')
         self.database = database
 
