@@ -176,7 +176,7 @@ def insert_new(db: Connection, table: Table, **values: Any) -> bool:
     """Puts a row there unless there is one with its key; whether it did."""
     dialect = postgresql if db.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(table).values(**values).on_conflict_do_nothing()
-    return db.execute(statement).rowcount == 1
+    return db.execute(statement.returning(*table.primary_key)).first() is not None
 
 
 def number(db: Connection, name: str, lock: bool = False) -> int:
