@@ -79,11 +79,35 @@ class AcmeCa:
     # --- What the worker does. All of it raises TryLater, and where it is about an order, OrderLost ---
 
     def new_order(self, csr_pem: str) -> str:
-        """Asks for an order for this request's name; how it is called from now on."""
+        """Asks for an order for this request's name; what it is called from now on."""
         with self._trouble():
             order = self._connected().new_order(csr_pem.encode())
-            body = order.body
-            return json.dumps({"uri": order.uri, "authorizations": body.authorizations, "finalize": body.finalize})
+            return _resource(order.uri, order.body)
+
+    def find_order(self, name: str, seconds: float) -> str | None:
+        """The order that was asked for this name and whose answer nobody wrote down, where the CA lists orders.
+
+        RFC 8555, 7.1.2.1. Those that don't, such as Let's Encrypt, give a pending order once more to whoever asks
+        again.
+        """
+        with self._trouble():
+            acme = self._connected()
+
+            def get(uri: str) -> requests.Response:
+                return acme.net.post(uri, None, new_nonce_url=acme.directory["newNonce"])
+
+            assert acme.net.account
+            page = get(acme.net.account.uri).json().get("orders")
+            end = time.monotonic() + seconds
+            while page and time.monotonic() < end:
+                answer = get(page)
+                for uri in answer.json().get("orders", []):
+                    order = messages.Order.from_json(get(uri).json())
+                    begun = order.status in (messages.STATUS_PENDING, messages.STATUS_READY)
+                    if begun and [one.value for one in order.identifiers] == [name]:
+                        return _resource(uri, order)
+                page = answer.links.get("next", {}).get("url")
+            return None
 
     def collect(self, resource: str, csr_pem: str, seconds: float) -> Issued:
         """Brings the order to its end: answers what is still asked, finalizes unless that is done, gets the
@@ -103,6 +127,8 @@ class AcmeCa:
                 one, _ = acme.poll(messages.AuthorizationResource(uri=uri, body=messages.Authorization()))
                 if one.body.status == messages.STATUS_PENDING:
                     self._answer(acme, one, published)
+                else:  # a worker that died after it was validated has left its answer there
+                    self._zone.clear(challenges.DNS01.LABEL + "." + one.body.identifier.value)
             order = acme.poll_authorizations(order, deadline)
             order = acme.poll_finalization(order, deadline, fetch_alternative_chains=True)
             return self._issued([order.fullchain_pem, *order.alternative_fullchains_pem], csr_pem)
@@ -205,6 +231,10 @@ class AcmeCa:
                 os.link(temporary, path)
             temporary.unlink()
         return serialization.load_pem_private_key(path.read_bytes(), None)
+
+
+def _resource(uri: str, order: messages.Order) -> str:
+    return json.dumps({"uri": uri, "authorizations": order.authorizations, "finalize": order.finalize})
 
 
 def _signed(lower: x509.Certificate, upper: x509.Certificate) -> bool:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
@@ -40,10 +41,10 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
     # Only this command needs a server; others that serve WSGI call application.from_environment.
     from waitress import serve as waitress
 
-    listen = {"listen": options.listen}
+    listen: dict[str, Any] = {"listen": options.listen}
     if options.listen.startswith("unix:"):
         listen = {"unix_socket": options.listen[5:], "unix_socket_perms": "660"}
-    front = {}
+    front: dict[str, Any] = {}
     if options.behind_proxy:
         # What the front says of the client is believed, because nobody else reaches this port.
         front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto x-forwarded-host"}

@@ -105,8 +105,11 @@ class Worker:
 
     # --- Orders ---
 
-    def _take_order(self) -> tuple[Row[Any], Row[Any]] | None:
-        """Takes a lease on the order that is due for longest, one that was begun before one that was not."""
+    def _take_order(self) -> tuple[int, Row[Any], Row[Any]] | None:
+        """Takes a lease on the order that is due for longest, one that was begun before one that was not.
+
+        Until when it was leased before (0: to nobody), the order, its request.
+        """
         with self._store.writing() as db:
             # This row makes one worker after the other count: otherwise each would find room for one order more.
             paused = store.number(db, "paused", lock=True)
@@ -123,13 +126,15 @@ class Worker:
                 # Counted before the CA is asked: a worker that dies in between makes the limit no larger.
                 store.write_log(db, "signer", "ordered", request.client_id, request.sha256)
             mine = update(orders).where(orders.c.client_id == order.client_id).values(leased=now() + self._lease)
-            return db.execute(mine.returning(orders)).one(), request
+            return order.leased, db.execute(mine.returning(orders)).one(), request
 
-    def _carry_out(self, acme: AcmeCa, order: Row[Any], request: Row[Any]) -> None:
+    def _carry_out(self, acme: AcmeCa, before: int, order: Row[Any], request: Row[Any]) -> None:
         try:
             resource = order.resource
             if resource is None:
-                resource = acme.new_order(request.pem)
+                # Only a worker that died leaves a lease behind: its order may be there, and nobody knows its name.
+                died = before and acme.find_order(request.client_id, self._lease / 4)
+                resource = died or acme.new_order(request.pem)
                 if not self._still_mine(order, resource=resource):
                     return
             # The lease is longer than all that this can take.

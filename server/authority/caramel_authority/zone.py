@@ -48,7 +48,11 @@ class Zone:
             time.sleep(self._settings.propagation_seconds)
             yield
         finally:
-            self._change("delete", name, "TXT", value)
+            self.clear(name)
+
+    def clear(self, name: str) -> None:
+        """No answer to a challenge is in the zone under this name. Raises TryLater."""
+        self._change("delete", name, "TXT", "")
 
     def set_address(self, name: str, address: str) -> None:
         """The name leads to this address and to no other. Raises TryLater."""

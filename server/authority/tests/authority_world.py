@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The registration authority as its users have it: an installed command, its servers and workers, and what they stand on.
+"""The registration authority as its users have it: an installed command, its servers and workers, and what they stand
+on.
 
-Nothing of the authority is imported. What stands around it is real: PostgreSQL, Knot DNS, Pebble, nginx. As in `world`,
-everything lives as long as its `with` block, on free ports of the loopback interface.
+Nothing of the authority is imported. What stands around it is real: PostgreSQL, Knot DNS, Pebble, nginx. As in
+`world`, everything lives as long as its `with` block, on free ports of the loopback interface.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import hashlib
 import http.client
@@ -18,8 +21,10 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +114,9 @@ def ask(port: int, method: str, path: str, body: Optional[bytes] = None, **heade
 
 
 class RegistrationAuthority:
-    """One configuration, with servers and workers that run it. `settings` is TOML, after the lines that are always there."""
+    """One configuration, with servers and workers that run it. `settings` is TOML, after the lines that are always
+    there.
+    """
 
     def __init__(
         self, folder: Path, settings: str = "", *, database: Optional[str] = None, signer: str = "ca"
@@ -291,3 +298,152 @@ class Postgres:
         )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+
+# --- DNS and ACME -------------------------------------------------------------------------------------------
+
+ZONE = "devices.example.com"
+
+
+class Knot:
+    """A real name server with the devices' zone, which takes updates that are signed with its key."""
+
+    def __init__(self, folder: Path, zone: str = ZONE) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.zone = zone
+        self.port = world.free_port()
+        self.key_file = self.folder / "tsig.key"
+        secret = base64.b64encode(os.urandom(32)).decode()
+        self.key_file.write_text(f"{secret}\n")
+        (self.folder / "zone").write_text(
+            f"$ORIGIN {zone}.\n@ 60 SOA ns.{zone}. admin.{zone}. 1 60 60 600 1\n@ 60 NS ns\nns 60 A 127.0.0.1\n"
+        )
+        (self.folder / "knot.conf").write_text(f"""server:
+    rundir: "{folder}"
+    listen: 127.0.0.1@{self.port}
+    udp-workers: 1
+    tcp-workers: 1
+    background-workers: 1
+database:
+    storage: "{folder}"
+key:
+  - id: authority
+    algorithm: hmac-sha256
+    secret: {secret}
+acl:
+  - id: updates
+    key: authority
+    action: update
+zone:
+  - domain: {zone}
+    storage: "{folder}"
+    file: zone
+    acl: updates
+""")
+        self._daemon = Daemon([self.program("knotd"), "-c", self.folder / "knot.conf"], self.folder / "knot.log")
+
+    @staticmethod
+    def program(name: str) -> str:
+        return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin") or name
+
+    def __enter__(self) -> Knot:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self._daemon.start()
+        until("Knot answers", lambda: self.look_up(self.zone, "SOA"))
+
+    def stop(self) -> None:
+        self._daemon.stop()
+
+    @property
+    def settings(self) -> str:
+        return (
+            f'[dns]\nzone = "{self.zone}"\nserver = "127.0.0.1"\nport = {self.port}\n'
+            f'key_name = "authority"\nkey_file = "{self.key_file}"\n'
+        )
+
+    def look_up(self, name: str, kind: str) -> list[str]:
+        """What the server says, one line a record."""
+        command = ["kdig", "+short", "+timeout=2", "+retry=0", "@127.0.0.1", "-p", str(self.port), name, kind]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return sorted(line for line in done.stdout.splitlines() if not line.startswith(";"))
+
+
+class Pebble:
+    """The ACME CA that Let's Encrypt's people made for tests. It validates: every name is looked up at `knot`."""
+
+    def __init__(self, folder: Path, knot: Knot, *, validity: int = 7776000, **environment: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port, self._management = world.free_port(), world.free_port()
+        self.https = world.Authority(self.folder / "https")
+        certificate = self.https.server(["localhost"])
+        (self.folder / "pebble.json").write_text(
+            json.dumps(
+                {
+                    "pebble": {
+                        "listenAddress": f"127.0.0.1:{self.port}",
+                        "managementListenAddress": f"127.0.0.1:{self._management}",
+                        "certificate": str(certificate),
+                        "privateKey": str(certificate),
+                        "httpPort": 1,
+                        "tlsPort": 1,
+                        "certificateValidityPeriod": validity,
+                    }
+                }
+            )
+        )
+        # Pebble waits up to 15 s before it validates, as a reminder that CAs take their time.
+        env = world.environment(PEBBLE_VA_NOSLEEP="1", **environment)
+        command = ["pebble", "-config", self.folder / "pebble.json", "-dnsserver", f"127.0.0.1:{knot.port}"]
+        self.daemon = Daemon(command, self.folder / "pebble.log", env)
+
+    def __enter__(self) -> Pebble:
+        self.daemon.start()
+        until("Pebble answers or has ended", lambda: self._answers() or not self.daemon.alive)
+        assert self.daemon.alive, self.daemon.text()
+        self.roots.write_bytes(self.get("/roots/0"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.daemon.stop()
+
+    @property
+    def roots(self) -> Path:
+        return self.folder / "roots.pem"
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.get("/roots/0"))
+        return False
+
+    def get(self, path: str) -> bytes:
+        """What its management interface says."""
+        context = ssl.create_default_context(cafile=str(self.https.certificate_file))
+        address = f"https://localhost:{self._management}{path}"
+        with urllib.request.urlopen(address, context=context, timeout=10) as answer:
+            return bytes(answer.read())
+
+    def issued(self, name: str) -> int:
+        """How many certificates it made for this name."""
+        orders = re.findall(r"Issued certificate serial \S+ for order (\S+)", self.daemon.text())
+        return len(orders)
+
+    def settings(self, folder: Path, **more: Any) -> str:
+        values = {
+            "directory": f"https://localhost:{self.port}/dir",
+            "directory_ca": str(self.https.certificate_file),
+            "account_key": f"{folder}/account.key",
+            "contact": "devices@example.com",
+            "terms_agreed": True,
+            "roots": str(self.roots),
+            "orders_per_hour": 1000,
+            **more,
+        }
+        return "[acme]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())

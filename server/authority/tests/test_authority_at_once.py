@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from authority_world import Postgres, RegistrationAuthority, Server, ask, at, csr, sha256
+from authority_world import RegistrationAuthority, Server, ask, at, csr, sha256
 from world import Daemon
 
 PROCESSES = 3
@@ -110,7 +110,7 @@ def test_two_keys_for_one_place_on_the_list(authority: RegistrationAuthority, re
     with several(authority) as servers, ThreadPoolExecutor(6) as pool:
         for client_id in mine:
             bodies = [csr(client_id) for _ in servers]
-            list(pool.map(lambda pair: pair[0].post(pair[1]), zip(servers, bodies)))
+            list(pool.map(lambda pair: pair[0].post(pair[1]), zip(servers, bodies, strict=True)))
             statuses = [servers[0].get(sha256(body)).status for body in bodies]
             assert sorted(statuses) == [200, 202, 202]
 
@@ -169,8 +169,8 @@ WRITES = "pwrite64,write,fdatasync,fsync,ftruncate,unlink,sendto"
 
 
 def test_killed_at_every_write(tmp_path: Path) -> None:
-    """SQLite: the process dies at its first system call that writes, at the second, and so on, until one enrollment needs
-    no more of them. Afterwards the device has one certificate, and no serial number was used twice.
+    """SQLite: the process dies at its first system call that writes, at the second, and so on, until one enrollment
+    needs no more of them. Afterwards the device has one certificate, and no serial number was used twice.
     """
     serials: list[int] = []
     number, died = 0, True

@@ -153,7 +153,8 @@ def test_an_intermediate_of_somebody_elses_ca(tmp_path: Path) -> None:
     request.write_text(authority.command("ca-request", "--subject", "C=SE,O=Below,CN=Below Intermediate"))
     # The root of the tests' world allows nothing below it (path length 0); this one is OpenSSL's.
     openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", 30, "-subj",
-            "/C=SE/O=Above/CN=Above Root", "-keyout", tmp_path / "root.key", "-out", tmp_path / "root.crt")  # fmt: skip
+            "/C=SE/O=Above/CN=Above Root", "-keyout", tmp_path / "root.key", "-out", tmp_path / "root.crt")  # fmt:
+            skip
     openssl("x509", "-req", "-in", request, "-CA", tmp_path / "root.crt", "-CAkey", tmp_path / "root.key", "-days", 20,
             "-copy_extensions", "copyall", "-out", tmp_path / "intermediate.crt")  # fmt: skip
     root, intermediate = ((tmp_path / f"{name}.crt").read_bytes() for name in ("root", "intermediate"))
