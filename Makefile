@@ -8,7 +8,7 @@ BUILD := build
 TESTS ?= tests server
 PYTEST ?=
 
-SOURCES := $(wildcard setup.py setup.cfg packaging/bake.py bin/*) \
+SOURCES := $(wildcard setup.py setup.cfg packaging/bake.py packaging/starter/*) \
 	$(shell find caramel_embedded -type f -not -name '*.py[co]' 2>/dev/null)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
@@ -21,15 +21,15 @@ help: ## this list
 	while IFS='|' read -r target what; do printf '  make %-14s %s\n' "$$target" "$$what"; done
 
 demo: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## the life of a device, run by run, against a real Caramel server
-	@$(BUILD)/venv/bin/python -I demo/life.py
+	@cd tests && $(CURDIR)/$(BUILD)/venv/bin/python -Es -m demo.life
 
 demo-server: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## a Caramel server to play with by hand
-	@$(BUILD)/venv/bin/python -I demo/life.py --stay
+	@cd tests && $(CURDIR)/$(BUILD)/venv/bin/python -Es -m demo.life --stay
 
 test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and all tests
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
-	$(BUILD)/tests/bin/mypy $(wildcard caramel_embedded packaging server tests demo bench torture examples)
+	$(BUILD)/tests/bin/mypy caramel_embedded packaging server tests examples
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
 	@# The command under test is the one beside pytest, because coverage is there as well: it says which lines ran in
 	@# all of the command's runs. Its report comes before pytest's last line, which says how the tests went.
@@ -79,4 +79,4 @@ $(BUILD)/caramel/installed:
 	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
 	@touch $@
 
--include bench/bench.mk packaging/packaging.mk torture/torture.mk
+-include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk)

@@ -21,7 +21,9 @@ fi
 rm -rf "$build"
 mkdir -p "$build/source"
 # Listed, not copied whole: what lies around in a checkout is nobody's package.
-cp -R bin caramel_embedded completion debian man packaging setup.cfg setup.py systemd LICENSE-* "$build/source"
+cp -R caramel_embedded packaging setup.cfg setup.py LICENSE-* "$build/source"
+# Debian's tools look for this folder at the root.
+mv "$build/source/packaging/debian" "$build/source/debian"
 mkdir -p "$build/source/buildroot/package"
 cp -R buildroot/package/caramel-embedded "$build/source/buildroot/package"
 find "$build/source" -name __pycache__ -prune -exec rm -rf {} +

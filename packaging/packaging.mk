@@ -50,7 +50,7 @@ install-program:
 	$(INSTALL) -m 0644 $(ROOT)caramel_embedded/*.py "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded/"
 	test ! -e $(ROOT)caramel_embedded/py.typed || \
 		$(INSTALL) -m 0644 $(ROOT)caramel_embedded/py.typed "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded/"
-	$(INSTALL) -D -m 0755 $(ROOT)bin/caramel-embedded "$(DESTDIR)$(PREFIX)/bin/caramel-embedded"
+	$(INSTALL) -D -m 0755 $(PACKAGING)starter/caramel-embedded "$(DESTDIR)$(PREFIX)/bin/caramel-embedded"
 
 # COMPILE=no where the image is for another version of Python than this machine's.
 ifneq ($(COMPILE),no)
@@ -59,8 +59,8 @@ ifneq ($(COMPILE),no)
 endif
 
 install-extras:
-	$(INSTALL) -D -m 0644 $(ROOT)man/caramel-embedded.8 "$(DESTDIR)$(PREFIX)/share/man/man8/caramel-embedded.8"
-	$(INSTALL) -D -m 0644 $(ROOT)completion/caramel-embedded.bash \
+	$(INSTALL) -D -m 0644 $(PACKAGING)man/caramel-embedded.8 "$(DESTDIR)$(PREFIX)/share/man/man8/caramel-embedded.8"
+	$(INSTALL) -D -m 0644 $(PACKAGING)completion/caramel-embedded.bash \
 		"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/caramel-embedded"
 	$(INSTALL) -D -m 0644 $(PACKAGING)caramel-embedded.conf \
 		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/caramel-embedded.conf"
@@ -76,9 +76,9 @@ install-libexec:
 install-systemd: install-libexec
 	$(INSTALL) -d "$(DESTDIR)$(UNITDIR)"
 	for unit in $(UNITS); do \
-		sed 's#/usr/\(bin\|libexec\)/#$(PREFIX)/\1/#' "$(ROOT)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
+		sed 's#/usr/\(bin\|libexec\)/#$(PREFIX)/\1/#' "$(PACKAGING)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
 		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
-	$(INSTALL) -D -m 0644 $(ROOT)systemd/examples/needs-certificate.conf \
+	$(INSTALL) -D -m 0644 $(PACKAGING)systemd/examples/needs-certificate.conf \
 		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/needs-certificate.conf"
 
 install-sysv: install-libexec
@@ -93,4 +93,4 @@ deb: ## the Debian package, into build/: [CARAMEL_BAKE=/path/to/firmware.conf]
 	@BUILD="$(BUILD)" "$(PACKAGING)deb.sh"
 
 device-test: $(BUILD)/tests/installed $(BUILD)/caramel/installed ## a Debian armhf tree under qemu that boots the init script and enrolls (root, some minutes)
-	@BUILD="$(BUILD)" PYTHON="$(PYTHON)" "$(PACKAGING)device-test.sh"
+	@BUILD="$(BUILD)" PYTHON="$(PYTHON)" "$(ROOT)tests/device/device-test.sh"

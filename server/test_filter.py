@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,16 +15,11 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Optional
 
+import caramel_conditional
 import pytest
+import world
+from bench.filtered import FilteredCaramel, MeteredNginx
 from cryptography import x509
-
-HERE = Path(__file__).resolve().parent
-for folder in (HERE.parent / "tests", HERE.parent / "bench", HERE):  # also when this folder's test runs alone
-    sys.path.insert(0, str(folder))
-
-import caramel_conditional  # noqa: E402
-import world  # noqa: E402
-from filtered import FilteredCaramel, MeteredNginx  # noqa: E402
 
 SHA256 = "/" + 64 * "a"
 SIGNED = 1_700_000_000  # seconds since 1970: when the certificate of the tests without a server was signed

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-import words
 import world
-from world import Asked, Authority, Caramel, Device, Run, Says, Scripted, answer, hours, now
+from world import Answer, Authority, Caramel, Device, HttpRequest, Run, Scripted, answer, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -39,15 +38,15 @@ class Talk:
 
     device: Device
     certificate: Path
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[HttpRequest] = field(default_factory=list)
     connections: int = 0
 
-    def run(self, *answers: Says, options: tuple[str, ...] = ()) -> Run:
+    def run(self, *answers: Answer, options: tuple[str, ...] = ()) -> Run:
         """One run against a server that gives these answers in turn; an answer too few fails the test."""
-        surplus: list[Asked] = []
+        surplus: list[HttpRequest] = []
 
-        def next_answer(asked: Asked) -> Says:
-            turn = len(server.asked) - 1
+        def next_answer(asked: HttpRequest) -> Answer:
+            turn = len(server.requests) - 1
             if turn < len(answers):
                 return answers[turn]
             surplus.append(asked)
@@ -56,14 +55,14 @@ class Talk:
         with Scripted(self.certificate, next_answer, client_ca=self.device.ca) as server:
             self.device.server = server.address
             run = self.device.run(*options)
-        self.asked, self.connections = server.asked, server.connections
+        self.requests, self.connections = server.requests, server.connections
         assert not surplus, f"asked too often: {surplus}"
         assert run.out == ""
         return run
 
     @property
     def methods(self) -> list[str]:
-        return [asked.method for asked in self.asked]
+        return [asked.method for asked in self.requests]
 
 
 @pytest.fixture
@@ -119,7 +118,7 @@ def test_scripts_say_what_the_real_server_says(said: str, caramel: Caramel, auth
     if said == "REJECTED":
         caramel.reject(client_id)
     status, kind, content = ask(request if said == "DUPLICATE" else None)
-    head, _, body = getattr(words, said).decode().partition("\r\n\r\n")
+    head, _, body = getattr(answers, said).decode().partition("\r\n\r\n")
     assert head.split()[1] == str(status)
     assert f"Content-Type: {kind}" in head
     if said == "PENDING":
@@ -134,7 +133,7 @@ def test_scripts_say_what_the_real_server_says(said: str, caramel: Caramel, auth
 def test_a_new_certificate_is_stored(enrolled: Talk, authority: Authority) -> None:
     fresh = newer(authority, enrolled)
     before = enrolled.device.blocks()
-    run = enrolled.run(words.certificate(fresh))
+    run = enrolled.run(answers.certificate(fresh))
     assert run.status == 0 and "new certificate" in run.err
     assert enrolled.device.block("CERTIFICATE") == fresh
     assert [enrolled.device.blocks()[i] for i in (0, -1)] == [before[0], before[-1]]
@@ -143,7 +142,7 @@ def test_a_new_certificate_is_stored(enrolled: Talk, authority: Authority) -> No
 
 def test_the_same_certificate_again_changes_nothing(certified: Talk) -> None:
     before = certified.device.snapshot()
-    run = certified.run(words.certificate(certified.device.block("CERTIFICATE") or b""))
+    run = certified.run(answers.certificate(certified.device.block("CERTIFICATE") or b""))
     assert run.status == 0 and "unchanged" in run.err
     assert certified.device.snapshot() == before
 
@@ -153,17 +152,17 @@ def test_the_same_certificate_again_changes_nothing(certified: Talk) -> None:
 
 def test_not_modified_is_as_good_as_the_certificate(certified: Talk) -> None:
     before = certified.device.snapshot()
-    run = certified.run(words.NOT_MODIFIED)
+    run = certified.run(answers.NOT_MODIFIED)
     assert run.status == 0 and "valid until" in run.err
-    assert certified.asked[0].if_modified_since
+    assert certified.requests[0].if_modified_since
     assert certified.device.snapshot() == before
 
 
 def test_not_modified_that_nobody_asked_for_is_refused(pending: Talk) -> None:
     before = pending.device.snapshot()
-    run = pending.run(words.NOT_MODIFIED)
+    run = pending.run(answers.NOT_MODIFIED)
     assert run.status == 127 and "304" in run.err
-    assert not pending.asked[0].if_modified_since
+    assert not pending.requests[0].if_modified_since
     assert pending.device.snapshot() == before
 
 
@@ -172,7 +171,7 @@ def test_not_modified_that_nobody_asked_for_is_refused(pending: Talk) -> None:
 
 def test_while_nobody_signs_a_stored_certificate_stays(enrolled: Talk) -> None:
     before = enrolled.device.snapshot()
-    assert enrolled.run(words.PENDING).status == 69
+    assert enrolled.run(answers.PENDING).status == 69
     assert enrolled.device.snapshot() == before
 
 
@@ -181,10 +180,10 @@ def test_while_nobody_signs_a_stored_certificate_stays(enrolled: Talk) -> None:
 
 def test_a_request_that_the_server_does_not_know_is_posted_and_asked_for_again(enrolled: Talk) -> None:
     before, request = enrolled.device.snapshot(), enrolled.device.request
-    assert enrolled.run(words.UNKNOWN, words.PENDING, words.PENDING).status == 69
+    assert enrolled.run(answers.UNKNOWN, answers.PENDING, answers.PENDING).status == 69
     assert enrolled.methods == ["GET", "POST", "GET"]
-    assert enrolled.asked[1].body == request
-    assert {asked.path for asked in enrolled.asked} == {f"/{hashlib.sha256(request).hexdigest()}"}
+    assert enrolled.requests[1].body == request
+    assert {asked.path for asked in enrolled.requests} == {f"/{hashlib.sha256(request).hexdigest()}"}
     assert enrolled.connections == 1
     assert enrolled.device.snapshot() == before
 
@@ -192,17 +191,17 @@ def test_a_request_that_the_server_does_not_know_is_posted_and_asked_for_again(e
 def test_a_server_that_signs_at_once_needs_one_run_from_nothing(talk: Talk, authority: Authority, pem: Path) -> None:
     requests: list[bytes] = []
 
-    def says(asked: Asked) -> Says:
+    def says(asked: HttpRequest) -> Answer:
         if asked.method == "POST":
             requests.append(asked.body)
-            return words.PENDING
-        return words.certificate(authority.sign(requests[0])) if requests else words.UNKNOWN
+            return answers.PENDING
+        return answers.certificate(authority.sign(requests[0])) if requests else answers.UNKNOWN
 
     with Scripted(pem, says) as server:
         talk.device.server = server.address
         run = talk.device.run()
     assert run.status == 0 and "new certificate" in run.err
-    assert [asked.method for asked in server.asked] == ["GET", "POST", "GET"] and server.connections == 1
+    assert [asked.method for asked in server.requests] == ["GET", "POST", "GET"] and server.connections == 1
     assert talk.device.labels == ["PRIVATE KEY", "CERTIFICATE", "NEW CERTIFICATE REQUEST"]
 
 
@@ -216,41 +215,49 @@ def test_a_server_that_closes_after_each_answer_is_asked_over_new_connections(pe
 def test_a_duplicate_is_what_was_posted_before_the_power_failed(enrolled: Talk) -> None:
     """The server had taken the request of an earlier run, and says so only now; its first answer was stale."""
     before = enrolled.device.snapshot()
-    run = enrolled.run(words.UNKNOWN, words.DUPLICATE, words.PENDING)
+    run = enrolled.run(answers.UNKNOWN, answers.DUPLICATE, answers.PENDING)
     assert run.status == 69 and "duplicate request" in run.err
     assert enrolled.methods == ["GET", "POST", "GET"]
     assert enrolled.device.snapshot() == before
 
 
-@pytest.mark.parametrize("last", [words.UNKNOWN, words.REJECTED, words.page(502), words.NOT_MODIFIED])
+@pytest.mark.parametrize("last", [answers.UNKNOWN, answers.REJECTED, answers.page(502), answers.NOT_MODIFIED])
 def test_after_a_post_nothing_but_a_certificate_or_pending_counts(enrolled: Talk, last: bytes) -> None:
     before = enrolled.device.snapshot()
-    assert enrolled.run(words.UNKNOWN, words.PENDING, last).status == 127
+    assert enrolled.run(answers.UNKNOWN, answers.PENDING, last).status == 127
     assert enrolled.device.snapshot() == before
 
 
 @pytest.mark.parametrize(
     "refusal",
-    [words.page(400), words.page(403), words.REJECTED, words.page(413), words.page(502), answer(200), answer(201)],
+    [
+        answers.page(400),
+        answers.page(403),
+        answers.REJECTED,
+        answers.page(413),
+        answers.page(502),
+        answer(200),
+        answer(201),
+    ],
 )
 def test_a_request_that_is_not_taken_is_kept_for_the_next_run(enrolled: Talk, refusal: bytes) -> None:
     before = enrolled.device.snapshot()
-    assert enrolled.run(words.UNKNOWN, refusal).status == 127
+    assert enrolled.run(answers.UNKNOWN, refusal).status == 127
     assert enrolled.device.snapshot() == before
 
 
 def test_a_bad_subject_is_told_in_the_servers_words(pending: Talk) -> None:
-    refusal = words.problem(400, "Bad Request", "Bad subject: (('C', 'SE'),)")
-    run = pending.run(words.UNKNOWN, refusal, words.UNKNOWN)
+    refusal = answers.problem(400, "Bad Request", "Bad subject: (('C', 'SE'),)")
+    run = pending.run(answers.UNKNOWN, refusal, answers.UNKNOWN)
     assert run.status == 127 and "Bad subject" in run.err and run.err.count("\n") == 1
 
 
 def test_a_key_whose_request_may_have_arrived_is_not_lost(talk: Talk) -> None:
     """The line breaks while the first request of its life is posted."""
-    assert talk.run(words.UNKNOWN, None).status == 127
-    request = talk.asked[1].body
+    assert talk.run(answers.UNKNOWN, None).status == 127
+    request = talk.requests[1].body
     assert talk.device.request == request
-    assert talk.run(words.PENDING).status == 69
+    assert talk.run(answers.PENDING).status == 69
     assert talk.device.request == request
 
 
@@ -260,21 +267,21 @@ def test_a_key_whose_request_may_have_arrived_is_not_lost(talk: Talk) -> None:
 def test_a_rejected_device_starts_over_within_the_run(enrolled: Talk) -> None:
     before = enrolled.device.snapshot()
     old, requests = enrolled.device.blocks(), enrolled.device.request
-    run = enrolled.run(words.REJECTED, words.PENDING, words.PENDING)
+    run = enrolled.run(answers.REJECTED, answers.PENDING, answers.PENDING)
     assert run.status == 69 and "rejected" in run.err
     assert enrolled.methods == ["GET", "POST", "GET"]
-    assert enrolled.asked[1].body == enrolled.device.request != requests
+    assert enrolled.requests[1].body == enrolled.device.request != requests
     assert enrolled.device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
     after = enrolled.device.snapshot()
     assert before and after and not [label for label, block in old if block in after.content]
 
 
 def test_a_rejected_device_is_certified_again_at_once(certified: Talk, authority: Authority, pem: Path) -> None:
-    def says(asked: Asked) -> Says:
-        posted = [one.body for one in server.asked if one.method == "POST"]
+    def says(asked: HttpRequest) -> Answer:
+        posted = [one.body for one in server.requests if one.method == "POST"]
         if asked.method == "POST":
-            return words.PENDING
-        return words.certificate(authority.sign(posted[0])) if posted else words.REJECTED
+            return answers.PENDING
+        return answers.certificate(authority.sign(posted[0])) if posted else answers.REJECTED
 
     old = certified.device.request
     with Scripted(pem, says) as server:
@@ -286,28 +293,28 @@ def test_a_rejected_device_is_certified_again_at_once(certified: Talk, authority
 @pytest.mark.parametrize(
     "answers",
     [
-        [words.REJECTED, words.REJECTED],
-        [words.REJECTED, words.DUPLICATE],
-        [words.REJECTED, words.page(502)],
-        [words.REJECTED, words.PENDING, words.REJECTED],
-        [words.REJECTED, None],
+        [answers.REJECTED, answers.REJECTED],
+        [answers.REJECTED, answers.DUPLICATE],
+        [answers.REJECTED, answers.page(502)],
+        [answers.REJECTED, answers.PENDING, answers.REJECTED],
+        [answers.REJECTED, None],
     ],
     ids=["403", "400", "502", "403-later", "end"],
 )
 def test_a_rejected_device_whose_new_request_is_refused_tries_no_third_one(
-    enrolled: Talk, answers: list[Says]
+    enrolled: Talk, answers: list[Answer]
 ) -> None:
     old = enrolled.device.request
     assert enrolled.run(*answers).status == 127
     assert enrolled.methods.count("POST") == 1
     # What was posted is what is kept: it may have arrived.
-    assert enrolled.asked[1].body == enrolled.device.request != old
+    assert enrolled.requests[1].body == enrolled.device.request != old
 
 
 @pytest.mark.parametrize(
     "proxy",
     [
-        words.page(403),
+        answers.page(403),
         answer(403),
         answer(403, b'{"status":403,"title":"Forbidden","detail":null}', "Content-Type: text/html"),
         answer(403, b'{"status":403,"title":"Forbidden","detail":null}', "Content-Type: application/json"),
@@ -331,9 +338,9 @@ def test_a_broken_proxy_costs_no_device_its_identity(pending: Talk, proxy: bytes
 def test_a_broken_proxy_costs_no_certified_device_its_identity(certified: Talk) -> None:
     """A front end may say this because of the client certificate: hence one more try, see the client certificate."""
     before = certified.device.snapshot()
-    assert certified.run(words.page(403), words.page(403)).status == 127
+    assert certified.run(answers.page(403), answers.page(403)).status == 127
     assert certified.device.snapshot() == before
-    assert [bool(asked.client_certificate) for asked in certified.asked] == [True, False]
+    assert [bool(asked.client_certificate) for asked in certified.requests] == [True, False]
 
 
 # --- Anything else ---
@@ -358,7 +365,7 @@ def test_a_server_in_trouble_is_asked_once_a_run(enrolled: Talk, status: int) ->
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed(enrolled: Talk, status: int, pem: Path, authority: Authority) -> None:
     before = enrolled.device.snapshot()
-    with Scripted(pem, [words.certificate(newer(authority, enrolled))]) as elsewhere:
+    with Scripted(pem, [answers.certificate(newer(authority, enrolled))]) as elsewhere:
         target = f"Location: https://{elsewhere.address}/{enrolled.device.request_hash()}"
         run = enrolled.run(answer(status, b"", target))
         here = enrolled.run(answer(status, b"", f"Location: /{enrolled.device.request_hash()}"))
@@ -380,7 +387,7 @@ def test_what_is_no_http_changes_nothing(pending: Talk, what: bytes) -> None:
 
 
 def test_a_device_with_nothing_keeps_the_key_that_it_made_whatever_the_server_says(talk: Talk) -> None:
-    assert talk.run(words.page(502)).status == 127
+    assert talk.run(answers.page(502)).status == 127
     request = talk.device.request
-    assert talk.run(words.UNKNOWN, words.PENDING, words.PENDING).status == 69
-    assert talk.asked[1].body == talk.device.request == request
+    assert talk.run(answers.UNKNOWN, answers.PENDING, answers.PENDING).status == 69
+    assert talk.requests[1].body == talk.device.request == request

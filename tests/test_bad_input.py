@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import pytest
-import words
 import world
 from cryptography.hazmat.primitives import serialization
-from world import PLAIN, Authority, Device, Run, Scripted, Snapshot, answer, hours, now
+from world import PLAIN, Authority, Device, Run, Scripted, Snapshot, answer, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -308,7 +307,7 @@ def test_a_server_that_is_not_ours(
         "another-name": lambda: authority.server(["ca.example.com"], file=file),
         "expired": lambda: authority.server(not_before=now() - hours(9), not_after=now() - hours(1), file=file),
     }[fault]()
-    with Scripted(certificate, [words.REJECTED]) as server:
+    with Scripted(certificate, [answers.REJECTED]) as server:
         certified.server = server.address
         run = nothing_lost(certified)
     refused(run, server.address)
@@ -318,7 +317,7 @@ def test_a_server_that_is_not_ours(
         "expired": "expired|ended",
     }
     assert re.search(reason[fault], run.err), run.err
-    assert server.asked == [], "no request and no client certificate for a stranger"
+    assert server.requests == [], "no request and no client certificate for a stranger"
 
 
 # --- Answers ---
@@ -333,7 +332,7 @@ def signed(authority: Authority, device: Device, **fields: object) -> bytes:
 
 def gzipped(authority: Authority, device: Device, _: Path) -> bytes:
     body = gzip.compress(signed(authority, device))
-    return words.certificate(body, "Content-Encoding: gzip")
+    return answers.certificate(body, "Content-Encoding: gzip")
 
 
 def broken(pem: bytes) -> bytes:
@@ -342,43 +341,43 @@ def broken(pem: bytes) -> bytes:
 
 
 BAD_ANSWERS: dict[str, tuple[BadAnswer, str]] = {
-    "no certificate": (lambda a, d, p: words.certificate(b"Welcome to our hotel's network"), "no certificate"),
-    "empty": (lambda a, d, p: words.certificate(b""), "no certificate"),
-    "a page": (lambda a, d, p: words.page(200), "no certificate"),
-    "the request": (lambda a, d, p: words.certificate(d.request), "no certificate"),
-    "a damaged certificate": (lambda a, d, p: words.certificate(broken(signed(a, d))), ""),
-    "two certificates": (lambda a, d, p: words.certificate(signed(a, d) * 2), "no certificate"),
-    "text around it": (lambda a, d, p: words.certificate(b"Here:\n" + signed(a, d)), "no certificate"),
+    "no certificate": (lambda a, d, p: answers.certificate(b"Welcome to our hotel's network"), "no certificate"),
+    "empty": (lambda a, d, p: answers.certificate(b""), "no certificate"),
+    "a page": (lambda a, d, p: answers.page(200), "no certificate"),
+    "the request": (lambda a, d, p: answers.certificate(d.request), "no certificate"),
+    "a damaged certificate": (lambda a, d, p: answers.certificate(broken(signed(a, d))), ""),
+    "two certificates": (lambda a, d, p: answers.certificate(signed(a, d) * 2), "no certificate"),
+    "text around it": (lambda a, d, p: answers.certificate(b"Here:\n" + signed(a, d)), "no certificate"),
     "another key's": (
-        lambda a, d, p: words.certificate(signed(a, d, public_key=world.new_key().public_key())),
+        lambda a, d, p: answers.certificate(signed(a, d, public_key=world.new_key().public_key())),
         "another key's",
     ),
     "another device's": (
-        lambda a, d, p: words.certificate(signed(a, d, subject=a.subject_for("cafe00000000"))),
+        lambda a, d, p: answers.certificate(signed(a, d, subject=a.subject_for("cafe00000000"))),
         "another device's",
     ),
     "no device's": (
-        lambda a, d, p: words.certificate(signed(a, d, subject=a.subject_for("x")[:-1], names=["x"])),
+        lambda a, d, p: answers.certificate(signed(a, d, subject=a.subject_for("x")[:-1], names=["x"])),
         "another device's",
     ),
     "another CA's": (
-        lambda a, d, p: words.certificate(signed(other_authority(p), d)),
+        lambda a, d, p: answers.certificate(signed(other_authority(p), d)),
         "not by the trusted CA",
     ),
     "self-signed": (
-        lambda a, d, p: words.certificate(Authority(p / "self", a.subject_for(ID)).pem),
+        lambda a, d, p: answers.certificate(Authority(p / "self", a.subject_for(ID)).pem),
         "another key's",
     ),
-    "expired": (lambda a, d, p: words.certificate(signed(a, d, not_after=now() - hours(1))), "ended at"),
+    "expired": (lambda a, d, p: answers.certificate(signed(a, d, not_after=now() - hours(1))), "ended at"),
     "not valid yet": (
-        lambda a, d, p: words.certificate(signed(a, d, not_before=now() + hours(1), not_after=now() + hours(2))),
+        lambda a, d, p: answers.certificate(signed(a, d, not_before=now() + hours(1), not_after=now() + hours(2))),
         "not valid before",
     ),
     "for servers only": (
-        lambda a, d, p: words.certificate(signed(a, d, usage=[world.SERVER_AUTH])),
+        lambda a, d, p: answers.certificate(signed(a, d, usage=[world.SERVER_AUTH])),
         "not by the trusted CA",
     ),
-    "too long": (lambda a, d, p: words.certificate(signed(a, d) + b"\n" * 65536), "65536"),
+    "too long": (lambda a, d, p: answers.certificate(signed(a, d) + b"\n" * 65536), "65536"),
     "too long, in chunks": (
         lambda a, d, p: (
             answer(200, b"8000\r\n" + b"a" * 0x8000 + b"\r\n", "Transfer-Encoding: chunked")
@@ -394,7 +393,7 @@ BAD_ANSWERS: dict[str, tuple[BadAnswer, str]] = {
         "broke",
     ),
     "of two lengths": (
-        lambda a, d, p: words.certificate(signed(a, d), "Content-Length: 20", "Content-Length: 30"),
+        lambda a, d, p: answers.certificate(signed(a, d), "Content-Length: 20", "Content-Length: 30"),
         "length",
     ),
 }
@@ -411,13 +410,13 @@ def test_an_answer_that_is_no_certificate_for_us(
     with Scripted(pem, [make(authority, certified, tmp_path)]) as server:
         certified.server = server.address
         refused(nothing_lost(certified), words_of_it)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_an_answer_of_64_kib_is_not_too_long(certified: Device, authority: Authority, pem: Path) -> None:
     body = signed(authority, certified)
     body += b"\n" * (65536 - len(body))
-    with Scripted(pem, [words.certificate(body)]) as server:
+    with Scripted(pem, [answers.certificate(body)]) as server:
         certified.server = server.address
         assert certified.run().status == 0
 
@@ -468,7 +467,7 @@ def test_a_new_certificate_has_no_room_in_a_folder_that_is_not_writable(
 ) -> None:
     certified.folder.chmod(0o555)
     before = certified.snapshot()
-    with Scripted(pem, [words.certificate(signed(authority, certified, not_after=now() + hours(96)))]) as server:
+    with Scripted(pem, [answers.certificate(signed(authority, certified, not_after=now() + hours(96)))]) as server:
         certified.server = server.address
         refused(powerless(certified), certified.folder.name)
     assert certified.snapshot() == before
@@ -476,7 +475,7 @@ def test_a_new_certificate_has_no_room_in_a_folder_that_is_not_writable(
 
 def test_an_unchanged_check_needs_no_writable_folder(certified: Device, authority: Authority, pem: Path) -> None:
     certified.folder.chmod(0o555)
-    with Scripted(pem, [words.certificate(certified.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(certified.block("CERTIFICATE") or b"")]) as server:
         certified.server = server.address
         assert powerless(certified).status == 0
 

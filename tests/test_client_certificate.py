@@ -7,10 +7,9 @@ import ssl
 from pathlib import Path
 
 import pytest
-import words
 import world
 from cryptography import x509
-from world import Authority, Caramel, Device, Nginx, Scripted, TlsFront, hours, now
+from world import Authority, Caramel, Device, Nginx, Scripted, TlsFront, answers, hours, now
 
 import caramel_embedded
 
@@ -136,11 +135,11 @@ def test_there_is_one_more_try_and_no_third(tmp_path: Path, authority: Authority
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.has(authority.identity(ID, not_before=now() - hours(1)))
     before = device.snapshot()
-    with Scripted(pem, [words.page(status)], client_ca=device.ca) as server:
+    with Scripted(pem, [answers.page(status)], client_ca=device.ca) as server:
         device.server = server.address
         run = device.run()
     assert run.status == 127 and str(status) in run.err
-    assert [bool(asked.client_certificate) for asked in server.asked] == [True, False]
+    assert [bool(asked.client_certificate) for asked in server.requests] == [True, False]
     assert device.snapshot() == before
 
 
@@ -155,7 +154,7 @@ def test_a_server_that_ends_every_connection_is_tried_twice(tmp_path: Path, auth
     assert device.snapshot() == before
 
 
-@pytest.mark.parametrize("answer", [words.REJECTED, words.problem(400, "Bad Request"), words.page(500)])
+@pytest.mark.parametrize("answer", [answers.REJECTED, answers.problem(400, "Bad Request"), answers.page(500)])
 def test_what_caramel_itself_says_is_not_put_down_to_the_certificate(
     tmp_path: Path, authority: Authority, pem: Path, answer: bytes
 ) -> None:
@@ -164,26 +163,26 @@ def test_what_caramel_itself_says_is_not_put_down_to_the_certificate(
     with Scripted(pem, [answer, None], client_ca=device.ca) as server:
         device.server = server.address
         assert device.run().status == 127
-    assert all(asked.client_certificate for asked in server.asked)
-    assert [asked.method for asked in server.asked].count("GET") == 1
+    assert all(asked.client_certificate for asked in server.requests)
+    assert [asked.method for asked in server.requests].count("GET") == 1
 
 
 def test_without_one_a_server_that_fails_is_asked_once(tmp_path: Path, authority: Authority, pem: Path) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.has(authority.identity(ID, certified=False))
-    with Scripted(pem, [words.page(400)], client_ca=device.ca) as server:
+    with Scripted(pem, [answers.page(400)], client_ca=device.ca) as server:
         device.server = server.address
         assert device.run().status == 127
-    assert [asked.client_certificate for asked in server.asked] == [None]
+    assert [asked.client_certificate for asked in server.requests] == [None]
 
 
 def test_what_is_shown_is_what_is_in_the_file(tmp_path: Path, authority: Authority, pem: Path) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.has(authority.identity(ID, not_before=now() - hours(1)))
-    with Scripted(pem, [words.PENDING], client_ca=device.ca) as server:
+    with Scripted(pem, [answers.PENDING], client_ca=device.ca) as server:
         device.server = server.address
         assert device.run().status == 69
-    shown = server.asked[0].client_certificate
+    shown = server.requests[0].client_certificate
     assert shown and x509.load_der_x509_certificate(shown) == device.certificate
 
 
@@ -201,9 +200,9 @@ def test_a_new_identity_does_not_ride_on_the_old_ones_certificate(
     """The connection is the old one, and so is what was shown on it; the next run's is not."""
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.has(authority.identity(ID, not_before=now() - hours(1)))
-    with Scripted(pem, [words.REJECTED, words.PENDING, words.PENDING], client_ca=device.ca) as server:
+    with Scripted(pem, [answers.REJECTED, answers.PENDING, answers.PENDING], client_ca=device.ca) as server:
         device.server = server.address
         assert device.run().status == 69
         assert device.run().status == 69
-    assert server.asked[-1].client_certificate is None
+    assert server.requests[-1].client_certificate is None
     assert world.Snapshot.of(device.key_file).mode == 0o600

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-import world
-from world import Authority, Caramel, Nginx
-
-sys.path.append(str(world.ROOT))
-
 from torture import clocks, report
-from torture.town import Town
+from torture.fleet import Fleet
+from world import Authority, Caramel, Nginx
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Town:
-    return Town.around(tmp_path_factory.mktemp("town"), authority, caramel, front)
+def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
 @pytest.mark.parametrize(
     "about", ["1970", "a day behind", "a day ahead", "2080", "slept for a year", "floor", "jumps"]
 )
-def test_no_clock_costs_a_device_anything(town: Town, about: str) -> None:
-    cases = [case for case in clocks.cases(town) if about in case.name]
+def test_no_clock_costs_a_device_anything(fleet: Fleet, about: str) -> None:
+    cases = [case for case in clocks.cases(fleet) if about in case.name]
     assert len(cases) >= 4
     row = report.tried(about, cases if about == "1970" else report.sample(cases, 6))
     assert not row.lost, "\n".join(row.lost)

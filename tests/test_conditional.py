@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-import words
-from world import Authority, Caramel, Device, Nginx, Scripted, hours, now
+from world import Authority, Caramel, Device, Nginx, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -38,11 +37,11 @@ def http_date(moment: datetime.datetime) -> str:
 
 def asked_since(device: Device, pem: Path) -> Optional[str]:
     """What the device says in If-Modified-Since in one run against a server that has nothing for it."""
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69
-    assert len(server.asked) == 1
-    return server.asked[0].if_modified_since or None
+    assert len(server.requests) == 1
+    return server.requests[0].if_modified_since or None
 
 
 def test_a_server_that_knows_304(
@@ -123,10 +122,10 @@ def test_with_an_unusable_certificate_nothing_is_conditional(
 
 
 def test_only_the_get_is_conditional(certified: Device, pem: Path) -> None:
-    with Scripted(pem, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         certified.server = server.address
         assert certified.run().status == 69
-    assert [bool(asked.if_modified_since) for asked in server.asked] == [True, False, False]
+    assert [bool(asked.if_modified_since) for asked in server.requests] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,7 @@ def test_without_a_good_last_modified_the_certificates_own_time_counts(
 ) -> None:
     begun = now() - hours(5)
     fresh = authority.sign(certified.request, not_before=begun)
-    with Scripted(pem, [words.certificate(fresh, *([header] if header else []))]) as server:
+    with Scripted(pem, [answers.certificate(fresh, *([header] if header else []))]) as server:
         certified.server = server.address
         assert certified.run().status == 0
     assert certified.key_file.stat().st_mtime_ns == seconds(begun) * 10**9
@@ -166,7 +165,7 @@ def test_a_date_may_have_any_of_https_forms(
 ) -> None:
     """RFC 9110, 5.6.7: all three are to be understood, and the time zone of the device has no part in it."""
     fresh = authority.sign(certified.request, not_before=now() - hours(5))
-    with Scripted(pem, [words.certificate(fresh, f"Last-Modified: {date}")]) as server:
+    with Scripted(pem, [answers.certificate(fresh, f"Last-Modified: {date}")]) as server:
         certified.server = server.address
         assert certified.run(env={"TZ": "Pacific/Kiritimati"}).status == 0
     assert certified.key_file.stat().st_mtime == moment.timestamp()
@@ -175,7 +174,7 @@ def test_a_date_may_have_any_of_https_forms(
 def test_the_same_certificate_with_another_time_changes_nothing(certified: Device, pem: Path) -> None:
     """Flash wears: a server behind a load balancer may name another time with each answer."""
     before = certified.snapshot()
-    same = words.certificate(certified.block("CERTIFICATE") or b"", f"Last-Modified: {http_date(now())}")
+    same = answers.certificate(certified.block("CERTIFICATE") or b"", f"Last-Modified: {http_date(now())}")
     with Scripted(pem, [same]) as server:
         certified.server = server.address
         assert certified.run().status == 0

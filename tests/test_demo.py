@@ -11,7 +11,8 @@ import world
 
 def test_the_demo_goes_as_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-I", str(world.ROOT / "demo" / "life.py")],
+        [sys.executable, "-Es", "-m", "demo.life"],
+        cwd=world.ROOT / "tests",
         env=world.environment(CARAMEL_TESTS_COMMAND=world.COMMAND, TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,

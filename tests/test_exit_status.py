@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import words
 import world
-from world import COMMAND, PLAIN, Asked, Authority, Device, Run, Says, Scripted, hours, now
+from world import COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 PYTHON = str(Path(PLAIN).parent / "python")
@@ -153,10 +152,10 @@ def without(device: Device, tmp_path: Path, module: str, instead: str) -> None:
 def test_a_device_without_cryptography_says_so(tmp_path: Path, authority: Authority, pem: Path, instead: str) -> None:
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     without(device, tmp_path, "cryptography", instead)
-    with Scripted(pem, [words.UNKNOWN]) as server:
+    with Scripted(pem, [answers.UNKNOWN]) as server:
         device.server = server.address
         run = device.run()
-    assert (run.status, run.out, server.asked) == (127, "", [])
+    assert (run.status, run.out, server.requests) == (127, "", [])
     assert run.err.count("\n") == 1 and "cryptography" in run.err
     assert not device.key_file.exists()
 
@@ -281,7 +280,7 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
 def test_the_environment_steers_nothing(nobody: Device, hostile: Path, pem: Path, name: str, value: str) -> None:
     """Seen with a certificate that is good, so that the status would be 0."""
     nobody.command = [PLAIN]
-    with Scripted(pem, [words.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
         nobody.server = server.address
         run = nobody.run(env={name: value.format(hostile=hostile)})
     assert (run.status, run.out, run.err.count("\n")) == (0, "", 1), run
@@ -291,7 +290,7 @@ def test_modules_in_the_current_folder_are_not_loaded(nobody: Device, hostile: P
     nobody.command = [PLAIN]
     for path in hostile.iterdir():
         shutil.copy(path, nobody.folder)
-    with Scripted(pem, [words.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
         nobody.server = server.address
         assert nobody.run().status == 0
 
@@ -300,14 +299,14 @@ def test_a_command_that_is_called_by_a_link(nobody: Device, tmp_path: Path, pem:
     link = tmp_path / "link"
     link.symlink_to(PLAIN)
     nobody.command = [str(link)]
-    with Scripted(pem, [words.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
         nobody.server = server.address
         assert nobody.run().status == 0
 
 
 def test_as_python_runs_modules(nobody: Device, pem: Path) -> None:
     nobody.command = [PYTHON, "-m", "caramel_embedded"]
-    with Scripted(pem, [words.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
         nobody.server = server.address
         assert nobody.run().status == 0
         nobody.server = None
@@ -316,7 +315,7 @@ def test_as_python_runs_modules(nobody: Device, pem: Path) -> None:
 
 def test_the_folder_is_gone_in_which_it_starts(nobody: Device, tmp_path: Path, pem: Path) -> None:
     nobody.command = [PLAIN]
-    with Scripted(pem, [words.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
         nobody.server = server.address
         line = nobody.arguments()
         script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
@@ -332,7 +331,7 @@ def test_a_device_that_has_too_little(tmp_path: Path, authority: Authority, pem:
     device.command = [PYTHON, "-I", "-m", "caramel_embedded"]
     device.has(authority.identity(ID, certified=False))
     before = device.snapshot()
-    with Scripted(pem, [words.certificate(authority.sign(device.request))]) as server:
+    with Scripted(pem, [answers.certificate(authority.sign(device.request))]) as server:
         device.server = server.address
         run = device.run(before=["prlimit", limit])
     assert (run.status, run.out) == (127, ""), run
@@ -354,10 +353,10 @@ def test_a_signal_while_the_server_keeps_it_waiting(
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     started: list[subprocess.Popen[str]] = []
 
-    def says(asked: Asked) -> Says:
+    def says(asked: HttpRequest) -> Answer:
         world.until("it is known", lambda: started)
         os.kill(started[0].pid, getattr(signal, "SIG" + name))
-        return words.PENDING if name in IGNORED else [10.0, words.PENDING]
+        return answers.PENDING if name in IGNORED else [10.0, answers.PENDING]
 
     with Scripted(pem, says) as server:
         device.server = server.address
@@ -381,10 +380,10 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     started: list[subprocess.Popen[str]] = []
 
-    def says(asked: Asked) -> Says:
+    def says(asked: HttpRequest) -> Answer:
         world.until("it is known", lambda: started)
         os.kill(started[0].pid, getattr(signal, "SIG" + name))
-        return words.PENDING
+        return answers.PENDING
 
     with Scripted(pem, says) as server:
         device.server = server.address

@@ -7,19 +7,15 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-import world
-from world import Authority, Caramel, Device, Nginx
-
-sys.path.append(str(world.ROOT))
-
 from torture import machine, power, report
+from torture.fleet import Fleet, key_file_parts
 from torture.report import Case
-from torture.town import Town, whole
+from world import Authority, Caramel, Device, Nginx
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Town:
-    return Town.around(tmp_path_factory.mktemp("town"), authority, caramel, front)
+def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
 def survived(cases: Sequence[Case], least: int) -> None:
@@ -28,47 +24,47 @@ def survived(cases: Sequence[Case], least: int) -> None:
     assert row.cases >= least
 
 
-def test_a_full_disk_and_a_read_only_one_lose_nothing(town: Town) -> None:
-    survived(machine.disks(town, full=False), 9)
+def test_a_full_disk_and_a_read_only_one_lose_nothing(fleet: Fleet) -> None:
+    survived(machine.disks(fleet, full=False), 9)
 
 
-def test_too_few_descriptors_and_too_little_memory_lose_nothing(town: Town) -> None:
-    survived(machine.starved(town, full=False), 15)
+def test_too_few_descriptors_and_too_little_memory_lose_nothing(fleet: Fleet) -> None:
+    survived(machine.starved(fleet, full=False), 15)
 
 
-def test_without_entropy_there_is_no_weak_key_and_no_wait(town: Town) -> None:
-    survived(machine.entropy(town), 8)
+def test_without_entropy_there_is_no_weak_key_and_no_wait(fleet: Fleet) -> None:
+    survived(machine.entropy(fleet), 8)
 
 
-def test_outputs_that_are_closed_or_full_change_no_status_and_never_reach_the_key_file(town: Town) -> None:
-    survived(machine.outputs(town, full=False), 10)
+def test_outputs_that_are_closed_or_full_change_no_status_and_never_reach_the_key_file(fleet: Fleet) -> None:
+    survived(machine.outputs(fleet, full=False), 10)
 
 
-def test_a_signal_is_127_or_comes_too_late_and_loses_nothing(town: Town) -> None:
-    survived(machine.signals(town, full=False), 15)
+def test_a_signal_is_127_or_comes_too_late_and_loses_nothing(fleet: Fleet) -> None:
+    survived(machine.signals(fleet, full=False), 15)
 
 
-def test_being_stopped_for_a_while_loses_nothing(town: Town) -> None:
-    survived([machine.stopped(town)], 1)
+def test_being_stopped_for_a_while_loses_nothing(fleet: Fleet) -> None:
+    survived([machine.stopped(fleet)], 1)
 
 
-def test_a_missing_or_broken_module_is_127_and_loses_nothing(town: Town) -> None:
-    survived(report.sample(machine.missing(town, full=False), 16), 16)
+def test_a_missing_or_broken_module_is_127_and_loses_nothing(fleet: Fleet) -> None:
+    survived(report.sample(machine.missing(fleet, full=False), 16), 16)
 
 
-def test_an_etc_that_is_empty_or_cannot_be_read_loses_nothing(town: Town) -> None:
-    survived(machine.etc(town), 3)
+def test_an_etc_that_is_empty_or_cannot_be_read_loses_nothing(fleet: Fleet) -> None:
+    survived(machine.etc(fleet), 3)
 
 
-def test_nobodys_environment_changes_how_a_run_ends(town: Town) -> None:
-    survived(machine.environments(town, full=False), 23)
+def test_nobodys_environment_changes_how_a_run_ends(fleet: Fleet) -> None:
+    survived(machine.environments(fleet, full=False), 23)
 
 
 @pytest.mark.parametrize("variable", ["PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__"])
-def test_no_variable_says_where_the_interpreters_modules_are(town: Town, variable: str) -> None:
+def test_no_variable_says_where_the_interpreters_modules_are(fleet: Fleet, variable: str) -> None:
     """Python 3.11 looks beside the file that these name for its own and all other modules, in spite of -I."""
-    resident = town.certified()
-    evil = resident.device.folder / "evil"
+    dut = fleet.certified()
+    evil = dut.device.folder / "evil"
     (evil / "bin").mkdir(parents=True)
     version = "python%d.%d" % sys.version_info[:2]
     packages = evil / "lib" / version / "site-packages"
@@ -76,64 +72,64 @@ def test_no_variable_says_where_the_interpreters_modules_are(town: Town, variabl
     marker = evil / "marker"
     (packages / "evil.pth").write_text(f"import os; open({str(marker)!r}, 'w').close()\n")
     (evil / "pyvenv.cfg").write_text(f"home = {os.path.dirname(sys.executable)}\n")
-    run = resident.run(env={variable: str(evil / "bin" / "python3")})
+    run = dut.run(env={variable: str(evil / "bin" / "python3")})
     assert run.status == 0 and not marker.exists(), run
 
 
 @pytest.mark.parametrize("start", ["pending", "first_certificate", "certified"])
-def test_a_request_with_a_flipped_bit_is_made_again(town: Town, start: str) -> None:
+def test_a_request_with_a_flipped_bit_is_made_again(fleet: Fleet, start: str) -> None:
     """Found by the fuzzer: a signature that isn't right is nothing that a look sees, and the server would have
     declined that request for ever."""
-    resident = getattr(town, start)()
-    content = bytearray(resident.content or b"")
+    dut = getattr(fleet, start)()
+    content = bytearray(dut.content or b"")
     place = content.rindex(b"-----END") - 20
     content[place] = ord("A") if content[place] != ord("A") else ord("B")
-    resident.device.key_file.write_bytes(content)
-    resident.old = bytes(content)
-    run = resident.run()
-    assert run.status == resident.status and "damaged" in run.err, run
-    assert resident.content == resident.expected
-    assert town.broken(resident, run) + town.recovered(resident) == []
+    dut.device.key_file.write_bytes(content)
+    dut.old = bytes(content)
+    run = dut.run()
+    assert run.status == dut.status and "damaged" in run.err, run
+    assert dut.content == dut.expected
+    assert fleet.broken(dut, run) + fleet.recovered(dut) == []
 
 
-def test_key_material_never_leaves_the_file(town: Town) -> None:
+def test_key_material_never_leaves_the_file(fleet: Fleet) -> None:
     """No output, argument or environment of a run has a piece of the key in it, and no other file gets one."""
-    for make in town.scenes.values():
-        resident = make()
-        run, trace = power.traced(resident)
-        loud = resident.run("-v")
-        parts = whole(resident.content or b"")
+    for make in fleet.scenarios.values():
+        dut = make()
+        run, trace = power.traced(dut)
+        loud = dut.run("-v")
+        parts = key_file_parts(dut.content or b"")
         assert parts is not None
         secret = parts.key.decode().splitlines()[1:-1]
         said = run.out + run.err + loud.out + loud.err + trace
         assert not any(line[:24] in said for line in secret)
 
 
-def test_nothing_is_written_outside_the_key_files_folder(town: Town) -> None:
-    for make in town.scenes.values():
-        resident = make()
-        _, trace = power.traced(resident)
-        folder = str(resident.device.key_file.parent)
+def test_nothing_is_written_outside_the_key_files_folder(fleet: Fleet) -> None:
+    for make in fleet.scenarios.values():
+        dut = make()
+        _, trace = power.traced(dut)
+        folder = str(dut.device.key_file.parent)
         for line in trace.splitlines():
             writes = any(flag in line for flag in ("O_WRONLY", "O_RDWR", "O_CREAT"))
             if "openat(" in line and writes and " = -1 " not in line:
-                hook = resident.called is not None and str(resident.called) in line
+                hook = dut.called is not None and str(dut.called) in line
                 assert f'"{folder}' in line or "/dev/null" in line or hook, line
 
 
-def test_a_draft_that_somebody_else_has_put_there_is_not_followed(town: Town) -> None:
+def test_a_draft_that_somebody_else_has_put_there_is_not_followed(fleet: Fleet) -> None:
     """In a folder that others may write to, too: a link in the draft's place leads the key nowhere."""
-    for make in (town.first_enrollment, town.renewal, town.rejection):
-        resident = make()
-        folder = resident.device.key_file.parent
+    for make in (fleet.first_enrollment, fleet.renewal, fleet.rejection):
+        dut = make()
+        folder = dut.device.key_file.parent
         folder.mkdir(exist_ok=True)
-        victim = resident.device.folder / "victim"
+        victim = dut.device.folder / "victim"
         victim.write_text("mine\n")
         (folder / ".identity.pem.new").symlink_to(victim)
-        run = resident.run()
-        assert run.status == resident.status, run
+        run = dut.run()
+        assert run.status == dut.status, run
         assert victim.read_text() == "mine\n"
-        assert town.broken(resident, run) + town.recovered(resident) == []
+        assert fleet.broken(dut, run) + fleet.recovered(dut) == []
 
 
 def test_a_bad_wait_for_a_name_is_no_wait_for_ever(device: Device) -> None:

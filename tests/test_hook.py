@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import words
 import world
-from world import Asked, Authority, Device, Scripted, hours, now
+from world import Authority, Device, HttpRequest, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -79,8 +78,8 @@ def hooked(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> Itera
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     device.has(authority.identity(ID, key=key, certified=False))
 
-    def says(asked: Asked) -> bytes:
-        return words.certificate(made.certificates[-1]) if made.certificates else words.PENDING
+    def says(asked: HttpRequest) -> bytes:
+        return answers.certificate(made.certificates[-1]) if made.certificates else answers.PENDING
 
     with Scripted(authority.server(file="hook.pem"), says, client_ca=authority.certificate_file) as server:
         device.server = server.address
@@ -264,8 +263,8 @@ def test_it_is_not_called_for_an_identity_that_is_wiped(hooked: Hooked) -> None:
     hooked.hook("exit 1")
     hooked.sign()
     assert (hooked.run().status, len(hooked.calls)) == (127, 1)
-    hooked.server.answers = [words.REJECTED, words.PENDING, words.PENDING]
-    hooked.server.asked.clear()
+    hooked.server.answers = [answers.REJECTED, answers.PENDING, answers.PENDING]
+    hooked.server.requests.clear()
     assert (hooked.run().status, len(hooked.calls)) == (69, 1)
     assert hooked.device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
 
@@ -374,10 +373,10 @@ def test_a_run_that_comes_too_late_to_the_note_does_not_call_it(hooked: Hooked) 
     hooked.hook()
     # The second lock is the one on the note: by then it is open, and another run does what it asks for.
     delay = ("strace", "-qq", "-o", os.devnull, "-e", "inject=flock:delay_enter=2000000:when=2")
-    asked = len(hooked.server.asked)
+    asked = len(hooked.server.requests)
     late = hooked.device.start("--hook", str(hooked.script), before=delay)
     try:
-        world.until("the late run asks the server", lambda: len(hooked.server.asked) > asked)
+        world.until("the late run asks the server", lambda: len(hooked.server.requests) > asked)
         world.until("another run has the key file", lambda: hooked.run().status == 0, pause=0.1)
         assert (late.poll(), len(hooked.calls)) == (None, 2)
         assert hooked.device.finish(late, 20).status == 0

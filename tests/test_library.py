@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-import words
 import world
-from world import Asked, Authority, Caramel, Device, Nginx, Says, Scripted, hours, now
+from world import Answer, Authority, Caramel, Device, HttpRequest, Nginx, Scripted, answers, hours, now
 
 import caramel_embedded
 from caramel_embedded import (
@@ -52,12 +51,12 @@ class Signing(Scripted):
         self.certificates: dict[str, bytes] = {}
         self.life = 48
 
-    def says(self, asked: Asked) -> Says:
+    def says(self, asked: HttpRequest) -> Answer:
         if asked.method == "POST":
             self.sign(asked.path, asked.body)
-            return words.PENDING
+            return answers.PENDING
         known = self.certificates.get(asked.path)
-        return words.certificate(known) if known else words.UNKNOWN
+        return answers.certificate(known) if known else answers.UNKNOWN
 
     def sign(self, path: str, request: bytes) -> None:
         fields = {"not_before": now() - hours(1), "not_after": now() + hours(self.life)}
@@ -179,7 +178,7 @@ def test_a_certificate_that_is_dropped_is_no_new_one(
     application: Application, server: Signing, authority: Authority
 ) -> None:
     application.stored = authority.identity(ID, not_before=now() - hours(3), not_after=now() - hours(1))
-    server.answers = [words.PENDING]
+    server.answers = [answers.PENDING]
     outcome = application.check()
     assert (outcome.certified, outcome.new, outcome.not_after, len(outcome.notes)) == (False, False, None, 1)
     assert application.stores[-1].certificate is None and application.stores[-1].modified is None
@@ -195,11 +194,11 @@ def test_the_time_of_a_certificate_is_known_after_every_check(application: Appli
     assert outcome.identity.modified == application.modified == begin
     assert application.check().identity.modified == begin
     assert application.check(modified=None).identity.modified == begin
-    server.answers = [words.NOT_MODIFIED]
-    server.asked.clear()
+    server.answers = [answers.NOT_MODIFIED]
+    server.requests.clear()
     outcome = application.check(modified=begin + 5)
     assert (outcome.certified, outcome.new, outcome.identity.modified) == (True, False, begin + 5)
-    assert server.asked[0].if_modified_since.endswith("GMT")
+    assert server.requests[0].if_modified_since.endswith("GMT")
 
 
 # --- The two things that a caller has to do, and can't do wrong ---
@@ -207,7 +206,7 @@ def test_the_time_of_a_certificate_is_known_after_every_check(application: Appli
 
 def test_it_is_stored_before_anything_of_it_is_sent(application: Application, server: Signing) -> None:
     def store(identity: Identity) -> None:
-        assert (server.connections, server.asked) == (0, [])
+        assert (server.connections, server.requests) == (0, [])
         application.store(identity)
         raise KeyError("no room in the key chain")
 
@@ -219,25 +218,25 @@ def test_it_is_stored_before_anything_of_it_is_sent(application: Application, se
 def test_a_new_key_after_a_rejection_is_stored_before_it_is_sent(application: Application, server: Signing) -> None:
     application.check()
     old = application.stored
-    server.answers = [words.REJECTED, words.PENDING]
-    server.asked.clear()
+    server.answers = [answers.REJECTED, answers.PENDING]
+    server.requests.clear()
 
     def full(identity: Identity) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         application.check(store=full)
-    assert [asked.method for asked in server.asked] == ["GET"]
+    assert [asked.method for asked in server.requests] == ["GET"]
     assert application.stored == old
 
     def store(identity: Identity) -> None:
-        assert [asked.method for asked in server.asked] == ["GET"]
+        assert [asked.method for asked in server.requests] == ["GET"]
         application.store(identity)
 
-    server.asked.clear()
+    server.requests.clear()
     outcome = application.check(store=store)
-    assert [asked.method for asked in server.asked] == ["GET", "POST", "GET"]
-    assert server.asked[1].path == "/" + application.stores[-1].request_hash == "/" + outcome.identity.request_hash
+    assert [asked.method for asked in server.requests] == ["GET", "POST", "GET"]
+    assert server.requests[1].path == "/" + application.stores[-1].request_hash == "/" + outcome.identity.request_hash
 
 
 def test_a_certificate_that_cannot_be_stored_is_fetched_again(application: Application, server: Signing) -> None:
@@ -267,7 +266,7 @@ def test_what_fails_leaves_what_is_stored(application: Application, server: Sign
     application.check()
     before = application.stored
     application.stores.clear()
-    for said in (None, words.page(403), words.page(500), words.certificate(b"hello"), words.UNKNOWN + b"x"):
+    for said in (None, answers.page(403), answers.page(500), answers.certificate(b"hello"), answers.UNKNOWN + b"x"):
         server.answers = [said]
         with pytest.raises(CaramelError):
             application.check(timeout=5)
@@ -303,7 +302,7 @@ def test_errors_are_named_for_what_the_caller_can_do(
     application: Application, authority: Authority, pem: Path, tmp_path: Path
 ) -> None:
     application.check()
-    with Scripted(pem, [words.page(500)]) as faulty, pytest.raises(Refused, match="status 500"):
+    with Scripted(pem, [answers.page(500)]) as faulty, pytest.raises(Refused, match="status 500"):
         application.check(server=faulty.address)
     with pytest.raises(Unreachable, match="can't be reached"):
         application.check(server=("localhost", world.free_port()))
@@ -313,7 +312,7 @@ def test_errors_are_named_for_what_the_caller_can_do(
     ):
         application.check(server=silent.address, timeout=0.5)
     other = Authority(tmp_path / "other")
-    with Scripted(other.server(), [words.PENDING]) as foreign, pytest.raises(Untrusted, match="trusted CA"):
+    with Scripted(other.server(), [answers.PENDING]) as foreign, pytest.raises(Untrusted, match="trusted CA"):
         application.check(server=foreign.address)
 
 
@@ -456,7 +455,7 @@ def test_the_environment_steers_nothing(server: Signing, authority: Authority, t
     }
     done = alone(server.address, authority.certificate_file, **hostile)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True True\nTrue False\n", "")
-    with Scripted(other.server(), [words.PENDING]) as foreign:
+    with Scripted(other.server(), [answers.PENDING]) as foreign:
         done = alone(foreign.address, authority.certificate_file, **hostile)
     assert done.returncode == 1 and "Untrusted" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]

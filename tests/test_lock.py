@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import words
 import world
-from world import PLAIN, Asked, Authority, Caramel, Device, Nginx, Says, Scripted
+from world import PLAIN, Answer, Authority, Caramel, Device, HttpRequest, Nginx, Scripted, answers
 
 from caramel_embedded.errors import Locked
 from caramel_embedded.keyfile import KeyFile
@@ -129,12 +128,12 @@ def test_a_working_run_holds_the_lock_also_on_the_file_that_replaced_the_first(
     inodes: list[int] = []
     locked_out: list[int] = []
 
-    def says(asked: Asked) -> Says:
+    def says(asked: HttpRequest) -> Answer:
         free.append(is_free(device.key_file, flock))
         inodes.append(device.key_file.stat().st_ino)
         # A run during a run; not where it would be let in, and ask this server, and so on.
         locked_out.append(-1 if free[-1] else device.run().status)
-        return [words.REJECTED, words.PENDING, words.PENDING][len(free) - 1]
+        return [answers.REJECTED, answers.PENDING, answers.PENDING][len(free) - 1]
 
     with Scripted(pem, says) as server:
         device.server = server.address
@@ -151,9 +150,9 @@ def test_a_first_boot_holds_the_lock_from_before_there_is_a_key(
     device = Device(tmp_path, None, authority.certificate_file, ID)
     free: list[bool] = []
 
-    def says(asked: Asked) -> Says:
+    def says(asked: HttpRequest) -> Answer:
         free.append(is_free(device.key_file))
-        return [words.UNKNOWN, words.PENDING, words.PENDING][len(free) - 1]
+        return [answers.UNKNOWN, answers.PENDING, answers.PENDING][len(free) - 1]
 
     with Scripted(pem, says) as server:
         device.server = server.address
@@ -170,12 +169,12 @@ def test_a_backup_of_the_file_that_is_still_locked_locks_nobody_out(
     backup = tmp_path / "backup"
     inner: list[int] = []
 
-    def says(asked: Asked) -> Says:
+    def says(asked: HttpRequest) -> Answer:
         if not backup.exists():
             device.key_file.rename(backup)
             device.has(authority.identity(ID, certified=False))
             inner.append(device.run().status)
-        return words.PENDING
+        return answers.PENDING
 
     with Scripted(pem, says) as server:
         device.server = server.address

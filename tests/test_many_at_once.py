@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import world
+from torture import concurrency, report
+from torture.fleet import Fleet
 from world import Authority, Caramel, Nginx
-
-sys.path.append(str(world.ROOT))
-
-from torture import crowd, report
-from torture.town import Town
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Town:
-    return Town.around(tmp_path_factory.mktemp("town"), authority, caramel, front)
+def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
-def test_many_starts_at_once_make_one_key_and_one_request_and_readers_see_whole_files(town: Town) -> None:
+def test_many_starts_at_once_make_one_key_and_one_request_and_readers_see_whole_files(fleet: Fleet) -> None:
     counts: Counter[str] = Counter()
-    row = report.tried("", crowd.cases(town, 40, counts), workers=1)
+    row = report.tried("", concurrency.cases(fleet, 40, counts), workers=1)
     assert not row.lost, "\n".join(row.lost)
     assert counts["starts"] == 160 and counts["reads"] > 200
 
 
-def test_a_run_that_opened_the_file_just_before_another_replaced_it_looks_again(town: Town) -> None:
+def test_a_run_that_opened_the_file_just_before_another_replaced_it_looks_again(fleet: Fleet) -> None:
     """Between open and flock the whole life of another run fits in, which makes and posts a new key."""
-    resident = town.rejection()
+    dut = fleet.rejection()
     # The call is held up before it is made: strace(1), delay_enter, microseconds.
     slow = ("strace", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:delay_enter=4000000:when=1")
-    process = resident.device.start(*resident.options, before=slow)
-    descriptors = world.until("the file is open", lambda: _opened_by_child(process.pid, resident.device.key_file))
+    process = dut.device.start(*dut.options, before=slow)
+    descriptors = world.until("the file is open", lambda: _opened_by_child(process.pid, dut.device.key_file))
     assert descriptors
-    quick = resident.run()
+    quick = dut.run()
     assert quick.status == 69, quick
-    content = resident.content
-    late = resident.device.finish(process)
+    content = dut.content
+    late = dut.device.finish(process)
     assert late.status in (1, 69), late
-    assert resident.content == content
-    assert len(town.requests(resident.client_id)) == 1
-    assert town.broken(resident, late) + town.recovered(resident) == []
+    assert dut.content == content
+    assert len(fleet.requests(dut.client_id)) == 1
+    assert fleet.broken(dut, late) + fleet.recovered(dut) == []
 
 
 def _opened_by_child(parent: int, path: Path) -> bool:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-import world
-
-sys.path.append(str(world.ROOT))
-
 from torture import network, report
 from torture.network import Stage
 

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import words
 import world
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from world import Authority, Caramel, Device, Scripted, hours, key_file_content, now, signing_request
+from world import Authority, Caramel, Device, Scripted, answers, hours, key_file_content, now, signing_request
 
 Make = Callable[[Authority, str], bytes]
 
@@ -196,7 +195,7 @@ def test_an_unusable_certificate_goes_only_when_a_trustworthy_server_was_asked(
     device = Device(tmp_path / "device", None, authority.certificate_file, "fffbeec0ffee")
     device.has(authority.identity("fffbeec0ffee", not_after=now() - hours(1)))
     before = device.snapshot()
-    with Scripted(authority.server(), [words.page(503)]) as server:
+    with Scripted(authority.server(), [answers.page(503)]) as server:
         device.server = server.address
         assert device.run().status == 127
     assert device.snapshot() == before
@@ -204,11 +203,11 @@ def test_an_unusable_certificate_goes_only_when_a_trustworthy_server_was_asked(
 
 def test_an_unusable_certificate_is_not_shown(device: Device, authority: Authority) -> None:
     device.has(authority.identity(str(device.client_id), not_after=now() - hours(1)))
-    with Scripted(authority.server(), [words.PENDING], client_ca=authority.certificate_file) as server:
+    with Scripted(authority.server(), [answers.PENDING], client_ca=authority.certificate_file) as server:
         device.server = server.address
         assert device.run().status == 69
-    assert [asked.client_certificate for asked in server.asked] == [None]
-    assert not server.asked[0].if_modified_since
+    assert [asked.client_certificate for asked in server.requests] == [None]
+    assert not server.requests[0].if_modified_since
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged", "another key's", "cut"])

@@ -9,8 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
-import words
-from world import PLAIN, Authority, Device, Scripted, hours, now
+from world import PLAIN, Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 ROOT = os.geteuid() == 0
@@ -68,7 +67,7 @@ def test_a_file_that_stood_there_with_others_gets_them(
 ) -> None:
     content = b"" if life == "empty" else authority.identity(ID, certified=life == "certified", not_before=now())
     device.has(content, mode)
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         device.server = server.address
         assert device.run(*SET).status == 69
         assert state(device.key_file) == AS_SET
@@ -84,7 +83,7 @@ def test_a_file_that_stood_there_with_others_gets_them(
 def test_a_certificates_time_outlives_another_owner(device: Device, authority: Authority, pem: Path) -> None:
     device.has(authority.identity(ID, not_before=now() - hours(1)))
     os.utime(device.key_file, (5000, 5000))
-    with Scripted(pem, [words.NOT_MODIFIED]) as server:
+    with Scripted(pem, [answers.NOT_MODIFIED]) as server:
         device.server = server.address
         assert device.run(*SET).status == 0
     assert state(device.key_file) == AS_SET and device.key_file.stat().st_mtime == 5000
@@ -104,10 +103,10 @@ def test_no_secret_byte_is_in_a_file_that_others_can_read(
     trace = tmp_path / "trace"
     calls = "open,openat,write,pwrite64,writev,fchown,fchmod,chmod,chown,fchmodat,fchownat,link,linkat,rename"
     line = ["strace", "-f", "-qq", "-y", "-s", "16", "-e", f"trace={calls},renameat,renameat2", "-o", str(trace)]
-    answers = [words.UNKNOWN, words.PENDING, words.PENDING]
+    script = [answers.UNKNOWN, answers.PENDING, answers.PENDING]
     if life == "renewed":
-        answers = [words.certificate(authority.sign(device.request))]
-    with Scripted(pem, answers) as server:
+        script = [answers.certificate(authority.sign(device.request))]
+    with Scripted(pem, script) as server:
         device.server = server.address
         assert device.run(*SET, before=line).status in (0, 69)
     done: list[str] = []
@@ -148,13 +147,13 @@ def test_a_link_is_followed_and_stays_a_link(
     data.mkdir()
     link, target = device.key_file, data / "device.pem"
     link.symlink_to("../data/device.pem" if relative else target)
-    answers = [words.UNKNOWN, words.PENDING, words.PENDING]
-    with Scripted(pem, answers) as server:
+    script = [answers.UNKNOWN, answers.PENDING, answers.PENDING]
+    with Scripted(pem, script) as server:
         device.server = server.address
         assert device.run().status == 69
     assert link.is_symlink() and target.is_file() and not target.is_symlink()
     fresh = authority.sign(device.request)
-    with Scripted(pem, [words.certificate(fresh)]) as server:
+    with Scripted(pem, [answers.certificate(fresh)]) as server:
         device.server = server.address
         assert device.run().status == 0
     assert link.is_symlink() and not target.is_symlink()

@@ -392,7 +392,7 @@ def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) 
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
     launcher = tmp_path / "caramel-embedded"
-    shutil.copy(ROOT / "bin/caramel-embedded", launcher)
+    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
     command = [shell, "sh"] if shell == "busybox" else [shell]
     python = tmp_path / "python3"
     python.write_bytes(b"\x7fELF, of some other processor")
@@ -405,7 +405,7 @@ def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) 
 def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
     launcher = tmp_path / "bin/caramel-embedded"
     venv.create(tmp_path, with_pip=False, symlinks=True)
-    shutil.copy(ROOT / "bin/caramel-embedded", launcher)
+    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
     done = run(launcher, env=surroundings())
     assert (done.returncode, done.stdout) == (127, "")
     assert "No module named 'caramel_embedded'" in done.stderr
@@ -415,7 +415,7 @@ def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
 def test_a_launcher_takes_the_python_beside_it_also_by_way_of_a_link(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     launcher = tmp_path / "bin/caramel-embedded"
-    shutil.copy(ROOT / "bin/caramel-embedded", launcher)
+    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
     python = tmp_path / "bin/python3"
     python.write_text('#!/bin/sh\nprintf "%s|" "$1" "$2" "$3" "$5" "$6"\n')
     python.chmod(0o755)
@@ -438,7 +438,7 @@ ALWAYS = [
     "usr/share/man/man8/caramel-embedded.8",
 ]
 LIBEXEC = ["usr/libexec/caramel-embedded/keep-enrolled", "usr/libexec/caramel-embedded/until-enrolled"]
-UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "systemd").glob("*.*"))
+UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "packaging/systemd").glob("*.*"))
 FILES = {
     "none": ALWAYS,
     "sysv": [*ALWAYS, *LIBEXEC, "etc/init.d/S95caramel-embedded"],
@@ -514,7 +514,6 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
 ) -> None:
     root = tmp_path / "a checkout"
     copy_of_the_sources(root)
-    shutil.copytree(ROOT / "bin", root / "bin")
     for pattern in ("setup.*", "LICENSE*", "README.md", "pyproject.toml"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, root)
@@ -533,7 +532,7 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
         baked = archive.read("caramel_embedded/baked.conf").decode()
         assert f"CARAMEL_CA=ca.example.com\nBUILD_TIME={EPOCH}\n" in baked
         (launcher,) = [name for name in archive.namelist() if name.endswith("/scripts/caramel-embedded")]
-        assert archive.read(launcher) == (ROOT / "bin/caramel-embedded").read_bytes()
+        assert archive.read(launcher) == (ROOT / "packaging/starter/caramel-embedded").read_bytes()
     assert not list((root / "caramel_embedded").glob("baked*")), "a build left something in the sources"
 
     conf.write_text("CARAMEL_CA=a/b\n")

@@ -20,12 +20,12 @@ from world import ROOT, environment, until
 LIBEXEC = ROOT / "packaging/libexec"
 INIT_SCRIPT = ROOT / "buildroot/package/caramel-embedded/S95caramel-embedded"
 SCRIPTS = [
-    ROOT / "bin/caramel-embedded",
+    ROOT / "packaging/starter/caramel-embedded",
     LIBEXEC / "until-enrolled",
     LIBEXEC / "keep-enrolled",
     INIT_SCRIPT,
     ROOT / "packaging/deb.sh",
-    ROOT / "packaging/device-test.sh",
+    ROOT / "tests/device/device-test.sh",
 ]
 
 #: Does what the file "plan" says, a status a line, the last one for ever; and writes down what it was asked.
@@ -105,7 +105,7 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
     assert done.stdout == ""
-    bash = subprocess.run(["shellcheck", "-s", "bash", str(ROOT / "completion/caramel-embedded.bash")])
+    bash = subprocess.run(["shellcheck", "-s", "bash", str(ROOT / "packaging/completion/caramel-embedded.bash")])
     assert bash.returncode == 0
 
 

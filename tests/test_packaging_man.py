@@ -11,8 +11,8 @@ from world import ROOT, environment
 
 from caramel_embedded import cli
 
-PAGE = ROOT / "man/caramel-embedded.8"
-COMPLETION = ROOT / "completion/caramel-embedded.bash"
+PAGE = ROOT / "packaging/man/caramel-embedded.8"
+COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
 
 
 def options() -> dict[str, str]:

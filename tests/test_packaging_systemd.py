@@ -1,4 +1,4 @@
-"""The units of systemd/: what systemd's own tools say of them, and what a real systemd does with them.
+"""The units of packaging/systemd/: what systemd's own tools say of them, and what a real systemd does with them.
 
 The second part boots this machine's systemd as process 1 of a container that shares nothing with the machine but
 /usr and the network (systemd-nspawn(1), --volatile). Caramel, nginx and the program are real.
@@ -71,7 +71,7 @@ def test_an_instance_is_confined() -> None:
             "security",
             "--offline=yes",
             "--threshold=15",
-            str(ROOT / "systemd/caramel-embedded@.service"),
+            str(ROOT / "packaging/systemd/caramel-embedded@.service"),
         ],
         capture_output=True,
         text=True,
@@ -185,7 +185,8 @@ def test_a_unit_that_needs_the_certificate_waits(machine: Machine, caramel: Cara
     machine.unit("caramel-embedded-certificate.service.d/id.conf", f"[Service]\nEnvironment=CARAMEL_CN={client_id}\n")
     machine.unit("needs.service", "[Service]\nExecStart=/bin/sleep infinity\n")
     machine.unit(
-        "needs.service.d/needs-certificate.conf", (ROOT / "systemd/examples/needs-certificate.conf").read_text()
+        "needs.service.d/needs-certificate.conf",
+        (ROOT / "packaging/systemd/examples/needs-certificate.conf").read_text(),
     )
     machine.wants("needs.service")
     machine.wants("caramel-embedded-boot.timer")
@@ -219,7 +220,8 @@ def test_with_a_stored_certificate_nobody_waits_for_the_network(
         machine.unit(f"{name}.service.d/offline.conf", conf)
     machine.unit("needs.service", "[Service]\nExecStart=/bin/sleep infinity\n")
     machine.unit(
-        "needs.service.d/needs-certificate.conf", (ROOT / "systemd/examples/needs-certificate.conf").read_text()
+        "needs.service.d/needs-certificate.conf",
+        (ROOT / "packaging/systemd/examples/needs-certificate.conf").read_text(),
     )
     machine.wants("needs.service")
     machine.wants("caramel-embedded-boot.timer")

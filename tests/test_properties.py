@@ -17,15 +17,12 @@ import world
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
+from torture import simulation
+from torture.fleet import key_file_parts
 
 from caramel_embedded import hardware, identity, settings, trust
 from caramel_embedded.errors import UsageError
 from caramel_embedded.identity import Foreign
-
-sys.path.append(str(world.ROOT))
-
-from torture import storm
-from torture.town import whole
 
 ID = "fe00feedc0de"
 #: Bounded in count, and the same every time: a test that fails by chance helps nobody.
@@ -45,12 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trusted(folder: Path) -> trust.Trust:
-    return trust.Trust(storm.authority(str(folder)).pem)
+    return trust.Trust(simulation.authority(str(folder)).pem)
 
 
 @pytest.fixture(scope="module")
 def certified(folder: Path) -> bytes:
-    return storm.authority(str(folder)).identity(ID)
+    return simulation.authority(str(folder)).identity(ID)
 
 
 #: Changes to a file: where (as a share of it), how many bytes go, what comes in their place.
@@ -79,7 +76,7 @@ def _whatever_is_kept_is_whole(data: bytes, trusted: trust.Trust) -> None:
     again = identity.look(bytes(kept), ID, trusted.subjects)
     assert again is not None and bytes(again) == bytes(kept)
     # Its certificate may be damaged; that is for judge() to say, and it says so in words.
-    assert whole(bytes(kept.with_certificate(None))) is not None
+    assert key_file_parts(bytes(kept.with_certificate(None))) is not None
     if kept.certificate is not None:
         judged = trusted.judge(kept, ID)
         assert isinstance(judged, trust.Facts) or judged.isprintable()
@@ -106,7 +103,7 @@ def test_any_bytes_can_be_in_the_key_file(trusted: trust.Trust, data: bytes) -> 
 def test_any_changed_byte_of_a_certificate_makes_it_unusable_or_nothing(
     certified: bytes, trusted: trust.Trust, place: int, change: int
 ) -> None:
-    parts = whole(certified)
+    parts = key_file_parts(certified)
     assert parts is not None and parts.certificate is not None
     data = bytearray(parts.certificate)
     data[place % len(data)] ^= change
@@ -250,7 +247,7 @@ def test_any_answer_is_understood_or_refused(status: int, headers: list[tuple[st
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
     data = f"HTTP/1.1 {status} X\r\n{head}\r\n".encode("latin-1", "replace") + body
     try:
-        answer = storm.parsed(data)
+        answer = simulation.parsed(data)
     except (Refused, Unreachable, OSError, http.client.HTTPException, ValueError):
         return  # what Server makes words of
     assert str(answer).isprintable() and len(answer.body) <= 65536
@@ -262,10 +259,10 @@ def test_any_answer_is_understood_or_refused(status: int, headers: list[tuple[st
 
 
 @bounded(BOUNDS, max_examples=12)
-@given(storm.ACTS)
+@given(simulation.ACTS)
 @example([("ok", (), (), 0.0), "sign for a short time", ("ok", (), (), 0.0), "time passes", ("ok", (), (), 0.0)])
 def test_no_sequence_of_answers_kills_and_clocks_loses_a_key(folder: Path, acts: list[Any]) -> None:
-    played = storm.play(folder, acts)
+    played = simulation.simulate(folder, acts)
     assert not played.wrong, played.wrong
 
 
@@ -275,7 +272,8 @@ def test_no_sequence_of_answers_kills_and_clocks_loses_a_key(folder: Path, acts:
 @pytest.mark.parametrize("target", ["key-file", "answer"])
 def test_the_fuzzer_finds_nothing_in_a_few_seconds(tmp_path: Path, target: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-I", str(world.ROOT / "torture" / "fuzz.py"), target, "4", str(tmp_path)],
+        [sys.executable, "-Es", "-m", "torture.fuzz", target, "4", str(tmp_path)],
+        cwd=world.ROOT / "tests",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -37,7 +37,7 @@ def test_a_man_in_the_middle_with_a_public_cas_certificate_gets_nothing(
         device.server = it.address
         run = device.run(env=environment)
         assert run.status == 127 and "trusted CA" in run.err, run
-        assert it.connections == 1 and it.handshakes == 0 and it.asked == []
+        assert it.connections == 1 and it.handshakes == 0 and it.requests == []
     assert device.key_file.read_bytes() == before
 
 
@@ -47,7 +47,7 @@ def test_nothing_but_the_request_is_ever_sent(device: Device, authority: Authori
     with Scripted(authority.server(), [page, world.answer(202, b"{}"), world.answer(202, b"{}")]) as server:
         device.server = server.address
         assert device.run().status == 69
-        seen = [(asked.method, asked.path, asked.body, dict(asked.headers)) for asked in server.asked]
+        seen = [(asked.method, asked.path, asked.body, dict(asked.headers)) for asked in server.requests]
     digest, request = device.request_hash(), device.request
     assert [(method, path, body) for method, path, body, _ in seen] == [
         ("GET", f"/{digest}", b""),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import world
-from world import Authority, Device, Snapshot, hours, now
+from world import Authority, Device, Snapshot, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -191,9 +191,7 @@ def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.Pr
     request = world.signing_request(key, authority.subject_for(ID))
     device.has(world.key_file_content(key, request))
     pem = authority.sign(request)
-    import words
-
-    with world.Scripted(authority.server(file="status.pem"), [words.certificate(pem)]) as server:
+    with world.Scripted(authority.server(file="status.pem"), [answers.certificate(pem)]) as server:
         device.server = server.address
         assert device.run("--hook", "false").status == 127
     code, values, text = status(device, "--hook", "false")
@@ -321,12 +319,10 @@ def test_wrong_usage_is_127_with_an_empty_output(device: Device, options: tuple[
 
 def test_it_agrees_with_the_check(device: Device, authority: Authority, key: world.PrivateKey) -> None:
     """What it calls usable is what a check goes on with."""
-    import words
-
     for moment, usable in ((now() + hours(1), True), (now() - hours(1), False)):
         device.has(authority.identity(ID, key=key, not_before=now() - hours(24), not_after=moment))
         assert (status(device)[0] == 0) is usable
-        with world.Scripted(authority.server(file="status.pem"), [words.PENDING]) as server:
+        with world.Scripted(authority.server(file="status.pem"), [answers.PENDING]) as server:
             device.server = server.address
             assert device.run().status == 69
         assert ("CERTIFICATE" in device.labels) is usable

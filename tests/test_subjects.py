@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import words
 from cryptography import x509
-from world import ATTRIBUTES, Authority, Caramel, Device, Nginx, Scripted, hours, now
+from world import ATTRIBUTES, Authority, Caramel, Device, Nginx, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -67,7 +66,7 @@ def test_a_ca_with_a_name_of_only_other_parts(tmp_path: Path) -> None:
     """Nothing is required then: the request has the client ID alone."""
     authority = Authority(tmp_path / "ca", [("CN", "Root")])
     device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    with Scripted(authority.server(), [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69
     assert parts(device.request) == [("CN", ID)]
@@ -102,18 +101,18 @@ def test_a_device_lives_through_a_roll_over_of_the_ca(
 
     # The server moves to the new root, with another server certificate, and the device's request is signed by it.
     fresh = new.sign(device.request, not_before=now() - hours(1))
-    with Scripted(new.server(), [words.certificate(fresh)], client_ca=both) as server:
+    with Scripted(new.server(), [answers.certificate(fresh)], client_ca=both) as server:
         device.server = server.address
         run = device.run()
         assert run.status == 0 and "new certificate" in run.err
         before = device.snapshot()
         assert device.run().status == 0 and device.snapshot() == before
-        assert all(asked.client_certificate for asked in server.asked)
+        assert all(asked.client_certificate for asked in server.requests)
     assert device.block("CERTIFICATE") == fresh and device.block("PRIVATE KEY") == key
 
     # The old root is taken away; nothing changes.
     device.ca = new.certificate_file
-    with Scripted(new.server(), [words.certificate(fresh)]) as server:
+    with Scripted(new.server(), [answers.certificate(fresh)]) as server:
         device.server = server.address
         assert device.run().status == 0 and device.snapshot() == before
 
@@ -124,17 +123,17 @@ def test_a_server_certificate_may_be_by_either_root(
 ) -> None:
     device = Device(tmp_path / "device", None, both, ID)
     certificate = {"old": authority, "new": new}[which].server(file="either.pem")
-    with Scripted(certificate, [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(certificate, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69
 
 
 def test_a_third_root_is_none(tmp_path: Path, both: Path) -> None:
     device = Device(tmp_path / "device", None, both, ID)
-    with Scripted(Authority(tmp_path / "third").server(), [words.PENDING]) as server:
+    with Scripted(Authority(tmp_path / "third").server(), [answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 127
-    assert server.asked == []
+    assert server.requests == []
 
 
 def test_a_request_under_either_roots_name_is_kept(tmp_path: Path, authority: Authority) -> None:
@@ -145,11 +144,11 @@ def test_a_request_under_either_roots_name_is_kept(tmp_path: Path, authority: Au
     device = Device(tmp_path / "device", None, file, ID)
     device.has(authority.identity(ID, certified=False))
     before = device.snapshot()
-    with Scripted(authority.server(), [words.PENDING]) as server:
+    with Scripted(authority.server(), [answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69 and device.snapshot() == before
     device.key_file.unlink()
-    with Scripted(new.server(), [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(new.server(), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69
     assert parts(device.request) == list(new.subject_for(ID)), "a new device belongs to the first"
@@ -160,11 +159,11 @@ def test_an_ended_root_of_two_does_no_harm(tmp_path: Path, authority: Authority)
     file = tmp_path / "both.crt"
     file.write_bytes(old.pem + authority.pem)
     device = Device(tmp_path / "device", None, file, ID)
-    with Scripted(authority.server(), [words.UNKNOWN, words.PENDING, words.PENDING]) as server:
+    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         device.server = server.address
         assert device.run().status == 69
     device.has(old.identity(ID))
-    with Scripted(authority.server(), [words.PENDING]) as server:
+    with Scripted(authority.server(), [answers.PENDING]) as server:
         device.server = server.address
         run = device.run()
     assert run.status == 69 and "not by the trusted CA" in run.err

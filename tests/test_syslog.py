@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-import words
 import world
-from world import Authority, Device, Run, Says, Scripted, hours, now
+from world import Answer, Authority, Device, Run, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
@@ -56,7 +55,7 @@ class Logged:
         unshare = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--map-root-user", "--mount")
         return (*unshare, "sh", "-c", OWN_DEV, "sh", str(self.dev))
 
-    def run(self, *options: str, answers: tuple[Says, ...] = (), before: tuple[str, ...] = ()) -> Run:
+    def run(self, *options: str, answers: tuple[Answer, ...] = (), before: tuple[str, ...] = ()) -> Run:
         """One run with --syslog, against a server that gives these answers, or against none."""
         started = time.monotonic()
         if not answers:
@@ -110,18 +109,18 @@ def logged(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> Itera
 
 def certificate(logged: Logged, life: int = 48) -> bytes:
     pem = logged.authority.sign(logged.device.request, not_before=now() - hours(1), not_after=now() + hours(life))
-    return words.certificate(pem)
+    return answers.certificate(pem)
 
 
 def test_each_outcome_is_one_message_with_a_priority_that_means_something(logged: Logged) -> None:
     one = certificate(logged)
     for says, status, priority, text in (
-        ((words.PENDING,), 69, INFO, "waits to be signed"),
+        ((answers.PENDING,), 69, INFO, "waits to be signed"),
         ((one,), 0, NOTICE, "new certificate, valid until "),
         ((one,), 0, INFO, "certificate unchanged, valid until "),
-        ((words.page(500),), 127, ERROR, "status 500"),
+        ((answers.page(500),), 127, ERROR, "status 500"),
         ((), 127, ERROR, "can't be reached"),
-        ((words.REJECTED, words.PENDING, words.PENDING), 69, WARNING, "the administrator rejected the request"),
+        ((answers.REJECTED, answers.PENDING, answers.PENDING), 69, WARNING, "the administrator rejected the request"),
     ):
         run = logged.run(answers=says)
         assert (run.status, run.err) == (status, "")
@@ -145,7 +144,7 @@ def test_wrong_settings_are_logged_as_well(logged: Logged) -> None:
 
 
 def test_steps_are_for_debugging(logged: Logged) -> None:
-    assert logged.run("-v", answers=(words.PENDING,)).err == ""
+    assert logged.run("-v", answers=(answers.PENDING,)).err == ""
     *steps, (priority, result) = logged.messages()
     assert (priority, "waits to be signed" in result) == (INFO, True)
     assert steps and {priority for priority, _ in steps} == {DEBUG}
@@ -155,10 +154,10 @@ def test_steps_are_for_debugging(logged: Logged) -> None:
 def test_quiet_is_about_what_went_wrong(logged: Logged) -> None:
     one = certificate(logged)
     for says, priorities in (
-        ((words.PENDING,), []),
+        ((answers.PENDING,), []),
         ((one,), []),
-        ((words.page(500),), [ERROR]),
-        ((words.REJECTED, words.PENDING, words.PENDING), [WARNING]),
+        ((answers.page(500),), [ERROR]),
+        ((answers.REJECTED, answers.PENDING, answers.PENDING), [WARNING]),
     ):
         assert logged.run("-q", answers=says).err == ""
         assert [priority for priority, _ in logged.messages()] == priorities
@@ -170,7 +169,7 @@ def test_a_daemon_that_hangs_holds_nobody_up(logged: Logged) -> None:
         with pytest.raises(BlockingIOError):
             while True:
                 other.send(b"until its queue is full")
-    run = logged.run("-v", answers=(words.PENDING,))
+    run = logged.run("-v", answers=(answers.PENDING,))
     assert (run.status, run.seconds < 20) == (69, True)
     # What the log doesn't take is not lost.
     assert run.err.splitlines()[-1].endswith("waits to be signed")
@@ -187,7 +186,7 @@ def test_without_a_daemon_it_is_standard_error(logged: Logged, what: str) -> Non
         if what == "another kind of socket":
             other.bind(str(logged.dev / "log"))
             other.listen()
-        run = logged.run(answers=(words.PENDING,))
+        run = logged.run(answers=(answers.PENDING,))
     assert (run.status, run.err.count("\n")) == (69, 1)
     assert run.err.startswith(f"caramel-embedded: {ID}: request ")
     assert what != "no socket" or (logged.dev / "log").read_text() == ""
@@ -198,7 +197,7 @@ def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world
     logged.device.has(authority.identity(ID, key=key, certified=False))
     with logged.socket:
         logged.listen()
-        run = logged.run(answers=(words.PENDING,))
+        run = logged.run(answers=(answers.PENDING,))
         assert (run.status, run.err) == (69, "")
         connection, _ = logged.socket.accept()
         with connection:
@@ -207,7 +206,7 @@ def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world
 
 
 def test_a_line_of_the_log_is_one_line_and_not_too_long(logged: Logged) -> None:
-    said = words.problem(500, "Bad", "first\nsecond\x1b[31m" + "x" * 5000)
+    said = answers.problem(500, "Bad", "first\nsecond\x1b[31m" + "x" * 5000)
     assert logged.run("-v", answers=(said,)).status == 127
     assert logged.run("--ca-cert", "/no\nsuch" + "/file" * 600).status == 127
     messages = logged.messages_of_any_run()

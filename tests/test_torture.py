@@ -2,60 +2,55 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import world
+from torture import disk, power, report
+from torture.fleet import Fleet
 from world import Authority, Caramel, Nginx
 
-sys.path.append(str(world.ROOT))
-
-from torture import disk, power, report
-from torture.town import Town
-
-SCENES = (
+SCENARIOS = (
     "first enrollment", "first certificate", "renewal", "renewal with a hook", "rejection", "clean-up of a bad file",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def town(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Town:
-    return Town.around(tmp_path_factory.mktemp("town"), authority, caramel, front)
+def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
-@pytest.mark.parametrize("scene", SCENES)
-def test_a_power_cut_at_any_system_call_costs_nothing(town: Town, scene: str) -> None:
-    row = report.tried(scene, report.sample(power.cuts(town, scene, 4), 8))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_power_cut_at_any_system_call_costs_nothing(fleet: Fleet, scenario: str) -> None:
+    row = report.tried(scenario, report.sample(power.cuts(fleet, scenario, 4), 8))
     assert not row.lost, "\n".join(row.lost)
     assert row.cases == 8
 
 
-@pytest.mark.parametrize("scene", SCENES)
-def test_a_system_call_that_fails_costs_nothing(town: Town, scene: str) -> None:
-    row = report.tried(scene, report.sample(power.errors(town, scene, 6), 5))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_system_call_that_fails_costs_nothing(fleet: Fleet, scenario: str) -> None:
+    row = report.tried(scenario, report.sample(power.errors(fleet, scenario, 6), 5))
     assert not row.lost, "\n".join(row.lost)
     assert row.cases == 5
 
 
-def test_content_is_flushed_before_it_gets_the_name_and_the_folder_after(town: Town) -> None:
+def test_content_is_flushed_before_it_gets_the_name_and_the_folder_after(fleet: Fleet) -> None:
     states: dict[str, int] = {}
-    row = report.tried("disk", disk.cases(town, states))
+    row = report.tried("disk", disk.cases(fleet, states))
     assert not row.lost, "\n".join(row.lost)
-    assert set(states) == set(SCENES) and min(states.values()) > 1000
+    assert set(states) == set(SCENARIOS) and min(states.values()) > 1000
 
 
-def test_a_file_system_without_nameless_files_will_do(town: Town) -> None:
+def test_a_file_system_without_nameless_files_will_do(fleet: Fleet) -> None:
     """FAT, JFFS2 and others have no O_TMPFILE: the first file is made under its name, and nothing is in it then."""
-    first = town.first_enrollment()
+    first = fleet.first_enrollment()
     _, trace = power.traced(first)
     points = [point for point in power.points(trace, first.device.key_file.parent) if "O_TMPFILE" in point.text]
     assert len(points) == 1
     for kind in ("EOPNOTSUPP", "EISDIR", "EINVAL"):
-        resident = town.first_enrollment()
-        run, happened = power.injected(resident, "openat", points[0].number, f"error={kind}")
+        dut = fleet.first_enrollment()
+        run, happened = power.injected(dut, "openat", points[0].number, f"error={kind}")
         assert happened and run.status == 69, run
-        assert town.broken(resident, run) + town.recovered(resident) == []
+        assert fleet.broken(dut, run) + fleet.recovered(dut) == []
 
 
 def test_the_harness_sees_a_content_that_is_not_flushed(tmp_path: Path) -> None:

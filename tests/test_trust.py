@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import words
 import world
-from world import PLAIN, Asked, Authority, Caramel, Device, Nginx, Says, Scripted, hours, now
+from world import PLAIN, Answer, Authority, Caramel, Device, HttpRequest, Nginx, Scripted, answers, hours, now
 
 import caramel_embedded
 from caramel_embedded.errors import UsageError
@@ -71,10 +70,10 @@ def test_no_variable_makes_a_device_trust_another_ca(
         seen = subprocess.run([python, "-c", code], env={variable: value}, stdout=subprocess.PIPE, check=True)
         assert variable.endswith("_DIR") or seen.stdout == b"1\n"
     before = pending.snapshot()
-    with Scripted(other.server(), [words.REJECTED]) as server:
+    with Scripted(other.server(), [answers.REJECTED]) as server:
         pending.server = server.address
         run = pending.run(env={variable: value})
-    assert run.status == 127 and server.asked == []
+    assert run.status == 127 and server.requests == []
     assert pending.snapshot() == before
 
 
@@ -99,7 +98,7 @@ def test_the_systems_own_certificates_do_not_count(pending: Device, other: Autho
     if Path(file).exists():
         mounts += f" && mount --bind {other.certificate_file} {Path(file).resolve()}"
     before = ["unshare", "-m", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
-    with Scripted(other.server(), [words.REJECTED]) as server:
+    with Scripted(other.server(), [answers.REJECTED]) as server:
         believer = (
             "import socket, ssl, sys; s = socket.create_connection(('localhost', int(sys.argv[1])));"
             "ssl.create_default_context().wrap_socket(s, server_hostname='localhost')"
@@ -108,7 +107,7 @@ def test_the_systems_own_certificates_do_not_count(pending: Device, other: Autho
         assert server.handshakes == 1, "the system does believe in it"
         pending.server = server.address
         assert pending.run(before=before).status == 127
-        assert server.asked == []
+        assert server.requests == []
 
 
 def test_no_openssl_configuration_file_steers_a_run(device: Device, tmp_path: Path) -> None:
@@ -147,10 +146,10 @@ def device_certificate(device: Device) -> Path:
 
 
 def test_another_ca_of_the_same_name_is_another_ca(pending: Device, other: Authority) -> None:
-    with Scripted(other.server(), [words.REJECTED]) as server:
+    with Scripted(other.server(), [answers.REJECTED]) as server:
         pending.server = server.address
         run = pending.run()
-    assert run.status == 127 and "vouches for" in run.err and server.asked == []
+    assert run.status == 127 and "vouches for" in run.err and server.requests == []
 
 
 def test_a_certificate_that_the_ca_signed_for_a_device_makes_it_no_ca(
@@ -161,9 +160,9 @@ def test_a_certificate_that_the_ca_signed_for_a_device_makes_it_no_ca(
     intermediate = authority.issue(stolen.key.public_key(), [("CN", "stolen")])
     server_file = stolen.server()
     server_file.write_bytes(server_file.read_bytes() + intermediate)
-    with Scripted(server_file, [words.REJECTED]) as server:
+    with Scripted(server_file, [answers.REJECTED]) as server:
         pending.server = server.address
-        assert pending.run().status == 127 and server.asked == []
+        assert pending.run().status == 127 and server.requests == []
 
 
 # --- The server's name ---
@@ -189,10 +188,10 @@ def test_the_servers_name_has_to_match(
     certificate = authority.issue(key.public_key(), [("CN", "localhost")], names=names)
     file = pending.folder / "server.pem"
     file.write_bytes(certificate + world.private_pem(key))
-    with Scripted(file, [words.PENDING]) as server:
+    with Scripted(file, [answers.PENDING]) as server:
         pending.server = f"{asked}:{server.port}"
         assert pending.run().status == (69 if fits else 127)
-        assert bool(server.asked) == fits
+        assert bool(server.requests) == fits
 
 
 def test_a_name_without_tls_at_all_is_nobodys(pending: Device) -> None:
@@ -206,7 +205,7 @@ def plain_http(connection: object, over: object) -> None:
 
     assert isinstance(connection, socket.socket)
     connection.recv(100)
-    connection.sendall(words.REJECTED)
+    connection.sendall(answers.REJECTED)
 
 
 # --- The clock ---
@@ -252,16 +251,16 @@ def test_a_first_boot_in_1970_enrolls_and_gets_its_certificate(
 def test_in_1970_what_ended_before_the_floor_is_refused(old: Device, authority: Authority) -> None:
     """The floor is the CA's notBefore, a day ago."""
     ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(25), file="before-floor.pem")
-    with Scripted(ended, [words.REJECTED]) as server:
+    with Scripted(ended, [answers.REJECTED]) as server:
         old.server = server.address
         run = old.run(before=clock(FIRST_BOOT))
-    assert run.status == 127 and "ended at" in run.err and server.asked == []
+    assert run.status == 127 and "ended at" in run.err and server.requests == []
 
 
 def test_in_1970_what_ended_after_the_floor_is_believed(old: Device, authority: Authority) -> None:
     """The device can't know better."""
     ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(1), file="after-floor.pem")
-    with Scripted(ended, [words.PENDING]) as server:
+    with Scripted(ended, [answers.PENDING]) as server:
         old.server = server.address
         assert old.run(before=clock(FIRST_BOOT)).status == 69
         assert old.run().status == 127
@@ -273,10 +272,10 @@ def test_in_1970_the_stored_certificate_tells_a_later_time(authority: Authority,
     without = old.folder / "without.pem"
     without.write_bytes(authority.identity(ID, certified=False))
     ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(2), file="before-stored.pem")
-    with Scripted(ended, [words.PENDING]) as server:
+    with Scripted(ended, [answers.PENDING]) as server:
         old.server = server.address
         run = old.run(before=clock(FIRST_BOOT))
-        assert run.status == 127 and "ended at" in run.err and server.asked == []
+        assert run.status == 127 and "ended at" in run.err and server.requests == []
         old.key_file = without
         assert old.run(before=clock(FIRST_BOOT)).status == 69, "a device without that certificate can't know"
 
@@ -287,7 +286,7 @@ def test_a_strangers_certificate_in_the_file_tells_no_time(pending: Device, auth
     content = pending.key_file.read_bytes()
     late = foreign.sign(pending.request, not_before=now() + hours(24 * 365), not_after=now() + hours(24 * 366))
     pending.has(content.replace(b"-----BEGIN NEW", late + b"-----BEGIN NEW"))
-    with Scripted(pem, [words.PENDING]) as server:
+    with Scripted(pem, [answers.PENDING]) as server:
         pending.server = server.address
         run = pending.run(before=clock(FIRST_BOOT))
     assert run.status == 69 and "not by the trusted CA" in run.err
@@ -296,11 +295,11 @@ def test_a_strangers_certificate_in_the_file_tells_no_time(pending: Device, auth
 def test_in_1970_the_firmwares_build_time_is_the_floor(pending: Device, authority: Authority) -> None:
     """It is later than the CA's notBefore: the server's certificate ended in between."""
     ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(3), file="before-build.pem")
-    with Scripted(ended, [words.PENDING]) as server:
+    with Scripted(ended, [answers.PENDING]) as server:
         pending.server = server.address
         baked(pending, now() - hours(2))
         run = pending.run(before=clock(FIRST_BOOT))
-        assert run.status == 127 and "ended at" in run.err and server.asked == []
+        assert run.status == 127 and "ended at" in run.err and server.requests == []
         shutil.rmtree(pending.folder / "firmware")
         baked(pending, now() - hours(4))
         assert pending.run(before=clock(FIRST_BOOT)).status == 69
@@ -311,7 +310,7 @@ def test_in_1970_a_new_certificate_that_ended_before_the_floor_is_refused(
 ) -> None:
     before = old.snapshot()
     ended = authority.sign(old.request, not_before=now() - hours(60), not_after=now() - hours(25))
-    with Scripted(pem, [words.certificate(ended)]) as server:
+    with Scripted(pem, [answers.certificate(ended)]) as server:
         old.server = server.address
         run = old.run(before=clock(FIRST_BOOT))
     assert run.status == 127 and "ended at" in run.err
@@ -320,10 +319,10 @@ def test_in_1970_a_new_certificate_that_ended_before_the_floor_is_refused(
 
 def test_a_believed_clock_refuses_what_is_not_valid_yet(pending: Device, authority: Authority) -> None:
     early = authority.server(not_before=now() + hours(1), not_after=now() + hours(9), file="early.pem")
-    with Scripted(early, [words.REJECTED]) as server:
+    with Scripted(early, [answers.REJECTED]) as server:
         pending.server = server.address
         run = pending.run()
-    assert run.status == 127 and "not yet valid" in run.err and server.asked == []
+    assert run.status == 127 and "not yet valid" in run.err and server.requests == []
 
 
 def test_a_stored_certificate_that_has_not_begun_shows_that_the_clock_is_wrong(
@@ -332,7 +331,7 @@ def test_a_stored_certificate_that_has_not_begun_shows_that_the_clock_is_wrong(
     """The clock has lost a day: what is in the file was valid once, so that day has passed."""
     pending.has(authority.identity(ID, not_before=now() + hours(12), not_after=now() + hours(60)))
     before = pending.snapshot()
-    with Scripted(pem, [words.certificate(pending.block("CERTIFICATE") or b"")]) as server:
+    with Scripted(pem, [answers.certificate(pending.block("CERTIFICATE") or b"")]) as server:
         pending.server = server.address
         assert pending.run().status == 0
     assert pending.snapshot() == before
@@ -452,8 +451,8 @@ def test_a_ca_that_is_none_is_refused(dated: Authority) -> None:
 def test_the_servers_answer_is_asked_over_the_same_trusted_connection(pending: Device, pem: Path) -> None:
     """No second look at the name, no second connection: whoever showed the certificate says the answer."""
 
-    def says(asked: Asked) -> Says:
-        return words.PENDING if asked.method == "POST" or len(server.asked) > 1 else words.UNKNOWN
+    def says(asked: HttpRequest) -> Answer:
+        return answers.PENDING if asked.method == "POST" or len(server.requests) > 1 else answers.UNKNOWN
 
     with Scripted(pem, says) as server:
         pending.server = server.address

@@ -150,19 +150,19 @@ def test_published_certificates_know_their_time(tmp_path: Path, caramel: Caramel
 def test_a_script_is_followed(tmp_path: Path, authority: Authority) -> None:
     (tmp_path / "identity.pem").write_bytes(authority.identity("x"))
     ca = authority.certificate_file
-    answers: list[world.Says] = [answer(200, b"first"), [b"HTTP/1.1 200 OK\r\n\r\n", 0.1, b"second"], None]
+    answers: list[world.Answer] = [answer(200, b"first"), [b"HTTP/1.1 200 OK\r\n\r\n", 0.1, b"second"], None]
     with Scripted(authority.server(), answers, client_ca=ca) as server:
         assert curl(f"https://{server.address}/1", ca, "--cert", tmp_path / "identity.pem").stdout == b"first"
         assert curl(f"https://{server.address}/2", ca, "--data", "body").stdout == b"second"
         assert curl(f"https://{server.address}/3", ca).returncode == 52  # an empty answer
-    assert [(asked.method, asked.path, asked.body) for asked in server.asked] == [
+    assert [(asked.method, asked.path, asked.body) for asked in server.requests] == [
         ("GET", "/1", b""),
         ("POST", "/2", b"body"),
         ("GET", "/3", b""),
     ]
-    shown = server.asked[0].client_certificate
+    shown = server.requests[0].client_certificate
     assert shown and "CN=x" in x509.load_der_x509_certificate(shown).subject.rfc4514_string()
-    assert server.asked[1].client_certificate is None
+    assert server.requests[1].client_certificate is None
     assert (server.connections, server.handshakes) == (3, 3)
 
 
@@ -199,7 +199,7 @@ def test_a_server_dies_with_who_started_it(tmp_path: Path) -> None:
         "d.start(); print(d.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    env = {**os.environ, "PYTHONPATH": str(Path(world.__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(world.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.PIPE)
     pid = int(done.stdout)
     world.until("it is gone", lambda: pid not in [number for number, _ in world.strays()] and not _alive(pid))

@@ -1,4 +1,4 @@
-# `make bench`: what one check costs, here and with what people use today. See bench/README.md.
+# `make bench`: what one check costs, here and with what people use today. See tests/bench/README.md.
 
 BENCH_ROUNDS ?= 15
 
@@ -6,7 +6,7 @@ BENCH_ROUNDS ?= 15
 
 bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed \
 		$(BUILD)/bench/urllib3/installed $(BUILD)/bench/client/installed ## what one check costs, side by side with what people use today
-	BENCH_ROUNDS="$(BENCH_ROUNDS)" $(BUILD)/tests/bin/python -I bench/measure.py
+	cd tests && BENCH_ROUNDS="$(BENCH_ROUNDS)" $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.measure
 	$(BUILD)/tests/bin/python -I docs/figures.py
 
 # The floor: the newest urllib3, and nothing else.

@@ -9,14 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+import world
 
-import world  # noqa: E402  # found through the line above, also when this folder's test runs alone
+SERVER = world.ROOT / "server"
 
 #: The server's own Python, and in it the server's own signing.
 PYTHON = world.CARAMEL / "python"
@@ -51,7 +48,7 @@ def install() -> None:
     """Puts the filter where the server's Python finds it."""
     (folder,) = (world.BUILD / "caramel" / "lib").glob("python3*/site-packages")
     new = folder / f".caramel_conditional.{os.getpid()}"  # whole at once: another clone's server may be starting
-    shutil.copyfile(HERE.parent / "server" / "caramel_conditional.py", new)
+    shutil.copyfile(SERVER / "caramel_conditional.py", new)
     new.replace(folder / "caramel_conditional.py")
 
 
@@ -100,7 +97,7 @@ class MeteredNginx(world.Nginx):
 
     def _configuration(self) -> str:
         assert self.caramel
-        server = (HERE.parent / "server" / "nginx-metered.conf").read_text()
+        server = (SERVER / "nginx-metered.conf").read_text()
         for old, new in {
             "listen 443 ssl;": f"listen 127.0.0.1:{self.port} ssl; access_log seen.log seen;",
             "/etc/caramel/server.pem": str(self.certificate),

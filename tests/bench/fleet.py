@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report import OURS, table
+from bench.report import OURS, table
 
 Figures = dict[str, Any]
 

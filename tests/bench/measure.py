@@ -33,18 +33,15 @@ from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Callable, ClassVar
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-for folder in ("tests", "bench"):  # run with -I, which puts none of them there
-    sys.path.insert(0, str(ROOT / folder))
+import world
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
-import fleet  # noqa: E402
-import report  # noqa: E402
-import world  # noqa: E402
-from cryptography import x509  # noqa: E402
-from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
-from filtered import FilteredCaramel, MeteredNginx  # noqa: E402
-from proxy import DelayingProxy, Traffic  # noqa: E402
+from bench import fleet, report
+from bench.filtered import FilteredCaramel, MeteredNginx
+from bench.proxy import DelayingProxy, Traffic
+
+HERE = Path(__file__).resolve().parent
 
 STATES = ("unchanged", "locked out", "pending", "renewed", "first enrollment")
 #: Seconds there and back, and how many of the rounds are made at that distance.
@@ -355,7 +352,7 @@ def programs(folder: Path, authority: world.Authority) -> list[Program]:
 def zipapp(path: Path, authority: world.Authority) -> Path | None:
     """The program in one file as `make zipapp` makes it, for the interpreter of the installed one."""
     python = str(world.BUILD / "venv" / "bin" / "python")
-    command = [python, "-B", str(ROOT / "packaging" / "pyz.py"), "--output", str(path), "--python", python]
+    command = [python, "-B", str(world.ROOT / "packaging" / "pyz.py"), "--output", str(path), "--python", python]
     # What is baked in is what the environment says anyway.
     settings = ["--server", "localhost:443", "--ca-cert", str(authority.certificate_file)]
     done = subprocess.run([*command, *settings], stderr=subprocess.PIPE, check=False, timeout=120)
@@ -843,13 +840,13 @@ def main() -> None:
         seen["seconds"] = round(time.monotonic() - started)
         figures.write_text(json.dumps(seen, indent=1))
     seen = json.loads(figures.read_text())
-    docs = ROOT / "docs"
+    docs = world.ROOT / "docs"
     docs.mkdir(exist_ok=True)
     (docs / "bench.md").write_text(report.page(seen))
     (docs / "bench.svg").write_text(report.picture(seen))
     (docs / "fleet.md").write_text(fleet.page(seen))
     print(report.targets(seen))
-    print(f"\nWritten: docs/bench.md, docs/bench.svg, docs/fleet.md (from {figures.relative_to(ROOT)})")
+    print(f"\nWritten: docs/bench.md, docs/bench.svg, docs/fleet.md (from {figures.relative_to(world.ROOT)})")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization

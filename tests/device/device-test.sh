@@ -5,7 +5,7 @@
 # emulation that takes minutes; the only thing of theirs that is missed, compiled modules, is made here.
 set -eu
 
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 build=${BUILD:-build}/device
 suite=bookworm
 mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
@@ -31,7 +31,7 @@ if [ ! -e $registry/qemu-arm ]; then
 fi
 
 # Made by another version of this script, it is made again.
-recipe=$(cksum <packaging/device-test.sh)
+recipe=$(cksum <tests/device/device-test.sh)
 if [ "$(cat "$tree/.complete" 2>/dev/null)" != "$recipe" ]; then
     rm -rf "$tree" "$tree.debs"
     mkdir -p "$tree.debs"
@@ -75,4 +75,6 @@ if [ "$(cat "$tree/.complete" 2>/dev/null)" != "$recipe" ]; then
     echo "$recipe" >"$tree/.complete"
 fi
 
-exec "${BUILD:-build}/tests/bin/python" -B packaging/device_test.py "$tree"
+tree=$(realpath "$tree")
+python=$(realpath -s "${BUILD:-build}/tests/bin/python")
+cd tests && exec "$python" -B -Es -m device.device_test "$tree"

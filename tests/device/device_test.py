@@ -6,7 +6,7 @@ program comes onto it as a maker of devices would put it there: the one file of 
 of its own, so that turning the power off is killing process 1. Caramel and nginx are real, and on this machine's
 loopback interface.
 
-    device_test.py TREE        a tree made by packaging/device-test.sh; needs root
+    device_test.py TREE        a tree made by tests/device/device-test.sh; needs root
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import time
 from pathlib import Path
 from typing import Optional
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from world import Authority, Caramel, Nginx, until  # noqa: E402
+from world import ROOT, Authority, Caramel, Nginx, until
 
 SERIAL = "10000000a5b6c7d8"
 
@@ -145,7 +143,7 @@ class Machine:
 
 
 class Story:
-    """Says each step and how it went, and how long it took."""
+    """Answer each step and how it went, and how long it took."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()

@@ -14,13 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
-sys.path.append(str(ROOT))
+from world import ROOT
 
-from torture import clocks, crowd, disk, machine, network, power, report, storm  # noqa: E402
-from torture.report import Case, Row, tried  # noqa: E402
-from torture.town import Town  # noqa: E402
+from torture import clocks, concurrency, disk, machine, network, power, report, simulation
+from torture.fleet import Fleet
+from torture.report import Case, Row, tried
 
 PAGE = ROOT / "docs" / "torture.md"
 
@@ -29,7 +27,8 @@ def fuzzed(target: str, seconds: int, folder: Path) -> Row:
     """One fuzzer, for so many seconds."""
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-I", str(ROOT / "torture" / "fuzz.py"), target, str(seconds), str(folder)],
+        [sys.executable, "-Es", "-m", "torture.fuzz", target, str(seconds), str(folder)],
+        cwd=ROOT / "tests",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -45,9 +44,9 @@ def fuzzed(target: str, seconds: int, folder: Path) -> Row:
     return row
 
 
-def stormed(folder: Path, storms: int) -> Row:
+def simulated(folder: Path, sequences: int) -> Row:
     started = time.monotonic()
-    count, runs, lost = storm.weather(folder, storms)
+    count, runs, lost = simulation.simulate_many(folder, sequences)
     row = Row("random sequences of answers, kills, failures, clock jumps, administrators", count, count - len(lost))
     row.lost, row.remarks, row.seconds = lost, f"{runs} runs", time.monotonic() - started
     return row
@@ -59,19 +58,19 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
     def wanted(name: str) -> bool:
         return re.search(only, name) is not None
 
-    with Town(folder / "town") as town:
-        scenes = list(town.scenes)
+    with Fleet(folder / "fleet") as fleet:
+        scenarios = list(fleet.scenarios)
         if wanted("power"):
-            for scene in scenes:
-                found = power.cuts(town, scene, 25)
-                yield tried(f"power cut at a system call: {scene}", found)
+            for scenario in scenarios:
+                found = power.cuts(fleet, scenario, 25)
+                yield tried(f"power cut at a system call: {scenario}", found)
             states: dict[str, int] = {}
-            row = tried("power cut that loses what was not flushed", disk.cases(town, states))
+            row = tried("power cut that loses what was not flushed", disk.cases(fleet, states))
             row.remarks = disk.total(states)
             yield row
         if wanted("errors"):
-            for scene in scenes:
-                yield tried(f"a system call fails: {scene}", power.errors(town, scene, 25))
+            for scenario in scenarios:
+                yield tried(f"a system call fails: {scenario}", power.errors(fleet, scenario, 25))
         kinds = {
             "disks": ("a full disk, one without inodes, a read-only one", machine.disks),
             "starved": ("too few file descriptors, too little memory, no file may grow", machine.starved),
@@ -82,18 +81,20 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
         }
         for name, (what, make) in kinds.items():
             if wanted(name):
-                yield tried(what, make(town))
+                yield tried(what, make(fleet))
         if wanted("entropy"):
-            yield tried("no entropy yet", machine.entropy(town))
+            yield tried("no entropy yet", machine.entropy(fleet))
         if wanted("etc"):
             yield tried(
-                "/etc empty or unreadable; a process that is stopped", [*machine.etc(town), machine.stopped(town)]
+                "/etc empty or unreadable; a process that is stopped", [*machine.etc(fleet), machine.stopped(fleet)]
             )
         if wanted("clocks"):
-            yield tried("clocks: 1970, behind, ahead, 2080, jumping", clocks.cases(town))
-        if wanted("crowd"):
+            yield tried("clocks: 1970, behind, ahead, 2080, jumping", clocks.cases(fleet))
+        if wanted("concurrency"):
             counts: Counter[str] = Counter()
-            row = tried("200 starts at the same instant, and readers", crowd.cases(town, 200, counts), workers=1)
+            row = tried(
+                "200 starts at the same instant, and readers", concurrency.cases(fleet, 200, counts), workers=1
+            )
             row.remarks = f"{counts['starts']} starts, {counts['reads']} reads"
             yield row
     if wanted("network"):
@@ -112,8 +113,8 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
         )
         row.cases, row.survived = row.cases * places, row.survived * places
         yield row
-    if wanted("storm"):
-        yield stormed(folder / "storm", 400)
+    if wanted("simulation"):
+        yield simulated(folder / "simulation", 400)
     if wanted("fuzz"):
         fuzz = folder / "fuzz"
         both: list[Row] = []

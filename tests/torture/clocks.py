@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Callable, Optional
 
 import world
-from world import Asked, Run, Scripted
+from world import HttpRequest, Run, Scripted
 
+from torture.fleet import DeviceUnderTest, Fleet, key_file_parts
 from torture.report import Case
-from torture.town import Resident, Town, whole
 
 DAY = datetime.timedelta(days=1)
 FIRST_BOOT = datetime.datetime(1970, 1, 1, 0, 0, 40, tzinfo=datetime.timezone.utc)
@@ -39,79 +39,81 @@ def _said(run: Run, status: int) -> list[str]:
 
 
 def _clock(
-    name: str, make: Callable[[], Resident], moment: Optional[datetime.datetime], status: int
-) -> Callable[[Town], Case]:
-    def case(town: Town) -> Case:
+    name: str, make: Callable[[], DeviceUnderTest], moment: Optional[datetime.datetime], status: int
+) -> Callable[[Fleet], Case]:
+    def case(fleet: Fleet) -> Case:
         def act() -> list[str]:
-            resident = make()
-            run = resident.run(before=at(moment))
-            wrong = _said(run, status) + town.broken(resident, run)
-            if status == 127 and resident.old is not None and resident.content != resident.old:
+            dut = make()
+            run = dut.run(before=at(moment))
+            wrong = _said(run, status) + fleet.broken(dut, run)
+            if status == 127 and dut.old is not None and dut.content != dut.old:
                 wrong.append("127, and the key file was changed")
-            return wrong + [f"next, at the right time: {problem}" for problem in town.recovered(resident)]
+            return wrong + [f"next, at the right time: {problem}" for problem in fleet.recovered(dut)]
 
         return Case(name, act)
 
     return case
 
 
-def life_in_1970(town: Town) -> list[str]:
+def life_in_1970(fleet: Fleet) -> list[str]:
     """From nothing to a certificate, and through a renewal and a rejection, in January 1970."""
-    resident = town.first_enrollment()
-    run = resident.run(before=at(FIRST_BOOT))
-    wrong = _said(run, 69) + town.broken(resident, run)
-    (sha256,) = town.requests(resident.client_id)
-    first = town.sign(sha256, not_before=world.now() - DAY, not_after=world.now() + DAY)
+    dut = fleet.first_enrollment()
+    run = dut.run(before=at(FIRST_BOOT))
+    wrong = _said(run, 69) + fleet.broken(dut, run)
+    (sha256,) = fleet.requests(dut.client_id)
+    first = fleet.sign(sha256, not_before=world.now() - DAY, not_after=world.now() + DAY)
     for certificate, label in ((first, "certified"), (None, "unchanged")):
-        run = resident.run(before=at(FIRST_BOOT + DAY))
+        run = dut.run(before=at(FIRST_BOOT + DAY))
         wrong += [f"{label}: {problem}" for problem in _said(run, 0)]
-        parts = whole(resident.content or b"")
+        parts = key_file_parts(dut.content or b"")
         if certificate is not None and (parts is None or parts.certificate != certificate):
             wrong.append("the certificate isn't there")
-    newer = town.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
-    wrong += _said(resident.run(before=at(FIRST_BOOT + 2 * DAY)), 0)
-    parts = whole(resident.content or b"")
+    newer = fleet.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
+    wrong += _said(dut.run(before=at(FIRST_BOOT + 2 * DAY)), 0)
+    parts = key_file_parts(dut.content or b"")
     if parts is None or parts.certificate != newer:
         wrong.append("the newer certificate isn't there")
-    town.reject(sha256)
-    wrong += _said(resident.run(before=at(FIRST_BOOT + 3 * DAY)), 69)
-    if len(town.requests(resident.client_id)) != 1 or town.requests(resident.client_id) == [sha256]:
+    fleet.reject(sha256)
+    wrong += _said(dut.run(before=at(FIRST_BOOT + 3 * DAY)), 69)
+    if len(fleet.requests(dut.client_id)) != 1 or fleet.requests(dut.client_id) == [sha256]:
         wrong.append("the rejected device didn't start over")
     return wrong
 
 
-def slept_for_a_year(town: Town, moment: Optional[datetime.datetime], signed: bool) -> list[str]:
+def slept_for_a_year(fleet: Fleet, moment: Optional[datetime.datetime], signed: bool) -> list[str]:
     """The certificate in the file ended a year ago; the server has a newer one, or none."""
-    device = town.device()
-    request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
-    sha256 = town.admit(request, str(device.client_id))
-    ended = town.authority.sign(request, not_before=world.now() - 367 * DAY, not_after=world.now() - 365 * DAY)
-    old = world.key_file_content(town.key, request, ended)
-    expected = world.key_file_content(town.key, request, town.sign(sha256) if signed else b"")
+    device = fleet.device()
+    request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
+    sha256 = fleet.admit(request, str(device.client_id))
+    ended = fleet.authority.sign(request, not_before=world.now() - 367 * DAY, not_after=world.now() - 365 * DAY)
+    old = world.key_file_content(fleet.key, request, ended)
+    expected = world.key_file_content(fleet.key, request, fleet.sign(sha256) if signed else b"")
     status = 0 if signed else 69
     device.has(old)
-    resident = Resident(device, old, expected, status, inode=device.key_file.stat().st_ino)
-    run = resident.run(before=at(moment))
+    dut = DeviceUnderTest(device, old, expected, status, inode=device.key_file.stat().st_ino)
+    run = dut.run(before=at(moment))
     wrong = _said(run, status)
     # Behind its certificate's notBefore, a device can't know that the certificate has ended.
-    if resident.content != expected and not (moment is not None and moment.year == 1970 and not signed):
+    if dut.content != expected and not (moment is not None and moment.year == 1970 and not signed):
         wrong.append("the key file is not what it should be")
-    return wrong + town.recovered(resident)
+    return wrong + fleet.recovered(dut)
 
 
-def ended_before_the_floor(town: Town, moment: Optional[datetime.datetime], stored: bool) -> list[str]:
+def ended_before_the_floor(fleet: Fleet, moment: Optional[datetime.datetime], stored: bool) -> list[str]:
     """A certificate that had ended before the CA began is refused, from the server and from the file."""
-    device = town.device()
-    request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
-    begin = town.authority.certificate.not_valid_before_utc
-    ended = town.authority.sign(request, not_before=begin - 3 * DAY, not_after=begin - DAY)
-    old = world.key_file_content(town.key, request, ended if stored else b"")
+    device = fleet.device()
+    request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
+    begin = fleet.authority.certificate.not_valid_before_utc
+    ended = fleet.authority.sign(request, not_before=begin - 3 * DAY, not_after=begin - DAY)
+    old = world.key_file_content(fleet.key, request, ended if stored else b"")
     device.has(old)
     answers = [world.answer(200, ended)]
-    with Scripted(town.authority.folder / "server.pem", answers, client_ca=town.authority.certificate_file) as server:
+    with Scripted(
+        fleet.authority.folder / "server.pem", answers, client_ca=fleet.authority.certificate_file
+    ) as server:
         device.server = server.address
         run = device.run("--timeout=10", before=at(moment))
-        shown = [asked for asked in server.asked if asked.client_certificate]
+        shown = [asked for asked in server.requests if asked.client_certificate]
     wrong = _said(run, 127)
     if device.key_file.read_bytes() != old:
         wrong.append("the key file was changed")
@@ -120,64 +122,64 @@ def ended_before_the_floor(town: Town, moment: Optional[datetime.datetime], stor
     return wrong
 
 
-def server_ended_before_the_floor(town: Town, moment: Optional[datetime.datetime]) -> list[str]:
+def server_ended_before_the_floor(fleet: Fleet, moment: Optional[datetime.datetime]) -> list[str]:
     """A server whose own certificate had ended before the floor is no server of ours."""
-    begin = town.authority.certificate.not_valid_before_utc
+    begin = fleet.authority.certificate.not_valid_before_utc
     name = f"ended-{moment.year if moment else 0}.pem"
-    pem = town.authority.server(not_before=begin - 3 * DAY, not_after=begin - DAY, file=name)
-    resident = town.pending()
+    pem = fleet.authority.server(not_before=begin - 3 * DAY, not_after=begin - DAY, file=name)
+    dut = fleet.pending()
     with Scripted(pem, [world.answer(403, b'{"status":403}', "Content-Type: application/problem+json")]) as server:
-        resident.device.server = server.address
-        run = resident.run(before=at(moment))
-        asked = len(server.asked)
+        dut.device.server = server.address
+        run = dut.run(before=at(moment))
+        asked = len(server.requests)
     wrong = _said(run, 127) + (["it was asked"] if asked else [])
-    if resident.content != resident.old:
+    if dut.content != dut.old:
         wrong.append("the key file was changed")
     return wrong
 
 
-def a_day_behind_but_past_the_floor(town: Town) -> list[str]:
+def a_day_behind_but_past_the_floor(fleet: Fleet) -> list[str]:
     """The clock is believed, so the certificate isn't valid yet: an honest 127, and all is well a day later.
 
     The floor is the firmware's build, which may be a minute ago: here the rest of the world is a day ahead.
     """
-    device = town.device()
-    request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
-    sha256 = town.admit(request, str(device.client_id))
-    pem = town.sign(sha256, not_before=world.now() + DAY, not_after=world.now() + 5 * DAY)
-    old = world.key_file_content(town.key, request)
+    device = fleet.device()
+    request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
+    sha256 = fleet.admit(request, str(device.client_id))
+    pem = fleet.sign(sha256, not_before=world.now() + DAY, not_after=world.now() + 5 * DAY)
+    old = world.key_file_content(fleet.key, request)
     device.has(old)
-    resident = Resident(device, old, world.key_file_content(town.key, request, pem), 0)
-    resident.inode = device.key_file.stat().st_ino
-    run = resident.run()
-    wrong = _said(run, 127) + town.broken(resident, run)
+    dut = DeviceUnderTest(device, old, world.key_file_content(fleet.key, request, pem), 0)
+    dut.inode = device.key_file.stat().st_ino
+    run = dut.run()
+    wrong = _said(run, 127) + fleet.broken(dut, run)
     if "not valid before" not in run.err:
         wrong.append(f"doesn't say why: {run.err!r}")
-    if resident.content != old:
+    if dut.content != old:
         wrong.append("the key file was changed")
-    later = resident.run(before=at(world.now() + DAY + DAY / 24))
-    wrong += _said(later, 0) + town.broken(resident, later)
-    if resident.content != resident.expected:
+    later = dut.run(before=at(world.now() + DAY + DAY / 24))
+    wrong += _said(later, 0) + fleet.broken(dut, later)
+    if dut.content != dut.expected:
         wrong.append("a day later the certificate isn't there")
     return wrong
 
 
-def jump(town: Town, name: str, start: datetime.datetime, to: datetime.datetime, statuses: Sequence[int]) -> Case:
+def jump(fleet: Fleet, name: str, start: datetime.datetime, to: datetime.datetime, statuses: Sequence[int]) -> Case:
     """The clock is set at the moment when the server has received the request."""
 
     def act() -> list[str]:
-        resident = town.renewal()
-        parts = whole(resident.expected or b"")
+        dut = fleet.renewal()
+        parts = key_file_parts(dut.expected or b"")
         assert parts is not None and parts.certificate is not None
         certificate = parts.certificate
-        offset = resident.device.folder / "clock"
+        offset = dut.device.folder / "clock"
 
         def set_clock(moment: datetime.datetime) -> None:
             draft = offset.with_suffix(".new")
             draft.write_text(f"{int(moment.timestamp() - time.time()):+d}s\n")
             os.replace(draft, offset)
 
-        def answer(asked: Asked) -> bytes:
+        def answer(asked: HttpRequest) -> bytes:
             set_clock(to)
             time.sleep(0.05)
             return world.answer(200, certificate)
@@ -191,71 +193,71 @@ def jump(town: Town, name: str, start: datetime.datetime, to: datetime.datetime,
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "DONT_FAKE_MONOTONIC": "1",
         }
-        real, certificate_file = resident.device.server, town.authority.folder / "server.pem"
+        real, certificate_file = dut.device.server, fleet.authority.folder / "server.pem"
         with Scripted(certificate_file, answer) as server:
-            resident.device.server = server.address
-            run = resident.run(env=environment)
-            wrong = [] if len(server.asked) >= 1 or 127 in statuses else ["the server was never asked"]
-        resident.device.server = real
+            dut.device.server = server.address
+            run = dut.run(env=environment)
+            wrong = [] if len(server.requests) >= 1 or 127 in statuses else ["the server was never asked"]
+        dut.device.server = real
         if run.status not in statuses:
             wrong.append(f"exit status {run.status}, not among {statuses}: {run.err[-250:]!r}")
-        if resident.content not in (resident.old, resident.expected):
+        if dut.content not in (dut.old, dut.expected):
             wrong.append("the key file is neither old nor new")
-        return wrong + [f"next: {problem}" for problem in town.recovered(resident)]
+        return wrong + [f"next: {problem}" for problem in fleet.recovered(dut)]
 
     return Case(f"the clock jumps during the run, {name}", act)
 
 
-def cases(town: Town) -> list[Case]:
+def cases(fleet: Fleet) -> list[Case]:
     """Everything about clocks."""
     now = world.now()
 
-    def signed_now() -> Resident:
+    def signed_now() -> DeviceUnderTest:
         """The CA is older than a day, and the certificate that the server has begins now."""
-        device = town.device()
-        request = world.signing_request(town.key, town.authority.subject_for(str(device.client_id)))
-        sha256 = town.admit(request, str(device.client_id))
-        pem = town.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
-        old = world.key_file_content(town.key, request)
+        device = fleet.device()
+        request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
+        sha256 = fleet.admit(request, str(device.client_id))
+        pem = fleet.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
+        old = world.key_file_content(fleet.key, request)
         device.has(old)
-        return Resident(
-            device, old, world.key_file_content(town.key, request, pem), 0, inode=device.key_file.stat().st_ino
+        return DeviceUnderTest(
+            device, old, world.key_file_content(fleet.key, request, pem), 0, inode=device.key_file.stat().st_ino
         )
 
-    def renewed_now() -> Resident:
+    def renewed_now() -> DeviceUnderTest:
         """The same, and the file has a certificate that began an hour ago."""
-        resident = signed_now()
-        parts = whole(resident.expected or b"")
+        dut = signed_now()
+        parts = key_file_parts(dut.expected or b"")
         assert parts is not None
-        earlier = town.authority.sign(parts.request, not_before=world.now() - DAY / 24, not_after=world.now() + DAY)
-        resident.old = world.key_file_content(town.key, parts.request, earlier)
-        resident.device.key_file.write_bytes(resident.old)
-        return resident
+        earlier = fleet.authority.sign(parts.request, not_before=world.now() - DAY / 24, not_after=world.now() + DAY)
+        dut.old = world.key_file_content(fleet.key, parts.request, earlier)
+        dut.device.key_file.write_bytes(dut.old)
+        return dut
 
     behind, ahead = now - DAY, now + DAY
     simple = [
-        ("a day behind, before the floor: first enrollment", town.first_enrollment, behind, 69),
+        ("a day behind, before the floor: first enrollment", fleet.first_enrollment, behind, 69),
         ("a day behind, before the floor that the stored certificate sets: renewal", renewed_now, behind, 0),
-        ("a day behind: unchanged", town.certified, behind, 0),
-        ("a day behind: rejection", town.rejection, behind, 69),
-        ("a day ahead: first enrollment", town.first_enrollment, ahead, 69),
-        ("a day ahead: first certificate", town.first_certificate, ahead, 0),
-        ("a day ahead: renewal", town.renewal, ahead, 0),
-        ("a day ahead: a bad file", town.bad_file, ahead, 69),
-        ("1970: renewal", town.renewal, FIRST_BOOT, 0),
-        ("1970: unchanged", town.certified, FIRST_BOOT, 0),
-        ("1970: pending", town.pending, FIRST_BOOT, 69),
-        ("1970: a bad file", town.bad_file, FIRST_BOOT, 69),
-        ("2080: first enrollment", town.first_enrollment, FAR, 127),
-        ("2080: first certificate", town.first_certificate, FAR, 127),
-        ("2080: unchanged", town.certified, FAR, 127),
-        ("2080: renewal", town.renewal, FAR, 127),
-        ("2080: rejection", town.rejection, FAR, 127),
-        ("2080: a bad file", town.bad_file, FAR, 127),
+        ("a day behind: unchanged", fleet.certified, behind, 0),
+        ("a day behind: rejection", fleet.rejection, behind, 69),
+        ("a day ahead: first enrollment", fleet.first_enrollment, ahead, 69),
+        ("a day ahead: first certificate", fleet.first_certificate, ahead, 0),
+        ("a day ahead: renewal", fleet.renewal, ahead, 0),
+        ("a day ahead: a bad file", fleet.bad_file, ahead, 69),
+        ("1970: renewal", fleet.renewal, FIRST_BOOT, 0),
+        ("1970: unchanged", fleet.certified, FIRST_BOOT, 0),
+        ("1970: pending", fleet.pending, FIRST_BOOT, 69),
+        ("1970: a bad file", fleet.bad_file, FIRST_BOOT, 69),
+        ("2080: first enrollment", fleet.first_enrollment, FAR, 127),
+        ("2080: first certificate", fleet.first_certificate, FAR, 127),
+        ("2080: unchanged", fleet.certified, FAR, 127),
+        ("2080: renewal", fleet.renewal, FAR, 127),
+        ("2080: rejection", fleet.rejection, FAR, 127),
+        ("2080: a bad file", fleet.bad_file, FAR, 127),
     ]
-    found = [_clock(name, make, moment, status)(town) for name, make, moment, status in simple]
-    found.append(Case("1970: a whole life", lambda: life_in_1970(town)))
-    found.append(Case("a day behind, past the floor", lambda: a_day_behind_but_past_the_floor(town)))
+    found = [_clock(name, make, moment, status)(fleet) for name, make, moment, status in simple]
+    found.append(Case("1970: a whole life", lambda: life_in_1970(fleet)))
+    found.append(Case("a day behind, past the floor", lambda: a_day_behind_but_past_the_floor(fleet)))
     moments: list[tuple[str, Optional[datetime.datetime]]] = [
         ("the right time", None),
         ("1970", FIRST_BOOT),
@@ -269,28 +271,28 @@ def cases(town: Town) -> list[Case]:
                 found.append(
                     Case(
                         f"slept for a year, {name}, the server has {words}",
-                        lambda moment=moment, signed=signed: slept_for_a_year(town, moment, signed),  # type: ignore[misc]
+                        lambda moment=moment, signed=signed: slept_for_a_year(fleet, moment, signed),  # type: ignore[misc]
                     )
                 )
         for stored in (True, False):
             found.append(
                 Case(
                     f"ended before the floor, {name}, {'in the file' if stored else 'from the server'}",
-                    lambda moment=moment, stored=stored: ended_before_the_floor(town, moment, stored),  # type: ignore[misc]
+                    lambda moment=moment, stored=stored: ended_before_the_floor(fleet, moment, stored),  # type: ignore[misc]
                 )
             )
         found.append(
             Case(
                 f"a server that ended before the floor, {name}",
-                lambda moment=moment: server_ended_before_the_floor(town, moment),  # type: ignore[misc]
+                lambda moment=moment: server_ended_before_the_floor(fleet, moment),  # type: ignore[misc]
             )
         )
     found += [
-        jump(town, "from 1970 to now", FIRST_BOOT, now, (0, 127)),
-        jump(town, "from now to 1970", now, FIRST_BOOT, (0, 127)),
-        jump(town, "from now to 2080", now, FAR, (0, 127)),
-        jump(town, "from 1970 to 2080", FIRST_BOOT, FAR, (0, 127)),
-        jump(town, "a day back", now, behind, (0, 127)),
-        jump(town, "a day forward", now, ahead, (0, 127)),
+        jump(fleet, "from 1970 to now", FIRST_BOOT, now, (0, 127)),
+        jump(fleet, "from now to 1970", now, FIRST_BOOT, (0, 127)),
+        jump(fleet, "from now to 2080", now, FAR, (0, 127)),
+        jump(fleet, "from 1970 to 2080", FIRST_BOOT, FAR, (0, 127)),
+        jump(fleet, "a day back", now, behind, (0, 127)),
+        jump(fleet, "a day forward", now, ahead, (0, 127)),
     ]
     return found

@@ -14,8 +14,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Optional
 
+from torture.fleet import DeviceUnderTest, Fleet, key_file_parts
 from torture.report import Case
-from torture.town import Resident, Town, whole
 
 _LINE = re.compile(r"^(\d+) +([a-z0-9_]+)\((.*)\) += +(-?\d+)")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -148,10 +148,10 @@ class Disk:
         self._told("the caller was told")
 
 
-def replayed(resident: Resident, trace: str) -> Disk:
+def replayed(dut: DeviceUnderTest, trace: str) -> Disk:
     """What the traced run would have done to a disk that keeps only what was flushed."""
-    old = _Inode("old", written=len(resident.old), durable=len(resident.old)) if resident.old is not None else None
-    disk = Disk(str(resident.device.key_file), old)
+    old = _Inode("old", written=len(dut.old), durable=len(dut.old)) if dut.old is not None else None
+    disk = Disk(str(dut.device.key_file), old)
     main = trace.split(None, 1)[0]
     for line in trace.splitlines():
         match = _LINE.match(line)
@@ -161,30 +161,30 @@ def replayed(resident: Resident, trace: str) -> Disk:
     return disk
 
 
-def cases(town: Town, states: Optional[dict[str, int]] = None) -> list[Case]:
-    """One for each scene; `states` gets the number of states that were looked at."""
+def cases(fleet: Fleet, states: Optional[dict[str, int]] = None) -> list[Case]:
+    """One for each scenario; `states` gets the number of states that were looked at."""
 
-    def case(scene: str) -> Case:
+    def case(scenario: str) -> Case:
         def act() -> list[str]:
             from torture import power
 
-            resident = town.scenes[scene]()
-            run, trace = power.traced(resident)
-            disk = replayed(resident, trace)
+            dut = fleet.scenarios[scenario]()
+            run, trace = power.traced(dut)
+            disk = replayed(dut, trace)
             wrong = list(dict.fromkeys(disk.wrong))
-            if run.status != resident.status or whole(resident.content or b"") is None:
+            if run.status != dut.status or key_file_parts(dut.content or b"") is None:
                 wrong.append(f"the undisturbed run: {run}")
             if "file" not in disk.flushes or "folder" not in disk.flushes:
                 wrong.append(f"flushed was only {disk.flushes}")
             if states is not None:
-                states[scene] = disk.states
+                states[scenario] = disk.states
             if not wrong:
-                town.forget(resident)
+                fleet.forget(dut)
             return wrong
 
-        return Case(f"{scene}: what is on the disk", act)
+        return Case(f"{scenario}: what is on the disk", act)
 
-    return [case(scene) for scene in town.scenes]
+    return [case(scenario) for scenario in fleet.scenarios]
 
 
 def total(states: dict[str, int]) -> str:

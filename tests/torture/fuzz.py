@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the two parsers that strangers reach: the key file's and the answer's.
 
-    python torture/fuzz.py key-file|answer SECONDS FOLDER
+    cd tests && python -m torture.fuzz key-file|answer SECONDS FOLDER
 
 libFuzzer (through atheris) changes inputs so that they reach new lines; where atheris can't be had for this Python,
 the same oracles get random changes of the same seeds. Ends with status 0 and a line with the number of inputs where
@@ -15,10 +15,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests")]
-sys.path.append(str(ROOT))
 
 try:
     import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -46,7 +42,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     import world
 
     from caramel_embedded import identity, trust
-    from torture.town import whole
+    from torture.fleet import key_file_parts
 
     folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
     authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
@@ -54,7 +50,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     subjects = trusted.subjects
     key = world.new_key()
     certified = authority.identity(CLIENT_ID, key=key)
-    parts = whole(certified)
+    parts = key_file_parts(certified)
     assert parts is not None and parts.certificate is not None
     seeds = [
         certified,
@@ -103,7 +99,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     from caramel_embedded import identity
     from caramel_embedded.errors import Refused, Unreachable
     from caramel_embedded.server import MAXIMUM_BODY
-    from torture.storm import parsed
+    from torture.simulation import parsed
 
     folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
     authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)

@@ -22,9 +22,9 @@ import world
 from world import Run
 
 from torture import power
-from torture.apart import apart, cover, memory_disk, read_only, small_disk
+from torture.fleet import DeviceUnderTest, Fleet
+from torture.namespaces import cover, isolated, memory_disk, read_only, small_disk
 from torture.report import Case, sample
-from torture.town import Resident, Town
 
 SIGNALS = [
     "HUP",
@@ -45,9 +45,9 @@ SIGNALS = [
 
 
 def case(
-    town: Town,
+    fleet: Fleet,
     name: str,
-    make: Callable[[], Resident],
+    make: Callable[[], DeviceUnderTest],
     expected: Sequence[int],
     *options: str,
     unchanged: bool = False,
@@ -56,23 +56,25 @@ def case(
     """One run under `how`, whose status has to be among `expected`, and then an undisturbed one."""
 
     def act() -> list[str]:
-        resident = make()
-        run = resident.run(*options, **how)
-        return verdict(town, resident, run, expected, unchanged)
+        dut = make()
+        run = dut.run(*options, **how)
+        return verdict(fleet, dut, run, expected, unchanged)
 
     return Case(name, act)
 
 
-def verdict(town: Town, resident: Resident, run: Run, expected: Sequence[int], unchanged: bool = False) -> list[str]:
+def verdict(
+    fleet: Fleet, dut: DeviceUnderTest, run: Run, expected: Sequence[int], unchanged: bool = False
+) -> list[str]:
     """What went wrong in a run and in the one after it."""
-    wrong = town.broken(resident, run)
+    wrong = fleet.broken(dut, run)
     if run.status not in expected:
         wrong.append(f"exit status {run.status} where {list(expected)} was to be expected: {run.err[-200:]!r}")
-    if unchanged and resident.content != resident.old:
+    if unchanged and dut.content != dut.old:
         wrong.append("the key file was changed")
-    wrong += [f"next: {problem}" for problem in town.recovered(resident)]
+    wrong += [f"next: {problem}" for problem in fleet.recovered(dut)]
     if not wrong:
-        town.forget(resident)
+        fleet.forget(dut)
     return wrong
 
 
@@ -95,50 +97,50 @@ def _fill(folder: Path, left: int) -> Path:
     return filler
 
 
-def full_disk(town: Town, scene: str, kind: str, left: int) -> Case:
-    """A scene on a file system that has `left` bytes left."""
+def full_disk(fleet: Fleet, scenario: str, kind: str, left: int) -> Case:
+    """A scenario on a file system that has `left` bytes left."""
 
     def on_it() -> list[str]:
-        resident = town.scenes[scene]()
-        folder = resident.device.key_file.parent
+        dut = fleet.scenarios[scenario]()
+        folder = dut.device.key_file.parent
         folder.mkdir(exist_ok=True)
         present = {path.name: (path.read_bytes(), path.stat()) for path in folder.iterdir()}
         if kind == "ext4":
-            small_disk(folder, resident.device.folder / "disk")
+            small_disk(folder, dut.device.folder / "disk")
         else:
             memory_disk(folder, 65536)
         for name, (data, state) in present.items():
             (folder / name).write_bytes(data)
             (folder / name).chmod(state.st_mode & 0o777)
             os.chown(folder / name, state.st_uid, state.st_gid)
-        if resident.inode is not None:
-            resident.inode = resident.device.key_file.stat().st_ino
+        if dut.inode is not None:
+            dut.inode = dut.device.key_file.stat().st_ino
         filler = _fill(folder, left)
-        run = resident.run()
+        run = dut.run()
         # With nothing left nothing new can be stored: then it has to be 127, unless a left draft made room.
-        expected = (127,) if left == 0 and scene != "clean-up of a bad file" else (127, resident.status)
-        wrong = town.broken(resident, run)
+        expected = (127,) if left == 0 and scenario != "clean-up of a bad file" else (127, dut.status)
+        wrong = fleet.broken(dut, run)
         if run.status not in expected:
             wrong.append(f"exit status {run.status}, not among {expected}: {run.err!r}")
         filler.unlink()
-        wrong += [f"next: {problem}" for problem in town.recovered(resident)]
+        wrong += [f"next: {problem}" for problem in fleet.recovered(dut)]
         return wrong
 
-    return Case(f"{scene} on a {kind} with {left} bytes left", lambda: apart(on_it))
+    return Case(f"{scenario} on a {kind} with {left} bytes left", lambda: isolated(on_it))
 
 
-def no_inodes(town: Town, scene: str) -> Case:
-    """A scene on a file system that can't take one more file."""
+def no_inodes(fleet: Fleet, scenario: str) -> Case:
+    """A scenario on a file system that can't take one more file."""
 
     def on_it() -> list[str]:
-        resident = town.scenes[scene]()
-        folder = resident.device.key_file.parent
+        dut = fleet.scenarios[scenario]()
+        folder = dut.device.key_file.parent
         folder.mkdir(exist_ok=True)
         memory_disk(folder, 65536, inodes=5)
-        if resident.old is not None:
-            resident.device.has(resident.old, resident.mode)
-            os.chown(resident.device.key_file, resident.owner, resident.group)
-            resident.inode = resident.device.key_file.stat().st_ino
+        if dut.old is not None:
+            dut.device.has(dut.old, dut.mode)
+            os.chown(dut.device.key_file, dut.owner, dut.group)
+            dut.inode = dut.device.key_file.stat().st_ino
         fillers = []
         try:
             for number in range(6):
@@ -146,46 +148,49 @@ def no_inodes(town: Town, scene: str) -> Case:
                 fillers.append(folder / f"filler{number}")
         except OSError:
             pass
-        run = resident.run()
-        wrong = town.broken(resident, run)
+        run = dut.run()
+        wrong = fleet.broken(dut, run)
         if run.status != 127:
             wrong.append(f"exit status {run.status}: {run.err!r}")
         for filler in fillers:
             filler.rmdir()
-        return wrong + [f"next: {problem}" for problem in town.recovered(resident)]
+        return wrong + [f"next: {problem}" for problem in fleet.recovered(dut)]
 
-    return Case(f"{scene} on a file system without inodes left", lambda: apart(on_it))
+    return Case(f"{scenario} on a file system without inodes left", lambda: isolated(on_it))
 
 
-def read_only_disk(town: Town, name: str, make: Callable[[], Resident], expected: int) -> Case:
+def read_only_disk(fleet: Fleet, name: str, make: Callable[[], DeviceUnderTest], expected: int) -> Case:
     def act() -> list[str]:
-        resident = make()
-        resident.device.key_file.parent.mkdir(exist_ok=True)
+        dut = make()
+        dut.device.key_file.parent.mkdir(exist_ok=True)
 
         def on_it() -> Run:
-            read_only(resident.device.key_file.parent)
-            return resident.run()
+            read_only(dut.device.key_file.parent)
+            return dut.run()
 
-        return verdict(town, resident, apart(on_it), (expected,), unchanged=resident.old is not None)
+        return verdict(fleet, dut, isolated(on_it), (expected,), unchanged=dut.old is not None)
 
     return Case(f"{name} on a read-only file system", act)
 
 
-def disks(town: Town, full: bool = True) -> list[Case]:
-    scenes = list(town.scenes) if full else ["first enrollment", "renewal"]
+def disks(fleet: Fleet, full: bool = True) -> list[Case]:
+    scenarios = list(fleet.scenarios) if full else ["first enrollment", "renewal"]
     sizes = {"ext4": (0, 1024, 4096, 8192), "tmpfs": (0, 4096, 8192)} if full else {"ext4": (0, 1024)}
     found = [
-        full_disk(town, scene, kind, left) for kind, lefts in sizes.items() for left in lefts for scene in scenes
+        full_disk(fleet, scenario, kind, left)
+        for kind, lefts in sizes.items()
+        for left in lefts
+        for scenario in scenarios
     ]
-    found += [no_inodes(town, scene) for scene in scenes if scene != "clean-up of a bad file"]
+    found += [no_inodes(fleet, scenario) for scenario in scenarios if scenario != "clean-up of a bad file"]
     found += [
-        read_only_disk(town, "an unchanged certificate", town.certified, 0),
-        read_only_disk(town, "a pending request", town.pending, 69),
-        read_only_disk(town, "a first enrollment", town.first_enrollment, 127),
-        read_only_disk(town, "a renewal", town.renewal, 127),
+        read_only_disk(fleet, "an unchanged certificate", fleet.certified, 0),
+        read_only_disk(fleet, "a pending request", fleet.pending, 69),
+        read_only_disk(fleet, "a first enrollment", fleet.first_enrollment, 127),
+        read_only_disk(fleet, "a renewal", fleet.renewal, 127),
     ]
     if full:
-        found.append(read_only_disk(town, "a rejection", town.rejection, 127))
+        found.append(read_only_disk(fleet, "a rejection", fleet.rejection, 127))
     return found
 
 
@@ -211,51 +216,51 @@ def _bare(before: Sequence[str], folder: Path) -> bool:
     return done.returncode == 7
 
 
-def limited(town: Town, scene: str, *limit: str) -> Case:
-    """A scene under a limit of prlimit(1). Where not even an interpreter starts, the status is not the program's."""
+def limited(fleet: Fleet, scenario: str, *limit: str) -> Case:
+    """A scenario under a limit of prlimit(1). Where no interpreter starts, the status is not the program's."""
 
     def act() -> list[str]:
-        resident = town.scenes[scene]()
+        dut = fleet.scenarios[scenario]()
         before = ("prlimit", *limit)
-        run = resident.run("--timeout=5", before=before)
-        if run.status not in (127, resident.status) and not _bare(before, resident.device.folder):
+        run = dut.run("--timeout=5", before=before)
+        if run.status not in (127, dut.status) and not _bare(before, dut.device.folder):
             run = Run(127, run.out, run.err, run.seconds)
-        return verdict(town, resident, run, (127, resident.status))
+        return verdict(fleet, dut, run, (127, dut.status))
 
-    return Case(f"{scene} with {' '.join(limit)}", act)
+    return Case(f"{scenario} with {' '.join(limit)}", act)
 
 
-def starved(town: Town, full: bool = True) -> list[Case]:
-    scenes = list(town.scenes) if full else ["first enrollment", "renewal"]
+def starved(fleet: Fleet, full: bool = True) -> list[Case]:
+    scenarios = list(fleet.scenarios) if full else ["first enrollment", "renewal"]
     descriptors = range(3, 20) if full else (11, 12, 13, 14, 16)
     megabytes = [*range(4, 40), *range(40, 120, 4)] if full else (12, 20, 24, 28, 32, 40, 60)
     cases = [
-        limited(town, scenes[number % len(scenes)], f"--nofile={limit}")
+        limited(fleet, scenarios[number % len(scenarios)], f"--nofile={limit}")
         for number, limit in enumerate(limit for limit in descriptors for _ in range(2 if full else 1))
     ]
     cases += [
-        limited(town, scenes[number % len(scenes)], f"--as={limit * 1_000_000}")
+        limited(fleet, scenarios[number % len(scenarios)], f"--as={limit * 1_000_000}")
         for number, limit in enumerate(megabytes)
     ]
     # Nowhere near a limit that the shell and the interpreter mind, but none of our files may grow.
-    cases += [limited(town, scene, f"--fsize={size}") for scene in scenes for size in (0, 1000)]
+    cases += [limited(fleet, scenario, f"--fsize={size}") for scenario in scenarios for size in (0, 1000)]
     return cases
 
 
 # --- Entropy
 
 
-def no_entropy(town: Town, name: str, make: Callable[[], Resident]) -> Case:
+def no_entropy(fleet: Fleet, name: str, make: Callable[[], DeviceUnderTest]) -> Case:
     """getrandom(2) says that it would block, as it does early after a boot."""
 
     def act() -> list[str]:
-        resident = make()
+        dut = make()
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "trace"
             inject = "inject=getrandom:error=EAGAIN"
             trace = "trace=getrandom,openat,connect,clock_nanosleep,poll,select"
             before = ("strace", "-f", "-y", "-o", str(log), "-e", trace, "-e", inject)
-            run = resident.run(before=before)
+            run = dut.run(before=before)
             text = log.read_text(errors="replace")
         wrong = []
         if "(INJECTED)" not in text:
@@ -267,17 +272,17 @@ def no_entropy(town: Town, name: str, make: Callable[[], Resident]) -> Case:
                 wrong.append(f"went on: {line}")
         if run.seconds > 5:
             wrong.append(f"took {run.seconds:.1f} s")
-        if not resident.old and resident.content is not None:
+        if not dut.old and dut.content is not None:
             wrong.append("made something")
-        return wrong + verdict(town, resident, run, (127,), unchanged=True)
+        return wrong + verdict(fleet, dut, run, (127,), unchanged=True)
 
     return Case(f"{name} without entropy", act)
 
 
-def entropy(town: Town) -> list[Case]:
+def entropy(fleet: Fleet) -> list[Case]:
     return [
-        no_entropy(town, name, make)
-        for name, make in [*town.scenes.items(), ("certified", town.certified), ("pending", town.pending)]
+        no_entropy(fleet, name, make)
+        for name, make in [*fleet.scenarios.items(), ("certified", fleet.certified), ("pending", fleet.pending)]
     ]
 
 
@@ -288,38 +293,38 @@ def _shell(redirections: str) -> tuple[str, ...]:
     return ("/bin/sh", "-c", f'exec "$@" {redirections}', "sh")
 
 
-def outputs(town: Town, full: bool = True) -> list[Case]:
-    scenes = dict(town.scenes) if full else {"first enrollment": town.first_enrollment}
+def outputs(fleet: Fleet, full: bool = True) -> list[Case]:
+    scenarios = dict(fleet.scenarios) if full else {"first enrollment": fleet.first_enrollment}
     ways = [
         " ".join(f"{fd}>&-" for fd in range(3) if number & (1 << fd)) for number in (range(1, 8) if full else (4, 7))
     ]
     ways += [">/dev/full 2>/dev/full"] + (["</dev/full 2>/dev/full", "<&- >/dev/full"] if full else [])
     cases = []
-    for scene, make in scenes.items():
-        status = make_status(scene)
+    for scenario, make in scenarios.items():
+        status = make_status(scenario)
         for way in ways:
             for loud in ("-v", "-q") if full else ("-v",):
-                cases.append(case(town, f"{scene} {loud} {way}", make, (status,), loud, before=_shell(way)))
-        cases.append(_stuffed_pipe(town, scene, make, status))
-        cases.append(_broken_pipe(town, scene, make, status))
+                cases.append(case(fleet, f"{scenario} {loud} {way}", make, (status,), loud, before=_shell(way)))
+        cases.append(_stuffed_pipe(fleet, scenario, make, status))
+        cases.append(_broken_pipe(fleet, scenario, make, status))
     for option in ("--help", "--version", "--status"):
         for way in (">&-", ">/dev/full"):
             cases.append(
-                case(town, f"{option} {way}", town.certified, (127,), option, unchanged=True, before=_shell(way))
+                case(fleet, f"{option} {way}", fleet.certified, (127,), option, unchanged=True, before=_shell(way))
             )
     return cases
 
 
-def make_status(scene: str) -> int:
-    """How an undisturbed run of a scene ends."""
-    return 0 if scene in ("first certificate", "renewal", "renewal with a hook") else 69
+def make_status(scenario: str) -> int:
+    """How an undisturbed run of a scenario ends."""
+    return 0 if scenario in ("first certificate", "renewal", "renewal with a hook") else 69
 
 
-def _stuffed_pipe(town: Town, scene: str, make: Callable[[], Resident], status: int) -> Case:
+def _stuffed_pipe(fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
     """Standard error is a pipe that is full and that nobody reads."""
 
     def act() -> list[str]:
-        resident = make()
+        dut = make()
         reader, writer = os.pipe()
         try:
             fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)
@@ -329,33 +334,33 @@ def _stuffed_pipe(town: Town, scene: str, make: Callable[[], Resident], status: 
             except BlockingIOError:
                 pass
             fcntl.fcntl(writer, fcntl.F_SETFL, 0)
-            return verdict(town, resident, _with_stderr(resident, writer), (status,))
+            return verdict(fleet, dut, _with_stderr(dut, writer), (status,))
         finally:
             os.close(reader)
             os.close(writer)
 
-    return Case(f"{scene}, standard error is a full pipe", act)
+    return Case(f"{scenario}, standard error is a full pipe", act)
 
 
-def _broken_pipe(town: Town, scene: str, make: Callable[[], Resident], status: int) -> Case:
+def _broken_pipe(fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
     """Standard error is a pipe whose reader is gone."""
 
     def act() -> list[str]:
-        resident = make()
+        dut = make()
         reader, writer = os.pipe()
         os.close(reader)
         try:
-            return verdict(town, resident, _with_stderr(resident, writer), (status,))
+            return verdict(fleet, dut, _with_stderr(dut, writer), (status,))
         finally:
             os.close(writer)
 
-    return Case(f"{scene}, standard error is a broken pipe", act)
+    return Case(f"{scenario}, standard error is a broken pipe", act)
 
 
-def _with_stderr(resident: Resident, fd: int) -> Run:
+def _with_stderr(dut: DeviceUnderTest, fd: int) -> Run:
     started = time.monotonic()
     process = subprocess.Popen(
-        resident.device.arguments(*resident.options, "-v"),
+        dut.device.arguments(*dut.options, "-v"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=fd,
@@ -373,46 +378,46 @@ def _with_stderr(resident: Resident, fd: int) -> Run:
 # --- Signals
 
 
-def signals(town: Town, full: bool = True) -> list[Case]:
+def signals(fleet: Fleet, full: bool = True) -> list[Case]:
     """Each signal that can be caught, at a sample of the system calls after the program has taken them over, and one
     of them at every call inside the key file's folder."""
     cases = []
-    for scene in town.scenes if full else ("renewal",):
-        found = power.reference(town, scene)
+    for scenario in fleet.scenarios if full else ("renewal",):
+        found = power.reference(fleet, scenario)
         taken = max(number for number, point in enumerate(found) if "(SIGPWR, {sa_handler=0x" in point.text)
         after = found[taken + 1 :]
         chosen = [Case(str(number), list) for number in range(len(after))]
         for index, name in enumerate(SIGNALS):
             picked = sample(chosen[index:], 1)
-            cases += [_signal(town, scene, after[int(pick.name)], name) for pick in picked]
+            cases += [_signal(fleet, scenario, after[int(pick.name)], name) for pick in picked]
         inside = [point for point in after if point.inside]
-        cases += [_signal(town, scene, point, "TERM") for point in (inside if full else inside[::6])]
+        cases += [_signal(fleet, scenario, point, "TERM") for point in (inside if full else inside[::6])]
     return cases
 
 
-def _signal(town: Town, scene: str, point: power.Point, name: str) -> Case:
+def _signal(fleet: Fleet, scenario: str, point: power.Point, name: str) -> Case:
     def act() -> list[str]:
         for _ in range(3):
-            resident = town.scenes[scene]()
-            run, happened = power.injected(resident, point.call, point.number, f"signal=SIG{name}")
+            dut = fleet.scenarios[scenario]()
+            run, happened = power.injected(dut, point.call, point.number, f"signal=SIG{name}")
             if happened or "SIG" in run.err or "signal" in run.err:
                 break
-        return verdict(town, resident, run, (127, resident.status))
+        return verdict(fleet, dut, run, (127, dut.status))
 
-    return Case(f"{scene}, SIG{name} at {point}", act)
+    return Case(f"{scenario}, SIG{name} at {point}", act)
 
 
-def stopped(town: Town) -> Case:
+def stopped(fleet: Fleet) -> Case:
     """Stopped for longer than its time limit, and then continued."""
 
     def act() -> list[str]:
-        resident = town.renewal()
-        process = resident.device.start(*resident.options, "--timeout=1")
+        dut = fleet.renewal()
+        process = dut.device.start(*dut.options, "--timeout=1")
         time.sleep(0.15)
         process.send_signal(signal.SIGSTOP)
         time.sleep(1.5)
         process.send_signal(signal.SIGCONT)
-        return verdict(town, resident, resident.device.finish(process), (0, 127))
+        return verdict(fleet, dut, dut.device.finish(process), (0, 127))
 
     return Case("a renewal, stopped for a while", act)
 
@@ -446,12 +451,14 @@ BROKEN = {
 }
 
 
-def covered(town: Town, name: str, scene: str, target: Path, content: Optional[str], expected: Sequence[int]) -> Case:
-    """A scene with `content` in the place of a file; None: with an empty folder in the place of a folder."""
+def covered(
+    fleet: Fleet, name: str, scenario: str, target: Path, content: Optional[str], expected: Sequence[int]
+) -> Case:
+    """A scenario with `content` in the place of a file; None: with an empty folder in the place of a folder."""
 
     def act() -> list[str]:
-        resident = town.scenes[scene]() if scene in town.scenes else town.certified()
-        by = resident.device.folder / "instead"
+        dut = fleet.scenarios[scenario]() if scenario in fleet.scenarios else fleet.certified()
+        by = dut.device.folder / "instead"
         if content is None:
             by.mkdir()
         else:
@@ -459,27 +466,27 @@ def covered(town: Town, name: str, scene: str, target: Path, content: Optional[s
 
         def there() -> Run:
             cover(target, by)
-            return resident.run("--timeout=5")
+            return dut.run("--timeout=5")
 
-        return verdict(town, resident, apart(there), expected)
+        return verdict(fleet, dut, isolated(there), expected)
 
-    return Case(f"{scene}: {name}", act)
+    return Case(f"{scenario}: {name}", act)
 
 
-def missing(town: Town, full: bool = True) -> list[Case]:
+def missing(fleet: Fleet, full: bool = True) -> list[Case]:
     site = _site()
     rust = next((site / "cryptography" / "hazmat" / "bindings").glob("_rust*.so"))
     cases = [
-        covered(town, "cryptography is missing", "first enrollment", site / "cryptography", None, (127,)),
-        covered(town, "cryptography is missing", "clean-up of a bad file", site / "cryptography", None, (127,)),
-        covered(town, "cryptography is missing", "rejection", site / "cryptography", None, (127,)),
-        covered(town, "cryptography is missing", "renewal", site / "cryptography", None, (0,)),
-        covered(town, "cryptography's compiled part is empty", "first enrollment", rust, "", (127,)),
+        covered(fleet, "cryptography is missing", "first enrollment", site / "cryptography", None, (127,)),
+        covered(fleet, "cryptography is missing", "clean-up of a bad file", site / "cryptography", None, (127,)),
+        covered(fleet, "cryptography is missing", "rejection", site / "cryptography", None, (127,)),
+        covered(fleet, "cryptography is missing", "renewal", site / "cryptography", None, (0,)),
+        covered(fleet, "cryptography's compiled part is empty", "first enrollment", rust, "", (127,)),
         covered(
-            town, "cryptography's compiled part is rubbish", "first enrollment", rust, "\x7fELF" + "x" * 999, (127,)
+            fleet, "cryptography's compiled part is rubbish", "first enrollment", rust, "\x7fELF" + "x" * 999, (127,)
         ),
-        covered(town, "the program's own part is gone", "renewal", site / "caramel_embedded", None, (127,)),
-        covered(town, "nothing is installed", "renewal", site, None, (127,)),
+        covered(fleet, "the program's own part is gone", "renewal", site / "caramel_embedded", None, (127,)),
+        covered(fleet, "nothing is installed", "renewal", site, None, (127,)),
     ]
     files = {
         "cryptography": (site / "cryptography" / "__init__.py", "first enrollment"),
@@ -494,59 +501,59 @@ def missing(town: Town, full: bool = True) -> list[Case]:
         "argparse": (_standard("argparse"), "renewal"),
         "socket": (_standard("socket"), "first enrollment"),
     }
-    for name, (path, scene) in files.items():
+    for name, (path, scenario) in files.items():
         for how, content in BROKEN.items() if full else list(BROKEN.items())[1:6:2]:
             # An empty file is no obstacle where nothing that it held is needed.
-            expected = (127, make_status(scene)) if how == "empty" else (127,)
-            cases.append(covered(town, f"{name}: {how}", scene, path, content, expected))
+            expected = (127, make_status(scenario)) if how == "empty" else (127,)
+            cases.append(covered(fleet, f"{name}: {how}", scenario, path, content, expected))
     return cases
 
 
-def etc(town: Town) -> list[Case]:
+def etc(fleet: Fleet) -> list[Case]:
     """/etc can't be read: it is empty, it is a file, or it gives errors."""
 
-    def gone(name: str, make: Callable[[], Resident], status: int) -> Case:
+    def gone(name: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
         def act() -> list[str]:
-            resident = make()
-            empty = resident.device.folder / "etc"
+            dut = make()
+            empty = dut.device.folder / "etc"
             empty.mkdir()
 
             def there() -> Run:
                 cover(Path("/etc"), empty)
-                return resident.run("--timeout=3")
+                return dut.run("--timeout=3")
 
             # Without /etc/hosts the C library may not know what "localhost" is.
-            return verdict(town, resident, apart(there), (127, status))
+            return verdict(fleet, dut, isolated(there), (127, status))
 
         return Case(f"{name} with an empty /etc", act)
 
-    def failing(name: str, make: Callable[[], Resident]) -> Case:
+    def failing(name: str, make: Callable[[], DeviceUnderTest]) -> Case:
         def act() -> list[str]:
-            resident = make()
-            resident.device.config = None  # the host's own
-            found = _openings_of_etc(town, make)
+            dut = make()
+            dut.device.config = None  # the host's own
+            found = _openings_of_etc(fleet, make)
             wrong = []
             for number in found:
-                resident = make()
-                resident.device.config = None
-                run, _ = power.injected(resident, "openat", number, "error=EACCES")
-                wrong += verdict(town, resident, run, (127, resident.status))
+                dut = make()
+                dut.device.config = None
+                run, _ = power.injected(dut, "openat", number, "error=EACCES")
+                wrong += verdict(fleet, dut, run, (127, dut.status))
             return wrong if found else ["nothing of /etc was opened"]
 
         return Case(f"{name}, each file of /etc in turn can't be opened", act)
 
     return [
-        gone("a first enrollment", town.first_enrollment, 69),
-        gone("a renewal", town.renewal, 0),
-        failing("a renewal", town.renewal),
+        gone("a first enrollment", fleet.first_enrollment, 69),
+        gone("a renewal", fleet.renewal, 0),
+        failing("a renewal", fleet.renewal),
     ]
 
 
-def _openings_of_etc(town: Town, make: Callable[[], Resident]) -> list[int]:
-    resident = make()
-    resident.device.config = None
-    _, trace = power.traced(resident)
-    found = power.points(trace, resident.device.key_file.parent)
+def _openings_of_etc(fleet: Fleet, make: Callable[[], DeviceUnderTest]) -> list[int]:
+    dut = make()
+    dut.device.config = None
+    _, trace = power.traced(dut)
+    found = power.points(trace, dut.device.key_file.parent)
     return [
         point.number
         for point in found
@@ -557,7 +564,7 @@ def _openings_of_etc(town: Town, make: Callable[[], Resident]) -> list[int]:
 # --- An environment that means harm
 
 
-def hostile(town: Town, folder: Path) -> Mapping[str, Mapping[str, str]]:
+def hostile(fleet: Fleet, folder: Path) -> Mapping[str, Mapping[str, str]]:
     """Environments: what they try, and the variables."""
     evil = folder / "evil"
     evil.mkdir(parents=True, exist_ok=True)
@@ -649,18 +656,18 @@ def hostile(town: Town, folder: Path) -> Mapping[str, Mapping[str, str]]:
     }
 
 
-def environments(town: Town, full: bool = True) -> list[Case]:
+def environments(fleet: Fleet, full: bool = True) -> list[Case]:
     """No environment changes how a run ends, and none makes it run or write anything else."""
-    folder = town.folder / "hostile"
+    folder = fleet.folder / "hostile"
     cases = []
-    for name, variables in hostile(town, folder).items():
-        for scene in ("first enrollment", "renewal with a hook", "rejection") if full else ("first enrollment",):
+    for name, variables in hostile(fleet, folder).items():
+        for scenario in ("first enrollment", "renewal with a hook", "rejection") if full else ("first enrollment",):
 
-            def act(scene: str = scene, variables: Mapping[str, str] = variables) -> list[str]:
-                resident = town.scenes[scene]()
+            def act(scenario: str = scenario, variables: Mapping[str, str] = variables) -> list[str]:
+                dut = fleet.scenarios[scenario]()
                 marker = folder / "marker"
-                run = resident.run(env=variables)
-                wrong = verdict(town, resident, run, (make_status(scene),))
+                run = dut.run(env=variables)
+                wrong = verdict(fleet, dut, run, (make_status(scenario),))
                 if marker.exists():
                     wrong.append(f"something else happened: {marker.read_bytes()[:99]!r}")
                     marker.unlink()
@@ -668,5 +675,5 @@ def environments(town: Town, full: bool = True) -> list[Case]:
                     wrong.append(f"standard output: {run.out[:99]!r}")
                 return wrong
 
-            cases.append(Case(f"{scene} with {name}", act))
+            cases.append(Case(f"{scenario} with {name}", act))
     return cases

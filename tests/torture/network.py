@@ -23,18 +23,18 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from world import Asked, Authority, Device, Run, Scripted
+from world import Authority, Device, HttpRequest, Run, Scripted
 
-from torture.apart import apart, cover
+from torture.fleet import STATUSES, key_file_parts
+from torture.namespaces import cover, isolated
 from torture.report import Case, sample
-from torture.town import STATUSES, whole
 
 LIMIT = 1.0
 #: What a run may take beyond its limit: its start and end on a machine that has other things to do.
 SLACK = 3.0
 
 PROBLEM = "Content-Type: application/problem+json"
-Says = Union[bytes, Iterable[Union[bytes, float]], None]
+Answer = Union[bytes, Iterable[Union[bytes, float]], None]
 
 
 def problem(status: int) -> bytes:
@@ -79,7 +79,7 @@ def _verdict(
     if run.seconds > limit + SLACK:
         wrong.append(f"took {run.seconds:.1f} s with a limit of {limit:g} s")
     content = device.key_file.read_bytes()
-    parts = whole(content)
+    parts = key_file_parts(content)
     if content != old and (stored is None or parts is None or parts.certificate != stored or run.status != 0):
         wrong.append("the key file was changed")
     if sorted(path.name for path in device.folder.iterdir()) != ["empty.conf", "identity.pem"]:
@@ -92,7 +92,7 @@ def _verdict(
 def says(
     stage: Stage,
     name: str,
-    answers: Union[Callable[[Device, Asked], Says], Sequence[Says]],
+    answers: Union[Callable[[Device, HttpRequest], Answer], Sequence[Answer]],
     expected: Sequence[int] = (127,),
     state: str = "certified",
     limit: float = LIMIT,
@@ -111,9 +111,9 @@ def says(
         with Scripted(stage.pem, script, **server) as there:
             device.server = there.address
             run = device.run(f"--timeout={limit:g}")
-            count, stored = len(there.asked), good
+            count, stored = len(there.requests), good
         if store:
-            parts = whole(device.key_file.read_bytes())
+            parts = key_file_parts(device.key_file.read_bytes())
             stored = parts.certificate if parts else None
         wrong = _verdict(device, old, run, expected, limit, stored)
         if asked is not None and count not in asked:
@@ -137,17 +137,17 @@ def every_status(stage: Stage, numbers: Sequence[int]) -> Case:
         wrong = []
         number, method = 0, ""
 
-        def answer(asked: Asked) -> bytes:
+        def answer(asked: HttpRequest) -> bytes:
             if asked.method == method:
                 empty = number in (204, 304) or number < 200
                 return world.answer(number, b"" if empty else b"<html>no</html>", "Content-Type: text/html")
-            if method == "POST" and not there.asked[:-1]:
+            if method == "POST" and not there.requests[:-1]:
                 return world.answer(404)
             return world.answer(202, b"{}")
 
         with Scripted(stage.pem, answer) as there:
             for number, method in itertools.product(numbers, ("GET", "POST")):
-                there.asked.clear()
+                there.requests.clear()
                 stored: list[object] = []
                 try:
                     outcome = check(
@@ -228,7 +228,7 @@ def malformed(stage: Stage) -> list[Case]:
     """Headers and bodies: cut, doubled, oversized, compressed, chunked, lying."""
     ok = b"HTTP/1.1 200 OK\r\n"
 
-    def body(make: Callable[[bytes], Says]) -> Callable[[Device, Asked], Says]:
+    def body(make: Callable[[bytes], Answer]) -> Callable[[Device, HttpRequest], Answer]:
         return lambda device, asked: make(stage.good(device))
 
     def sized(data: bytes, size: object) -> bytes:
@@ -240,7 +240,7 @@ def malformed(stage: Stage) -> list[Case]:
     def forever(piece: bytes) -> Iterable[bytes]:
         return itertools.repeat(piece)
 
-    bad: dict[str, Callable[[bytes], Says]] = {
+    bad: dict[str, Callable[[bytes], Answer]] = {
         "nothing": lambda c: None,
         "an empty line": lambda c: b"\r\n\r\n",
         "rubbish": lambda c: b"\x00\xff\x16\x03\x01" * 400 + b"\r\n\r\n",
@@ -305,7 +305,7 @@ def malformed(stage: Stage) -> list[Case]:
         "a 403 with true for a status": lambda c: world.answer(403, b'{"status":true}', PROBLEM),
         "a 403 with NaN": lambda c: world.answer(403, b'{"status":NaN}', PROBLEM),
     }
-    good: dict[str, Callable[[bytes], Says]] = {
+    good: dict[str, Callable[[bytes], Answer]] = {
         "in chunks": lambda c: chunked(
             b"%x;a=b\r\n" % 10 + c[:10] + b"\r\n%x\r\n" % len(c[10:]) + c[10:] + b"\r\n0\r\nX: y\r\n\r\n"
         ),
@@ -347,8 +347,8 @@ def slow(stage: Stage) -> list[Case]:
                 if over.wait(0.3):
                     return
 
-    def after(prefix: bytes) -> Callable[[Device, Asked], Says]:
-        def answer(device: Device, asked: Asked) -> Iterable[Union[bytes, float]]:
+    def after(prefix: bytes) -> Callable[[Device, HttpRequest], Answer]:
+        def answer(device: Device, asked: HttpRequest) -> Iterable[Union[bytes, float]]:
             yield prefix
             for byte in stage.good(device) * 9:
                 yield bytes([byte])
@@ -356,7 +356,7 @@ def slow(stage: Stage) -> list[Case]:
 
         return answer
 
-    def then_silence(prefix: bytes) -> Callable[[Device, Asked], Says]:
+    def then_silence(prefix: bytes) -> Callable[[Device, HttpRequest], Answer]:
         return lambda device, asked: [prefix, 60.0]
 
     head = b"HTTP/1.1 200 OK\r\n"
@@ -434,7 +434,7 @@ def look_ups(stage: Stage) -> list[Case]:
                 return run
 
         before = device.key_file.read_bytes()
-        run = apart(there, network=True)
+        run = isolated(there, network=True)
         for path in (configuration, names):
             path.unlink()
         problems = _verdict(device, before, run, (127,), 2.0)
@@ -590,7 +590,7 @@ def certificates(stage: Stage) -> list[Case]:
         "an MD5 signature": md5,
     }
 
-    def answering(make: Callable[[Device], bytes]) -> Callable[[Device, Asked], Says]:
+    def answering(make: Callable[[Device], bytes]) -> Callable[[Device, HttpRequest], Answer]:
         return lambda device, asked: world.answer(200, make(device))
 
     cases = [

@@ -1,7 +1,7 @@
 """Power cuts and I/O errors, at every system call that touches the key file's folder and at a sample of the others.
 
-A first, undisturbed run of each scene is traced with strace(1). Then, for each of its system calls, a device in the
-very same state runs under strace's fault injection, which kills it (SIGKILL can't be caught: for the disk it is a
+A first, undisturbed run of each scenario is traced with strace(1). Then, for each of its system calls, a device in
+the very same state runs under strace's fault injection, which kills it (SIGKILL can't be caught: for the disk it is a
 power cut without the loss of what was not flushed; for that see ``disk.py``) or makes the call fail, at exactly
 that call.
 """
@@ -18,8 +18,8 @@ from typing import Callable, Optional
 
 from world import Run
 
+from torture.fleet import DeviceUnderTest, Fleet
 from torture.report import Case, sample
-from torture.town import Resident, Town
 
 _LINE = re.compile(r"^(?P<thread>\d+) +(?P<call>[a-z0-9_]+)\((?P<rest>.*)$")
 
@@ -76,22 +76,22 @@ def points(trace: str, folder: Path) -> list[Point]:
     return found
 
 
-def traced(resident: Resident) -> tuple[Run, str]:
+def traced(dut: DeviceUnderTest) -> tuple[Run, str]:
     """An undisturbed run, and its trace."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "trace"
-        run = resident.run(before=("strace", "-f", "-y", "-s", "0", "-o", str(log)))
+        run = dut.run(before=("strace", "-f", "-y", "-s", "0", "-o", str(log)))
         return run, log.read_text(errors="replace")
 
 
-def injected(resident: Resident, call: str, number: int, what: str) -> tuple[Run, bool]:
+def injected(dut: DeviceUnderTest, call: str, number: int, what: str) -> tuple[Run, bool]:
     """A run to which `what` happens at that system call; and whether it did happen."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "trace"
         inject = f"inject={call}:{what}:when={number}"
         # Not with --seccomp-bpf, which loses injected signals (strace 6.1).
         strace = ("strace", "-f", "-o", str(log), "-e", f"trace={call}", "-e", inject)
-        run = resident.run(before=strace)
+        run = dut.run(before=strace)
         text = log.read_text(errors="replace")
     return run, "(INJECTED)" in text or "killed by SIGKILL" in text
 
@@ -103,58 +103,60 @@ def _spread(found: Sequence[Point], others: int) -> list[Point]:
     return [point for number, point in enumerate(found) if point.inside or number in chosen]
 
 
-def _case(town: Town, scene: str, make: Callable[[], Resident], point: Point, what: str, label: str) -> Case:
+def _case(
+    fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], point: Point, what: str, label: str
+) -> Case:
     def act() -> list[str]:
         # How many calls a key takes is a matter of chance, because primes are looked for at random. Outside the
         # folder an earlier one of them will do.
         earlier = [] if point.inside else [point.number * 2 // 3, point.number // 3]
         for number in [point.number] * 3 + [number for number in earlier if number]:
-            resident = make()
-            run, happened = injected(resident, point.call, number, what)
+            dut = make()
+            run, happened = injected(dut, point.call, number, what)
             if happened:
                 break
-            town.forget(resident)
+            fleet.forget(dut)
         else:
             return ["the run never came to this call"]
-        wrong = town.broken(resident, run if what.startswith("error") else None)
+        wrong = fleet.broken(dut, run if what.startswith("error") else None)
         if what.startswith("error") and point.call in ("fsync", "rename") and run.status != 127:
             wrong.append(f"{point.call} failed, and the exit status is {run.status}")
-        wrong += [f"next: {problem}" for problem in town.recovered(resident)]
+        wrong += [f"next: {problem}" for problem in fleet.recovered(dut)]
         if not wrong:
-            town.forget(resident)
+            fleet.forget(dut)
         return wrong
 
     place = point.text.split(" ", 1)[-1].strip()[-110:]
-    return Case(f"{scene}, {label} at {point} [{place}]", act)
+    return Case(f"{scenario}, {label} at {point} [{place}]", act)
 
 
-def reference(town: Town, scene: str) -> list[Point]:
-    """The system calls of an undisturbed run of a scene, which has to go as it should."""
-    resident = town.scenes[scene]()
-    run, trace = traced(resident)
-    wrong = town.broken(resident, run) + town.recovered(resident)
-    if wrong or run.status != resident.status:
-        raise AssertionError(f"{scene}, undisturbed: {run} {wrong}")
-    return points(trace, resident.device.key_file.parent)
+def reference(fleet: Fleet, scenario: str) -> list[Point]:
+    """The system calls of an undisturbed run of a scenario, which has to go as it should."""
+    dut = fleet.scenarios[scenario]()
+    run, trace = traced(dut)
+    wrong = fleet.broken(dut, run) + fleet.recovered(dut)
+    if wrong or run.status != dut.status:
+        raise AssertionError(f"{scenario}, undisturbed: {run} {wrong}")
+    return points(trace, dut.device.key_file.parent)
 
 
-def cuts(town: Town, scene: str, others: int) -> list[Case]:
+def cuts(fleet: Fleet, scenario: str, others: int) -> list[Case]:
     """Kills at every call inside the folder, and at `others` outside."""
-    found = _spread(reference(town, scene), others)
-    return [_case(town, scene, town.scenes[scene], point, "signal=KILL", "killed") for point in found]
+    found = _spread(reference(fleet, scenario), others)
+    return [_case(fleet, scenario, fleet.scenarios[scenario], point, "signal=KILL", "killed") for point in found]
 
 
-def errors(town: Town, scene: str, others: int) -> list[Case]:
+def errors(fleet: Fleet, scenario: str, others: int) -> list[Case]:
     """An error returned by every call inside the folder, and by `others` outside, once the program has begun.
 
     Before that it is the shell's and the interpreter's own start that fails, see ``machine.py``.
     """
-    found = [point for point in _spread(reference(town, scene), others) if point.started]
+    found = [point for point in _spread(reference(fleet, scenario), others) if point.started]
     cases = []
     for point in found:
         kinds = [ERRORS.get(point.call, "EIO")]
         if point.inside and point.call in ("write", "openat", "mkdir", "link", "linkat", "fsync", "rename"):
             kinds.append("ENOSPC")
         for kind in kinds:
-            cases.append(_case(town, scene, town.scenes[scene], point, f"error={kind}", f"{kind}"))
+            cases.append(_case(fleet, scenario, fleet.scenarios[scenario], point, f"error={kind}", f"{kind}"))
     return cases

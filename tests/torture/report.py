@@ -77,7 +77,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def tell(row: Row) -> None:
-    """Says how a row went, as soon as it is known."""
+    """Answer how a row went, as soon as it is known."""
     verdict = "nothing lost" if not row.lost else f"{len(row.lost)} LOST"
     print(f"{row.what}: {row.cases} cases, {verdict}, {row.seconds:.0f} s", flush=True)
     for line in row.lost[:40]:

@@ -1,8 +1,8 @@
-# What devices live through, with figures: see torture/. Needs root (mounts, name spaces), strace, faketime, nginx,
+# What devices live through, with figures: see tests/torture/. Needs root (mounts, name spaces), strace, faketime, nginx,
 # e2fsprogs, iproute2, util-linux.
 
 .PHONY: torture
 
 torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## power cuts, faults, clocks, networks: what survives (20 min)
-	@$(BUILD)/tests/bin/python -I torture
+	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m torture
 	@$(BUILD)/tests/bin/python -I docs/figures.py

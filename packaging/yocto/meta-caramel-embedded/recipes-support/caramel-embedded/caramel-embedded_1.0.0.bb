@@ -16,8 +16,8 @@ CARAMEL_EMBEDDED_KEY_FILE ?= ""
 CARAMEL_EMBEDDED_SETTINGS ?= ""
 
 # The checkout that this layer is a folder of. Only what is installed is listed, so that nothing else causes a rebuild.
-FILESEXTRAPATHS:prepend := "${THISDIR}/../../../..:"
-CARAMEL_EMBEDDED_SOURCES = "setup.py setup.cfg bin caramel_embedded completion man packaging systemd buildroot"
+FILESEXTRAPATHS:prepend := "${THISDIR}/../../../../..:"
+CARAMEL_EMBEDDED_SOURCES = "setup.py setup.cfg caramel_embedded packaging buildroot"
 SRC_URI = "${@' '.join('file://%s;subdir=${BP}' % name for name in d.getVar('CARAMEL_EMBEDDED_SOURCES').split())}"
 
 inherit setuptools3 systemd update-rc.d

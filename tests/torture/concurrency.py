@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from typing import Callable, Optional
 
+from torture.fleet import DeviceUnderTest, Fleet, key_file_parts
 from torture.report import Case
-from torture.town import Resident, Town, whole
 
 
 class _Readers:
     """Threads that read the key file as fast as they can, and judge what they saw once it is over."""
 
-    def __init__(self, resident: Resident, count: int = 3) -> None:
-        self.resident = resident
+    def __init__(self, dut: DeviceUnderTest, count: int = 3) -> None:
+        self.dut = dut
         self.seen: Counter[Optional[bytes]] = Counter()
         self.modes: Counter[tuple[int, int, int]] = Counter()
         self._over = threading.Event()
@@ -36,7 +36,7 @@ class _Readers:
             thread.join()
 
     def _read(self) -> None:
-        path = self.resident.device.key_file
+        path = self.dut.device.key_file
         while not self._over.is_set():
             try:
                 with open(path, "rb") as file:
@@ -56,68 +56,68 @@ class _Readers:
 
     def wrong(self) -> list[str]:
         found = []
-        resident = self.resident
+        dut = self.dut
         for content in self.seen:
             if not content:
-                if resident.old:
+                if dut.old:
                     found.append("a reader saw nothing where something was")
-            elif content != resident.old and (
-                whole(content) is None or (resident.expected is not None and content != resident.expected)
+            elif content != dut.old and (
+                key_file_parts(content) is None or (dut.expected is not None and content != dut.expected)
             ):
                 found.append(f"a reader saw something else: {len(content)} bytes")
-        wanted = (resident.owner, resident.group, resident.mode)
+        wanted = (dut.owner, dut.group, dut.mode)
         found += [f"a reader saw owner and mode {each}" for each in self.modes if each != wanted]
-        keys = {parts.key for parts in map(whole, filter(None, self.seen)) if parts}
-        if len(keys) > (2 if resident.expendable else 1):
+        keys = {parts.key for parts in map(key_file_parts, filter(None, self.seen)) if parts}
+        if len(keys) > (2 if dut.expendable else 1):
             found.append(f"readers saw {len(keys)} keys")
         return found
 
 
-def at_once(town: Town, name: str, make: Callable[[], Resident], starts: int, counts: Counter[str]) -> Case:
+def at_once(fleet: Fleet, name: str, make: Callable[[], DeviceUnderTest], starts: int, counts: Counter[str]) -> Case:
     """`starts` runs at the same instant."""
 
     def act() -> list[str]:
-        resident = make()
-        gate = resident.device.folder / "gate"
+        dut = make()
+        gate = dut.device.folder / "gate"
         gate.touch()
         waiting = ("/bin/sh", "-c", 'flock -s "$0" true; exec "$@"', str(gate))
-        with open(gate) as held, _Readers(resident) as readers:
+        with open(gate) as held, _Readers(dut) as readers:
             fcntl.flock(held, fcntl.LOCK_EX)
             processes: list[subprocess.Popen[str]] = [
-                resident.device.start(*resident.options, before=waiting) for _ in range(starts)
+                dut.device.start(*dut.options, before=waiting) for _ in range(starts)
             ]
             fcntl.flock(held, fcntl.LOCK_UN)
-            runs = [resident.device.finish(process, 180) for process in processes]
+            runs = [dut.device.finish(process, 180) for process in processes]
         statuses = Counter(run.status for run in runs)
         wrong = readers.wrong()
         strange = {status: count for status, count in statuses.items() if status not in (0, 1, 69)}
         if strange:
             example = next(run.err for run in runs if run.status in strange)
             wrong.append(f"exit statuses {dict(statuses)}: {example!r}")
-        if resident.status not in statuses:
-            wrong.append(f"nobody got to {resident.status}: {dict(statuses)}")
-        requests = town.requests(resident.client_id)
+        if dut.status not in statuses:
+            wrong.append(f"nobody got to {dut.status}: {dict(statuses)}")
+        requests = fleet.requests(dut.client_id)
         if len(requests) != 1:
             wrong.append(f"the server has {len(requests)} requests")
-        parts = whole(resident.content or b"")
+        parts = key_file_parts(dut.content or b"")
         if parts is None or parts.sha256 not in requests:
             wrong.append("the key file is not that of the request")
-        if resident.expected is not None and resident.content != resident.expected:
+        if dut.expected is not None and dut.content != dut.expected:
             wrong.append("the key file is not as it should be")
-        wrong += town.broken(resident)
+        wrong += fleet.broken(dut)
         counts["reads"] += readers.reads
         counts["starts"] += starts
-        return wrong + [f"next: {problem}" for problem in town.recovered(resident)]
+        return wrong + [f"next: {problem}" for problem in fleet.recovered(dut)]
 
     return Case(f"{starts} starts at once, {name}", act)
 
 
-def cases(town: Town, starts: int = 200, counts: Optional[Counter[str]] = None) -> list[Case]:
+def cases(fleet: Fleet, starts: int = 200, counts: Optional[Counter[str]] = None) -> list[Case]:
     counts = Counter() if counts is None else counts
-    kinds: dict[str, Callable[[], Resident]] = {
-        "from nothing": town.first_enrollment,
-        "with a certificate": town.certified,
-        "with a newer certificate to be had": town.renewal,
-        "rejected": town.rejection,
+    kinds: dict[str, Callable[[], DeviceUnderTest]] = {
+        "from nothing": fleet.first_enrollment,
+        "with a certificate": fleet.certified,
+        "with a newer certificate to be had": fleet.renewal,
+        "rejected": fleet.rejection,
     }
-    return [at_once(town, name, make, starts, counts) for name, make in kinds.items()]
+    return [at_once(fleet, name, make, starts, counts) for name, make in kinds.items()]

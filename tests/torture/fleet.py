@@ -1,4 +1,4 @@
-"""A town of devices around one real Caramel server, and what must be true of each of them at every instant.
+"""A fleet of devices and their one real Caramel server, and what must be true of each device at every instant.
 
 Responsible for states to begin with (a device that has nothing, one whose request was signed, one that was rejected),
 made in bulk by writing into Caramel's database what its own tools would have written, and for the promises of
@@ -39,7 +39,7 @@ _FORM = re.compile(
 
 
 @dataclass(frozen=True)
-class Whole:
+class KeyFileParts:
     """The parts of a key file that is whole: every one can be read, and they belong together."""
 
     key: bytes = field(repr=False)
@@ -51,7 +51,7 @@ class Whole:
         return hashlib.sha256(self.request).hexdigest()
 
 
-def whole(content: bytes) -> Optional[Whole]:
+def key_file_parts(content: bytes) -> Optional[KeyFileParts]:
     """The parts of `content` if it is a whole key file as INTERFACE.md has it, else None."""
     match = _FORM.fullmatch(content)
     if not match:
@@ -67,12 +67,12 @@ def whole(content: bytes) -> Optional[Whole]:
     keys: list[Any] = [csr.public_key(), *([certificate.public_key()] if certificate else [])]
     if any(other.public_numbers() != public for other in keys):
         return None
-    return Whole(match["key"], match["certificate"], request)
+    return KeyFileParts(match["key"], match["certificate"], request)
 
 
 @dataclass
-class Resident:
-    """One device of the town with the state it begins with, and what is expected of it."""
+class DeviceUnderTest:
+    """One device of the fleet, the state it begins with, and what is expected of it."""
 
     device: Device
     #: Content of the key file in the beginning, None: not there.
@@ -107,7 +107,7 @@ class Resident:
             return None
 
 
-class Town:
+class Fleet:
     """One Caramel server with nginx in front of it and any number of devices; lives as long as its `with` block."""
 
     def __init__(self, folder: Path, command: Sequence[str] = (world.PLAIN,)) -> None:
@@ -115,13 +115,13 @@ class Town:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.command = list(command)
         self._stack = ExitStack()
-        # Several towns may share one server.
+        # Several fleets may share one server.
         self._numbers = itertools.count(int.from_bytes(os.urandom(4), "big") << 6)
         self._lock = threading.Lock()
         # One key for all that is made in bulk: a request's hash is another one for each client ID.
         self.key = world.new_key()
 
-    def __enter__(self) -> Town:
+    def __enter__(self) -> Fleet:
         self.authority = Authority(self.folder / "authority")
         self.caramel = self._stack.enter_context(Caramel(self.folder / "caramel", self.authority))
         self.front = self._stack.enter_context(Nginx(self.folder / "nginx", self.caramel, self.authority.server()))
@@ -131,11 +131,11 @@ class Town:
         self._stack.close()
 
     @classmethod
-    def around(cls, folder: Path, authority: Authority, caramel: Caramel, front: Nginx) -> Town:
-        """A town around servers that somebody else has started, and will end."""
-        town = cls(folder)
-        town.authority, town.caramel, town.front = authority, caramel, front
-        return town
+    def around(cls, folder: Path, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+        """A fleet around servers that somebody else has started, and will end."""
+        fleet = cls(folder)
+        fleet.authority, fleet.caramel, fleet.front = authority, caramel, front
+        return fleet
 
     # --- Caramel's administrator, quickly
 
@@ -207,48 +207,50 @@ class Town:
         request = world.signing_request(self.key, self.authority.subject_for(str(device.client_id)))
         return request, self.admit(request, str(device.client_id))
 
-    def _resident(
+    def _device_under_test(
         self, device: Device, old: Optional[bytes], expected: Optional[bytes], status: int, **more: Any
-    ) -> Resident:
-        resident = Resident(device, old, expected, status, **more)
+    ) -> DeviceUnderTest:
+        dut = DeviceUnderTest(device, old, expected, status, **more)
         if old is not None:
-            device.has(old, resident.mode)
-            os.chown(device.key_file, resident.owner, resident.group)
-            resident.inode = device.key_file.stat().st_ino
-        resident.options += (
-            f"--owner={resident.owner}",
-            f"--group={resident.group}",
-            f"--mode={resident.mode:04o}",
+            device.has(old, dut.mode)
+            os.chown(device.key_file, dut.owner, dut.group)
+            dut.inode = device.key_file.stat().st_ino
+        dut.options += (
+            f"--owner={dut.owner}",
+            f"--group={dut.group}",
+            f"--mode={dut.mode:04o}",
             "--timeout=20",
         )
-        return resident
+        return dut
 
-    def first_enrollment(self) -> Resident:
+    def first_enrollment(self) -> DeviceUnderTest:
         """Nothing is there, not even the folder."""
-        return self._resident(self.device(folder_there=False), None, None, 69, owner=33, group=33, mode=0o640)
+        return self._device_under_test(
+            self.device(folder_there=False), None, None, 69, owner=33, group=33, mode=0o640
+        )
 
-    def pending(self) -> Resident:
+    def pending(self) -> DeviceUnderTest:
         """Key and request are there, and nobody has signed yet."""
         device = self.device()
         request, _ = self._identity(device)
         content = world.key_file_content(self.key, request)
-        return self._resident(device, content, content, 69)
+        return self._device_under_test(device, content, content, 69)
 
-    def first_certificate(self) -> Resident:
+    def first_certificate(self) -> DeviceUnderTest:
         """Key and request are there, and the administrator has signed."""
         device = self.device()
         request, sha256 = self._identity(device)
         expected = world.key_file_content(self.key, request, self.sign(sha256))
-        return self._resident(device, world.key_file_content(self.key, request), expected, 0)
+        return self._device_under_test(device, world.key_file_content(self.key, request), expected, 0)
 
-    def certified(self) -> Resident:
+    def certified(self) -> DeviceUnderTest:
         """A certificate is there, the newest that the server has."""
         device = self.device()
         request, sha256 = self._identity(device)
         content = world.key_file_content(self.key, request, self.sign(sha256))
-        return self._resident(device, content, content, 0)
+        return self._device_under_test(device, content, content, 0)
 
-    def renewal(self, **more: Any) -> Resident:
+    def renewal(self, **more: Any) -> DeviceUnderTest:
         """A certificate is there, and the server has a newer one."""
         device = self.device()
         request, sha256 = self._identity(device)
@@ -256,38 +258,38 @@ class Town:
         older = self.sign(sha256, not_before=world.now() - hour, not_after=world.now() + 10 * hour)
         newer = self.sign(sha256, not_before=world.now() - hour, not_after=world.now() + 40 * hour)
         old, new = (world.key_file_content(self.key, request, pem) for pem in (older, newer))
-        return self._resident(device, old, new, 0, **more)
+        return self._device_under_test(device, old, new, 0, **more)
 
-    def renewal_with_hook(self) -> Resident:
+    def renewal_with_hook(self) -> DeviceUnderTest:
         """The same, and a hook that wants to be called."""
-        resident = self.renewal()
-        resident.called = resident.device.folder / "called"
-        hook = resident.device.folder / "hook"
-        hook.write_text(f'#!/bin/sh\necho "$CARAMEL_CN" >>{resident.called}\n')
+        dut = self.renewal()
+        dut.called = dut.device.folder / "called"
+        hook = dut.device.folder / "hook"
+        hook.write_text(f'#!/bin/sh\necho "$CARAMEL_CN" >>{dut.called}\n')
         hook.chmod(0o755)
-        resident.options += (f"--hook={hook}",)
-        return resident
+        dut.options += (f"--hook={hook}",)
+        return dut
 
-    def rejection(self) -> Resident:
+    def rejection(self) -> DeviceUnderTest:
         """A certificate is there, and the administrator has rejected the device."""
         device = self.device()
         request, sha256 = self._identity(device)
         content = world.key_file_content(self.key, request, self.sign(sha256))
         self.reject(sha256)
-        return self._resident(device, content, None, 69, owner=33, group=33, mode=0o640, expendable=True)
+        return self._device_under_test(device, content, None, 69, owner=33, group=33, mode=0o640, expendable=True)
 
-    def bad_file(self) -> Resident:
+    def bad_file(self) -> DeviceUnderTest:
         """Half a key is there, and a draft that a power cut has left."""
         device = self.device()
         half = world.private_pem(self.key)[:700]
-        resident = self._resident(device, half, None, 69, expendable=True)
+        dut = self._device_under_test(device, half, None, 69, expendable=True)
         draft = device.key_file.with_name(".identity.pem.new")
         draft.write_bytes(half)
         draft.chmod(0o600)
-        return resident
+        return dut
 
     @property
-    def scenes(self) -> Mapping[str, Callable[[], Resident]]:
+    def scenarios(self) -> Mapping[str, Callable[[], DeviceUnderTest]]:
         """The moments of a device's life that write: name, and what makes a device that is about to have one."""
         return {
             "first enrollment": self.first_enrollment,
@@ -300,20 +302,20 @@ class Town:
 
     # --- The promises
 
-    def broken(self, resident: Resident, run: Optional[Run] = None) -> list[str]:
+    def broken(self, dut: DeviceUnderTest, run: Optional[Run] = None) -> list[str]:
         """Which promises don't hold at this instant, whatever has happened to the run so far."""
         wrong: list[str] = []
-        content = resident.content
-        parts = whole(content) if content else None
-        if content and content != resident.old:
+        content = dut.content
+        parts = key_file_parts(content) if content else None
+        if content and content != dut.old:
             if parts is None:
                 wrong.append("the key file is neither the whole old nor the whole new one")
-            elif resident.expected is not None and content != resident.expected:
+            elif dut.expected is not None and content != dut.expected:
                 wrong.append("the key file is another one than was to be expected")
-        if not content and resident.old:
+        if not content and dut.old:
             wrong.append("the key file's old content is gone")
-        wrong += self._exposed(resident)
-        known = self.requests(resident.client_id)
+        wrong += self._exposed(dut)
+        known = self.requests(dut.client_id)
         if len(known) > 1:
             wrong.append(f"the server has {len(known)} requests of one device")
         # The key of a request that the server has, and that nobody rejected, must be in the file.
@@ -322,7 +324,7 @@ class Town:
         if run is not None:
             if run.status not in STATUSES:
                 wrong.append(f"exit status {run.status}: {run.err[-200:]!r}")
-            if run.status == 0 and (resident.status != 0 or parts is None or parts.certificate is None):
+            if run.status == 0 and (dut.status != 0 or parts is None or parts.certificate is None):
                 wrong.append("exit status 0 without a certificate")
             if run.status == 69 and not known:
                 wrong.append("exit status 69, and the server has no request")
@@ -331,46 +333,46 @@ class Town:
         return wrong
 
     @staticmethod
-    def _exposed(resident: Resident) -> list[str]:
+    def _exposed(dut: DeviceUnderTest) -> list[str]:
         """Files with a secret in them, or in the key file's place, that somebody else might read."""
         wrong = []
-        folder = resident.device.key_file.parent
+        folder = dut.device.key_file.parent
         for entry in os.scandir(folder) if folder.is_dir() else ():
             state = entry.stat(follow_symlinks=False)
-            if not stat.S_ISREG(state.st_mode) or state.st_ino == resident.inode:
+            if not stat.S_ISREG(state.st_mode) or state.st_ino == dut.inode:
                 continue
             found = (state.st_uid, state.st_gid, stat.S_IMODE(state.st_mode))
-            wanted = (resident.owner, resident.group, resident.mode)
+            wanted = (dut.owner, dut.group, dut.mode)
             secret = b"PRIVATE KEY" in Path(entry.path).read_bytes()
-            named = entry.path == str(resident.device.key_file)
+            named = entry.path == str(dut.device.key_file)
             if (secret or named) and found != wanted and not (entry.name.endswith(".new") and found[2] == 0o600):
                 wrong.append("%s has owner %d:%d, mode %04o" % (entry.name, *found))
         return wrong
 
-    def recovered(self, resident: Resident) -> list[str]:
+    def recovered(self, dut: DeviceUnderTest) -> list[str]:
         """Runs the device once more, undisturbed, and says where it ends otherwise than if nothing had happened."""
-        run = resident.run()
-        wrong = self.broken(resident, run)
-        if run.status != resident.status:
-            wrong.append(f"the next run ends with {run.status}, not {resident.status}: {run.err[-300:]!r}")
-        content = resident.content or b""
-        parts = whole(content)
+        run = dut.run()
+        wrong = self.broken(dut, run)
+        if run.status != dut.status:
+            wrong.append(f"the next run ends with {run.status}, not {dut.status}: {run.err[-300:]!r}")
+        content = dut.content or b""
+        parts = key_file_parts(content)
         if parts is None:
             wrong.append("after the next run the key file is not whole")
-        elif resident.expected is not None and content != resident.expected:
+        elif dut.expected is not None and content != dut.expected:
             wrong.append("after the next run the key file is not what it should be")
-        elif parts.sha256 not in self.requests(resident.client_id):
+        elif parts.sha256 not in self.requests(dut.client_id):
             wrong.append("after the next run the server doesn't have the request")
-        elif resident.expendable and resident.old and parts.key in resident.old:
+        elif dut.expendable and dut.old and parts.key in dut.old:
             wrong.append("the key that had to go is still there")
-        litter = sorted(os.listdir(resident.device.key_file.parent)) if content else []
+        litter = sorted(os.listdir(dut.device.key_file.parent)) if content else []
         if litter != ["identity.pem"]:
             wrong.append(f"litter: {litter}")
-        if resident.called is not None and not resident.called.exists():
+        if dut.called is not None and not dut.called.exists():
             wrong.append("the hook was never called")
         return wrong
 
     @staticmethod
-    def forget(resident: Resident) -> None:
+    def forget(dut: DeviceUnderTest) -> None:
         """Removes what is left of a device that survived."""
-        shutil.rmtree(resident.device.folder, ignore_errors=True)
+        shutil.rmtree(dut.device.folder, ignore_errors=True)

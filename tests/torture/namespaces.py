@@ -1,4 +1,4 @@
-"""A place apart on the same machine: a thread, and the programs it starts, with mounts and a network of their own.
+"""Linux namespaces: a thread, and the programs it starts, with mounts and a network of their own.
 
 Linux has namespaces for each thread; what a thread mounts in one of its own is seen by nobody else and is gone when
 the thread ends, however that comes. Needs root.
@@ -29,8 +29,8 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _checked(_LIBC.mount(*arguments, ctypes.c_ulong(flags), data.encode()), f"mount on {target}")
 
 
-def apart(act: Callable[[], _T], network: bool = False) -> _T:
-    """Calls `act` in a place apart, with `network` also one in which there is nobody else; what it returned."""
+def isolated(act: Callable[[], _T], network: bool = False) -> _T:
+    """Calls `act` with mounts of its own, with `network` also with a network of its own; what it returned."""
     outcome: list[Any] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""The state machine in a storm: any sequence of answers, kills, failures to store, clock jumps and administrators.
+"""The state machine, simulated: any sequence of answers, kills, failures to store, clock jumps and administrators.
 
 Here the check runs in this process, against a server that is a value and a store that can die; everything between,
 the answers' parser included, is the real thing. Sequences come from hypothesis, which shrinks what it finds.
@@ -28,7 +28,7 @@ from world import Authority
 from caramel_embedded import session
 from caramel_embedded.errors import CaramelError, StorageError, Unreachable, Untrusted
 from caramel_embedded.server import Answer
-from torture.town import whole
+from torture.fleet import key_file_parts
 
 CLIENT_ID = "fe00feedc0de"
 HOUR = 3600.0
@@ -61,7 +61,7 @@ RUNS: st.SearchStrategy[Act] = st.tuples(
     st.lists(st.sampled_from(STORES), max_size=3).map(tuple),
     st.sampled_from(CLOCKS),
 )
-#: Half of the storms come over a device that has its certificate already.
+#: Half of the sequences happen to a device that has its certificate already.
 BEFORE: list[list[Act]] = [[], [("ok", (), (), 0.0), "sign for a short time", ("ok", (), (), 0.0)]]
 ACTS: st.SearchStrategy[list[Act]] = st.builds(
     lambda before, acts: [*before, *acts],
@@ -99,7 +99,7 @@ def authority(folder: str) -> Authority:
     return Authority(Path(folder))
 
 
-class Storm:
+class Simulation:
     """One device, one server, and what has happened to them."""
 
     def __init__(self, folder: Path) -> None:
@@ -205,7 +205,7 @@ class Storm:
         self.clock = 40.0 if clock is None else self.begin + clock
         self._plan = [list(exchanges), list(stores)]
         self.runs += 1
-        storm = self
+        simulation = self
 
         class Server:
             def __init__(self, *_: object) -> None:
@@ -220,16 +220,16 @@ class Storm:
                     raise Untrusted("another")
 
             def get(self, sha256: str, since: Optional[float] = None) -> Answer:
-                return storm.exchange("GET", sha256, None, since is not None)
+                return simulation.exchange("GET", sha256, None, since is not None)
 
             def post(self, sha256: str, request: bytes) -> Answer:
-                return storm.exchange("POST", sha256, request, False)
+                return simulation.exchange("POST", sha256, request, False)
 
             def close(self) -> None:
                 pass
 
         watch = types.SimpleNamespace(
-            time=lambda: storm.clock, strftime=time.strftime, gmtime=time.gmtime, monotonic=time.monotonic
+            time=lambda: simulation.clock, strftime=time.strftime, gmtime=time.gmtime, monotonic=time.monotonic
         )
         before, outcome = self.disk, None
         with (
@@ -253,7 +253,7 @@ class Storm:
         return outcome
 
     def _judge(self, before: Optional[bytes], outcome: Any) -> None:
-        parts = whole(self.disk) if self.disk else None
+        parts = key_file_parts(self.disk) if self.disk else None
         if self.disk is not None and parts is None and self.disk != before:
             self.wrong.append("what is stored is neither the whole old nor the whole new")
         live = [sha256 for sha256 in self.requests if sha256 not in self.rejected]
@@ -276,11 +276,11 @@ class Storm:
             self.damaged += 1
 
     def calm(self) -> None:
-        """The storm is over: the clock is right, the server honest. In three runs everything is as it should be."""
+        """The clock is right and the server honest: after three runs everything is as it should be."""
         for _ in range(3):
             self.run("ok", (), (), 0.0)
         outcome = self.run("ok", (), (), 0.0)
-        parts = whole(self.disk or b"")
+        parts = key_file_parts(self.disk or b"")
         if outcome is None or parts is None or parts.sha256 not in self.requests:
             # A certificate that isn't valid yet is the one thing to wait for.
             if parts is None or not any(each[0] > self.begin for each in self.requests.get(parts.sha256, [])):
@@ -291,35 +291,35 @@ class Storm:
             self.wrong.append("the device doesn't end where an undisturbed one would")
 
 
-def play(folder: Path, acts: Sequence[Act]) -> Storm:
-    """A whole storm."""
-    storm = Storm(folder)
+def simulate(folder: Path, acts: Sequence[Act]) -> Simulation:
+    """All of a sequence, and an undisturbed end."""
+    simulation = Simulation(folder)
     for act in acts:
         if act == "damage":
-            storm.damage()
+            simulation.damage()
         elif isinstance(act, str):
-            storm.administrate(act)
+            simulation.administrate(act)
         else:
-            storm.run(*act)
-    storm.calm()
-    return storm
+            simulation.run(*act)
+    simulation.calm()
+    return simulation
 
 
-def weather(folder: Path, storms: int) -> tuple[int, int, list[str]]:
-    """That many storms: how many were tried, how many runs that were, and what was lost in the smallest bad one."""
+def simulate_many(folder: Path, count: int) -> tuple[int, int, list[str]]:
+    """So many sequences: how many were tried, the runs they had, and what was lost in the smallest bad one."""
     counts = [0, 0]
 
     @seed(1)
-    @settings(max_examples=storms, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(ACTS)
-    def any_storm(acts: list[Act]) -> None:
-        storm = play(folder, acts)
+    def any_sequence(acts: list[Act]) -> None:
+        simulation = simulate(folder, acts)
         counts[0] += 1
-        counts[1] += storm.runs
-        assert not storm.wrong, (storm.wrong, acts)
+        counts[1] += simulation.runs
+        assert not simulation.wrong, (simulation.wrong, acts)
 
     try:
-        any_storm()
+        any_sequence()
     except AssertionError as error:
         return counts[0], counts[1], [str(error)]
     return counts[0], counts[1], []

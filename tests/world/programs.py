@@ -1,0 +1,95 @@
+"""Where the programs are that the scenarios start: the command under test, Caramel's own, and Python interpreters."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+CARAMEL = BUILD / "caramel" / "bin"
+
+#: The command under test: the one that `make` installed, unless the environment names another.
+COMMAND = os.environ.get("CARAMEL_TESTS_COMMAND", str(BUILD / "venv" / "bin" / "caramel-embedded"))
+
+#: The same in an environment that has nothing else in it. Coverage doesn't watch it: for what is counted,
+#: timed, traced, starved, or run as a user who can't write into build/.
+PLAIN = str(BUILD / "venv" / "bin" / "caramel-embedded")
+
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
+
+
+def _version(python: str) -> Optional[str]:
+    """The version of an interpreter, such as "3.11"; None where the file isn't one that runs."""
+    ask = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode().strip() if done.returncode == 0 else None
+
+
+def interpreters() -> list[tuple[str, str]]:
+    """The Python versions that the project promises and this machine has: version and program."""
+    installed: list[Path] = []
+    if shutil.which("pyenv"):
+        root = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30).stdout
+        installed = sorted(Path(root.decode().strip()).glob("versions/3.*/bin/python"))
+    found = []
+    for version in VERSIONS:
+        candidates = [
+            f"python{version}",
+            *(str(path) for path in installed if path.match(f"versions/{version}.*/bin/python")),
+        ]
+        fitting = next((program for program in candidates if _version(program) == version), None)
+        if fitting:
+            found.append((version, fitting))
+    return found
+
+
+def wheel() -> Path:
+    """The package as `make` built it."""
+    return max((BUILD / "wheel").glob("caramel_embedded-*.whl"), key=lambda path: path.stat().st_mtime)
+
+
+def installation(name: str, python: str, *, system: bool = False) -> str:
+    """The command, installed for an interpreter into an environment of its own; made once for each build of
+    the package.
+
+    With `system`, the libraries are those that the interpreter's system has, as on a device, and no others.
+    """
+    folder = BUILD / "matrix" / name
+    stamp, state = folder / "wheel", hashlib.sha256(wheel().read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != state:
+        shutil.rmtree(folder, ignore_errors=True)
+        made = [python, "-m", "venv", *(["--system-site-packages"] if system else []), str(folder)]
+        pip = [
+            str(folder / "bin" / "python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
+        for command in (made, [*pip, *(["--no-deps"] if system else []), str(wheel())]):
+            subprocess.run(command, check=True, timeout=300, stdin=subprocess.DEVNULL)
+        stamp.write_text(state)
+    return str(folder / "bin" / "caramel-embedded")
+
+
+def debian_python() -> Optional[str]:
+    """Debian's own interpreter, where this is a Debian that has the libraries a device would have."""
+    python = "/usr/bin/python3"
+    if not Path("/etc/debian_version").exists():
+        return None
+    done = subprocess.run([python, "-c", "import cryptography, ensurepip"], stderr=subprocess.DEVNULL, check=False)
+    return python if done.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    print(*(f"{version} {program}" for version, program in interpreters()), sep="\n", file=sys.stdout)
