@@ -47,7 +47,7 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
     front: dict[str, Any] = {}
     if options.behind_proxy:
         # What the front says of the client is believed, because nobody else reaches this port.
-        front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto x-forwarded-host"}
+        front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
     # A request that is longer than ours by far is waitress's own to refuse.
     waitress(Application(parts.registry), **listen, **front, threads=8, ident=None, max_request_body_size=65536)
 
@@ -152,11 +152,10 @@ def ca_install(parts: Parts, options: argparse.Namespace) -> None:
         own_ca(parts).install(db, Path(options.file).read_bytes(), who())
 
 
-def server_certificate(parts: Parts, options: argparse.Namespace) -> int:
+def server_certificate(parts: Parts, options: argparse.Namespace) -> None:
     with parts.store.writing() as db:
         made = own_ca(parts).server_certificate(db, options.names, Path(options.out), options.days, who())
     print(f"{options.out}: {'made' if made else 'still good'}")
-    return 0 if made or not options.changed else 3
 
 
 # --- Options ---
@@ -175,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = verb("serve", serve, "answer devices")
     one.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT|unix:PATH")
-    one.add_argument("--behind-proxy", action="store_true", help="believe X-Forwarded-For, -Proto and -Host")
+    one.add_argument("--behind-proxy", action="store_true", help="believe X-Forwarded-For and X-Forwarded-Proto")
     one = verb("work", work, "make orders at the ACME CA, and set names in DNS")
     one.add_argument("--once", action="store_true", help="end when there is nothing to do")
     one.add_argument("--pause", type=float, default=2.0, metavar="SECONDS", help="between two looks at the queue")
@@ -217,7 +216,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("names", nargs="+", metavar="HOST")
     one.add_argument("--out", required=True, metavar="PATH")
     one.add_argument("--days", type=int, default=6)
-    one.add_argument("--changed", action="store_true", help="exit status 3 where it was still good")
     return top
 
 

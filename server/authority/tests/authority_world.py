@@ -23,7 +23,6 @@ import socket
 import sqlite3
 import ssl
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,21 +30,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2] / "tests"))
-
-import world  # noqa: E402
-from cryptography import x509  # noqa: E402
-from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
-from cryptography.hazmat.primitives.asymmetric import ec, rsa  # noqa: E402
-from world import Daemon, until  # noqa: E402
+import world
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from world import Daemon, until
 
 #: Where `make` installs the authority, in an environment of its own.
-BIN = Path(os.environ.get("CARAMEL_AUTHORITY_BIN", HERE.parents[2] / "build" / "authority" / "bin"))
+BIN = world.BUILD / "authority" / "bin"
 COMMAND = BIN / "caramel-authority"
 SUBJECT = "C=SE,ST=Östergötland,L=Linköping,O=Example AB,OU=Devices,CN=Example Device CA"
 PREFIX: world.Subject = (("C", "SE"), ("ST", "Östergötland"), ("L", "Linköping"), ("O", "Example AB"))
 PEM = serialization.Encoding.PEM
+
 
 Key = Union[rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey]
 #: Making RSA keys takes long, and no test but those of RSA cares.
@@ -102,7 +99,7 @@ class Reply:
         return self.chain[0]
 
 
-def ask(port: int, method: str, path: str, body: Optional[bytes] = None, **headers: str) -> Reply:
+def ask(port: int, method: str, path: str, body: Optional[bytes] = None, /, **headers: str) -> Reply:
     """One request over plain HTTP, in a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -164,7 +161,7 @@ class RegistrationAuthority:
     @contextmanager
     def working(self, *, before: Sequence[str] = ()) -> Iterator[Daemon]:
         self._logs += 1
-        command = [*before, COMMAND, "--config", self.config, "work", "--pause", "0.2"]
+        command: list[Union[str, Path]] = [*before, COMMAND, "--config", self.config, "work", "--pause", "0.2"]
         with Daemon(command, self.folder / f"worker-{self._logs}.log") as worker:
             yield worker
 
@@ -191,9 +188,9 @@ class Server:
     def start(self) -> None:
         for _ in range(5):
             self.port = self.port or world.free_port()
-            command = [*self.before, COMMAND, "--config", self.authority.config, "serve"]
-            listen = ["--listen", f"127.0.0.1:{self.port}", *self.options]
-            self.daemon = Daemon([*command, *listen], self.authority.folder / f"server-{self.port}.log")
+            command: list[Union[str, Path]] = [*self.before, COMMAND, "--config", self.authority.config, "serve"]
+            command += ["--listen", f"127.0.0.1:{self.port}", *self.options]
+            self.daemon = Daemon(command, self.authority.folder / f"server-{self.port}.log")
             self.daemon.start()
             until("the authority answers or has ended", lambda: self._answers() or not self._alive)
             if self._alive:
@@ -226,7 +223,7 @@ class Server:
             return False
 
     def get(self, path: str, **headers: str) -> Reply:
-        return ask(self.port, "GET", path if path.startswith("/") else f"/{path}", **headers)
+        return ask(self.port, "GET", path if path.startswith("/") else f"/{path}", None, **headers)
 
     def post(self, body: bytes, path: Optional[str] = None) -> Reply:
         return ask(self.port, "POST", f"/{path or sha256(body)}", body)
@@ -275,7 +272,7 @@ class Postgres:
         # setpriv becomes the server itself, so that there is no process between it and the daemon.
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if other else []
         self._daemon = Daemon(
-            [*user, str(self.program("postgres")), "-D", data, *options], self.folder / "postgres.log"
+            [*user, str(self.program("postgres")), "-D", str(data), *options], self.folder / "postgres.log"
         )
         (self.folder / "postgres.log").touch()
         self._daemon.start()
@@ -399,9 +396,16 @@ class Pebble:
                 }
             )
         )
-        # Pebble waits up to 15 s before it validates, as a reminder that CAs take their time.
-        env = world.environment(PEBBLE_VA_NOSLEEP="1", **environment)
-        command = ["pebble", "-config", self.folder / "pebble.json", "-dnsserver", f"127.0.0.1:{knot.port}"]
+        # Pebble waits up to 15 s before it validates, to remind us that CAs take their time; and it takes half of the
+        # authorizations for a second order, where each test wants its name validated.
+        env = world.environment(**{"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_AUTHZREUSE": "0", **environment})
+        command: list[Union[str, Path]] = [
+            "pebble",
+            "-config",
+            self.folder / "pebble.json",
+            "-dnsserver",
+            f"127.0.0.1:{knot.port}",
+        ]
         self.daemon = Daemon(command, self.folder / "pebble.log", env)
 
     def __enter__(self) -> Pebble:
@@ -447,3 +451,71 @@ class Pebble:
             **more,
         }
         return "[acme]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+# --- TLS in front -------------------------------------------------------------------------------------------
+
+DEPLOY = world.ROOT / "server" / "authority" / "deploy"
+
+
+class Front:
+    """nginx with the configuration that comes with the authority: only host, file and port are other ones.
+
+    `configuration` is that of the maker's own site, in place of it.
+    """
+
+    def __init__(self, folder: Path, certificate: Path, port: int, configuration: Optional[str] = None) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = world.free_port()
+        self.address = f"localhost:{self.port}"
+        text = configuration or (DEPLOY / "nginx.conf").read_text()
+        for old, new in (
+            ("listen 443 ssl", f"listen 127.0.0.1:{self.port} ssl"),
+            ("ca.example.com", "localhost"),
+            ("/var/lib/caramel-authority/front.pem", str(certificate)),
+            ("127.0.0.1:8080", f"127.0.0.1:{port}"),
+        ):
+            assert old in text, old
+            text = text.replace(old, new)
+        paths = "".join(
+            f"{kind}_temp_path temporary;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        log = 'log_format seen "$request_method $status";'
+        (self.folder / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid nginx.pid; error_log error.log info; events {{ }}\n"
+            f"http {{ {paths} {log} access_log seen.log seen;\n{text}\n}}\n"
+        )
+        command = [str(world.Nginx.program()), "-p", f"{self.folder}/", "-e", "error.log", "-c", "nginx.conf"]
+        self._daemon = Daemon(command, self.folder / "output.log")
+
+    def __enter__(self) -> Front:
+        self._daemon.start()
+        until("nginx answers or has ended", lambda: self._answers() or not self._daemon.alive)
+        assert self._daemon.alive, self._daemon.text()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._daemon.stop()
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1):
+                return True
+        except OSError:
+            return False
+
+    def seen(self) -> list[str]:
+        """Method and status of every request so far."""
+        return (self.folder / "seen.log").read_text().splitlines()
+
+
+@contextmanager
+def behind_tls(authority: RegistrationAuthority, *, before: Sequence[str] = ()) -> Iterator[Front]:
+    """An authority with a CA of its own that serves, and its front with a certificate by that CA."""
+    certificate = authority.folder / "front.pem"
+    authority.command("server-certificate", "localhost", "--out", str(certificate), "--days", "40")
+    with authority.serving(before=before, options=["--behind-proxy"]) as server:
+        folder = authority.folder / f"front-{server.port}"
+        with Front(folder, certificate, server.port) as front:
+            yield front

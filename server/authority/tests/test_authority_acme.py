@@ -20,6 +20,7 @@ from typing import Any, Optional
 
 import pytest
 import world
+from authority_needs import needs
 from authority_world import (
     COMMAND,
     ZONE,
@@ -37,9 +38,10 @@ from authority_world import (
 from cryptography import x509
 from world import until
 
+pytest_plugins = ["authority_fixtures"]
+pytestmark = pytest.mark.usefixtures("authority_installed")
+
 RULES = f'[rules]\nzone = "{ZONE}"\n'
-#: As Let's Encrypt: no authorization is used for a second order.
-USUAL = {"PEBBLE_AUTHZREUSE": "0"}
 
 
 def name(number: int = 0) -> str:
@@ -53,13 +55,14 @@ def request_for(client_id: str, key: Any = None) -> bytes:
 
 @pytest.fixture(scope="module")
 def knot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knot]:
+    needs("knotd", "kdig", "knsupdate", "pebble")
     with Knot(tmp_path_factory.mktemp("knot")) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def pebble(tmp_path_factory: pytest.TempPathFactory, knot: Knot) -> Iterator[Pebble]:
-    with Pebble(tmp_path_factory.mktemp("pebble"), knot, PEBBLE_CHAIN_LENGTH="2", **USUAL) as started:
+    with Pebble(tmp_path_factory.mktemp("pebble"), knot, PEBBLE_CHAIN_LENGTH="2") as started:
         yield started
 
 
@@ -168,7 +171,7 @@ def test_nothing_is_ordered_for_whom_nobody_authorized(tmp_path: Path, pebble: P
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_the_chain_that_the_devices_can_follow(tmp_path: Path, knot: Knot, wanted: int) -> None:
     """A CA that offers two chains: the devices know one of the roots."""
-    with Pebble(tmp_path / "pebble", knot, PEBBLE_ALTERNATE_ROOTS="1", **USUAL) as pebble:
+    with Pebble(tmp_path / "pebble", knot, PEBBLE_ALTERNATE_ROOTS="1") as pebble:
         pebble.roots.write_bytes(pebble.get(f"/roots/{wanted}"))
         authority = made(tmp_path / "authority", pebble, knot)
         request = request_for(name())
@@ -208,7 +211,7 @@ def test_the_account_is_made_once(authority: RegistrationAuthority, pebble: Pebb
 
 def test_nonces_that_the_ca_does_not_like(tmp_path: Path, knot: Knot) -> None:
     """Every third is refused: each request is said again, and no order fails."""
-    with Pebble(tmp_path / "pebble", knot, PEBBLE_WFE_NONCEREJECT="33", **USUAL) as pebble:
+    with Pebble(tmp_path / "pebble", knot, PEBBLE_WFE_NONCEREJECT="33") as pebble:
         authority = made(tmp_path / "authority", pebble, knot)
         requests = [request_for(name(number)) for number in range(3)]
         with authority.serving() as server:
@@ -223,7 +226,7 @@ def test_nonces_that_the_ca_does_not_like(tmp_path: Path, knot: Knot) -> None:
 
 def test_renewal(tmp_path: Path, knot: Knot) -> None:
     """While the new certificate is being made, the device has the old one. A life is 24 s here."""
-    with Pebble(tmp_path / "pebble", knot, validity=24, **USUAL) as pebble:
+    with Pebble(tmp_path / "pebble", knot, validity=24) as pebble:
         authority = made(tmp_path / "authority", pebble, knot)
         request = request_for(name())
         with authority.serving() as server:
@@ -318,7 +321,7 @@ def test_a_key_that_the_name_server_does_not_know(
 
 
 def test_the_ca_is_away(tmp_path: Path, knot: Knot) -> None:
-    with Pebble(tmp_path / "pebble", knot, **USUAL) as pebble:
+    with Pebble(tmp_path / "pebble", knot) as pebble:
         authority = made(tmp_path / "authority", pebble, knot)
     request = request_for(name())
     with authority.serving() as server:
@@ -422,7 +425,7 @@ class Proxy:
                     kept = {"Replay-Nonce", "Location", "Link", "Content-Type", "Retry-After"}
                     self.say(answer.status, {k: v for k, v in answer.headers.items() if k in kept}, content)
 
-            do_POST = do_HEAD = do_GET
+            do_POST = do_HEAD = do_GET  # noqa: N815
 
             def say(self, status: int, headers: dict[str, str], body: bytes) -> None:
                 self.send_response(status)
@@ -475,7 +478,7 @@ def test_the_ca_wants_to_be_left_alone(tmp_path: Path, pebble: Pebble, knot: Kno
 
 
 def test_renewal_information(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
-    """The CA wants a certificate to be renewed long before a third of its life is left: at the next question it is."""
+    """The CA wants a certificate renewed long before a third of its life is left: at the next question it is."""
     with Proxy(pebble) as proxy:
         proxy.window = ("2060-01-01T00:00:00Z", "2060-01-02T00:00:00Z")
         authority = made(tmp_path / "authority", pebble, knot, directory=f"https://localhost:{proxy.port}/dir")
@@ -507,7 +510,7 @@ def test_renewal_information(tmp_path: Path, pebble: Pebble, knot: Knot) -> None
 def test_several_workers(tmp_path: Path, knot: Knot, request: pytest.FixtureRequest, kind: str) -> None:
     database = request.getfixturevalue("postgres").url if kind == "postgresql" else None
     requests = [request_for(name(number)) for number in range(8)]
-    with Pebble(tmp_path / "pebble", knot, **USUAL) as pebble:
+    with Pebble(tmp_path / "pebble", knot) as pebble:
         authority = made(tmp_path / "authority", pebble, knot, database=database)
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(authority.serving()) for _ in range(2)]
@@ -516,8 +519,11 @@ def test_several_workers(tmp_path: Path, knot: Knot, request: pytest.FixtureRequ
             for number, body in enumerate(requests):
                 servers[number % 2].enroll(body)
                 servers[1 - number % 2].get(sha256(body))
-            for body in requests:
-                until("it is signed", lambda body=body: servers[0].get(sha256(body)).status == 200, 60, 0.2)
+
+            def signed() -> bool:
+                return all(servers[0].get(sha256(body)).status == 200 for body in requests)
+
+            until("all are signed", signed, 60, 0.2)
         assert len(made_by(pebble)) == len(set(made_by(pebble))) == 8
         assert pebble.daemon.text().count("Added order") == 8
     assert len([row for row in authority.log("ordered") if row[3].endswith(ZONE)]) >= 8
@@ -537,7 +543,8 @@ def test_killed_at_every_step(tmp_path: Path, knot: Knot) -> None:
     Another one goes on when the lease has ended. The CA has one order and one certificate for each device all the
     same.
     """
-    with Pebble(tmp_path / "pebble", knot, PEBBLE_WFE_NONCEREJECT="0", **USUAL) as pebble:
+    needs("strace")
+    with Pebble(tmp_path / "pebble", knot, PEBBLE_WFE_NONCEREJECT="0") as pebble:
         authority = made(tmp_path / "authority", pebble, knot)
         with authority.serving() as server:
             number, killed = 0, True

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from authority_world import Postgres, RegistrationAuthority, Server, csr, sha256
 
+pytest_plugins = ["authority_fixtures"]
+pytestmark = pytest.mark.usefixtures("authority_installed")
+
 UUID = "0b6c1a52-94ef-4c6e-9d5b-6f2c8f0e7a31"
 
 

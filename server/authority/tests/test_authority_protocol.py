@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The Caramel protocol, word for word, as a device hears it, and what is added to it: dates, waiting times, renewal."""
+"""The Caramel protocol, word for word, as a device hears it, and what is added: dates, waiting times, renewal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
+
+pytest_plugins = ["authority_fixtures"]
+pytestmark = pytest.mark.usefixtures("authority_installed")
 
 NOBODYS = 64 * "a"
 

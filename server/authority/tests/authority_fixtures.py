@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
+"""What the authority's tests share."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from authority_world import Postgres, RegistrationAuthority, Server
+from authority_needs import needs
+from authority_world import COMMAND, Postgres, RegistrationAuthority, Server
+
+
+@pytest.fixture(scope="session")
+def authority_installed() -> None:
+    """`make` leaves the authority out where Python is too old for it."""
+    needs(str(COMMAND), "faketime", "openssl")
 
 
 @pytest.fixture
@@ -25,6 +34,6 @@ def server(authority: RegistrationAuthority) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     if not Postgres.program("initdb"):
-        pytest.skip("PostgreSQL is not installed")
+        needs("initdb")
     with Postgres(tmp_path_factory.mktemp("postgres")) as started:
         yield started
