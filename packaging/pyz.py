@@ -155,7 +155,7 @@ def libraries(folder: Path) -> dict[str, bytes]:
     """The files of LIBRARIES in `folder`, as pip lays them: modules, what a package says of itself, its licence."""
     found = {}
     for library in LIBRARIES:
-        (about,) = sorted(folder.glob(f"{library}-*.dist-info")) or [None]
+        about = next(iter(sorted(folder.glob(f"{library}-*.dist-info"))), None)
         if about is None or not (folder / library / "__init__.py").exists():
             raise BakeError(f"PACKAGES={folder}: there is no {library} in it, as pip install --target puts it there")
         licences = [path for path in about.rglob("*") if re.match("LICEN[CS]E|COPYING|NOTICE|AUTHORS", path.name)]

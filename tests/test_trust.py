@@ -18,7 +18,6 @@ from world import PLAIN, Answer, Authority, Caramel, Device, HttpRequest, Nginx,
 
 import caramel_embedded
 from caramel_embedded import certificates
-from caramel_embedded import trust as trust_module
 from caramel_embedded.certificates import Anchors, Unusable, anchors
 from caramel_embedded.errors import UsageError
 from caramel_embedded.trust import Trust
@@ -392,7 +391,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the clock of the program."""
 
     def set_clock(seconds: int) -> None:
-        monkeypatch.setattr(trust_module.time, "time", lambda: seconds)
+        monkeypatch.setattr("caramel_embedded.trust.time.time", lambda: seconds)
 
     return set_clock
 

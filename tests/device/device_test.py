@@ -207,7 +207,7 @@ def live(machine: Machine, caramel: Caramel, front: Nginx, say: Story) -> None:
     before = machine.key_file.read_bytes(), machine.key_file.stat().st_ino, machine.key_file.stat().st_mtime_ns
     lines = len(log())
     # Of this console's processes nothing lives longer than its shell.
-    ended = "while grep -q \"[k]eep-enrolled\" /proc/[0-9]*/cmdline; do sleep 1; done 2>/dev/null"
+    ended = 'while grep -q "[k]eep-enrolled" /proc/[0-9]*/cmdline; do sleep 1; done 2>/dev/null'
     done = machine.run("/bin/sh", "-c", f"{started}; status=$?; {ended}; exit $status", clock=CLOCK_1970)
     until("the log has it", lambda: len(log()) > lines and "unchanged" in log()[-1], PATIENCE)
     check(done.returncode == 0 and not done.stdout, done)
