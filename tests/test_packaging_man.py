@@ -46,7 +46,7 @@ def test_the_page_has_the_defaults_and_statuses() -> None:
     assert settings.CONFIG_FILE in text
     section = text[text.index(".Sh EXIT STATUS") : text.index(".Sh EXAMPLES")]
     statuses = [int(number) for number in re.findall(r"^\.It (\d+)$", section, re.MULTILINE)]
-    assert statuses == [cli.EXIT_CERTIFIED, cli.EXIT_LOCKED, cli.EXIT_PENDING, cli.EXIT_FAILED]
+    assert statuses == [errors.EXIT_CERTIFIED, errors.EXIT_LOCKED, errors.EXIT_PENDING, errors.EXIT_FAILED]
 
 
 @pytest.mark.skipif(not shutil.which("mandoc"), reason="mandoc is not installed")
