@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from world import ROOT, environment
 
-from caramel_embedded import cli
+from caramel_embedded import cli, errors
 
 PAGE = ROOT / "packaging/man/caramel-embedded.8"
 COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
