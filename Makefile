@@ -79,4 +79,4 @@ $(BUILD)/caramel/installed:
 	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
 	@touch $@
 
--include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk)
+-include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk server/*/*.mk)

@@ -19,6 +19,7 @@ from .errors import (
     EXIT_PENDING,
     Locked,
     UsageError,
+    printable,
 )
 from .keyfile import KeyFile
 from .settings import Settings
@@ -144,7 +145,7 @@ class Log:
         return json.dumps({**told, **values, "message": text}) + "\n"
 
     def _write(self, priority: str, text: str) -> None:
-        text = "".join(c if c.isprintable() else "?" for c in text)
+        text = printable(text, len(text))
         if self.client_id:
             text = "%s: %s" % (self.client_id, text)
         if self.syslog:

@@ -37,8 +37,8 @@ class Intermediate:
         self.pem = above.issue(self.key.public_key(), self.subject, ca=True, usage=(), **dates)
         self.certificate = x509.load_pem_x509_certificate(self.pem)
 
-    issue = Authority.issue
-    sign = Authority.sign
+    issue: Any = Authority.issue
+    sign: Any = Authority.sign
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def line(device: Device) -> dict[str, str]:
 def chained(authority: Authority, request: bytes, length: int) -> tuple[bytes, list[bytes]]:
     """A certificate under `length` intermediate CAs, and these, lowest first."""
     above: Any = authority
-    chain = []
+    chain: list[bytes] = []
     for number in range(length):
         above = Intermediate(above, f"Intermediate {number}")
         chain.insert(0, above.pem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
@@ -89,7 +90,7 @@ def test_a_clock_that_is_behind_makes_nothing_good_that_has_ended(
         assert device.run(before=at(now() - hours(24 * 20))).status == 127
 
 
-def intermediate(authority: Authority, name: str, **dates: world.Moment) -> tuple[Authority, bytes]:
+def intermediate(authority: Authority, name: str, **dates: Any) -> tuple[Authority, bytes]:
     """A CA under `authority`, to sign servers with, and its certificate by `authority`."""
     below = Authority.__new__(Authority)
     below.folder = authority.folder

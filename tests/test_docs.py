@@ -27,7 +27,10 @@ from caramel_embedded import cli, enrollment, settings
 PAGES = [
     *(world.ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((world.ROOT / "docs").glob("*.md")),
-    *(world.ROOT / name / "README.md" for name in ("server", "tests/bench", "buildroot", "packaging/yocto")),
+    *(
+        world.ROOT / name / "README.md"
+        for name in ("server", "tests/bench", "buildroot", "packaging/yocto", "packaging/container")
+    ),
 ]
 DOCS = world.ROOT / "docs"
 PACKAGE = world.ROOT / "caramel_embedded"
