@@ -44,8 +44,8 @@ def rest() -> None:
     _at_work = False
 
 
-def _on_signal(number: int, _frame: object) -> None:
+def _on_signal(_number: int, _frame: object) -> None:
     if not _at_work:
         os._exit(EXIT_FAILED)
     rest()  # the next one ends the clean-up too
-    raise Interrupted("ended by signal %d" % number)
+    raise Interrupted("ended by a signal")

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from world import PLAIN, Authority, Device, Scripted, answers, hours, now
+from world import PLAIN, WITHOUT_STARTER, Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 ROOT = os.geteuid() == 0
@@ -97,7 +97,7 @@ def test_no_secret_byte_is_in_a_file_that_others_can_read(
     """From the trace: a file that gets content has its owner, group and mode before, and never loses them."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
-    device.command = [PLAIN]
+    device.command = [*WITHOUT_STARTER]
     if life != "new":
         device.has(authority.identity(ID, certified=False), 0o644 if "all" in life else 0o600)
     trace = tmp_path / "trace"

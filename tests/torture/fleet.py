@@ -111,7 +111,7 @@ class DeviceUnderTest:
 class Fleet:
     """One Caramel server with nginx in front of it and any number of devices; lives as long as its `with` block."""
 
-    def __init__(self, folder: Path, command: Sequence[str] = (world.PLAIN,)) -> None:
+    def __init__(self, folder: Path, command: Sequence[str] = world.WITHOUT_STARTER) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.command = list(command)
