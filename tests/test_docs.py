@@ -19,7 +19,8 @@ from xml.etree import ElementTree
 
 import pytest
 import world
-from world import Authority, Caramel, Device, Nginx
+from needs import needs
+from world import Authority, Caramel, Device, Front, Nginx
 
 import caramel_embedded
 from caramel_embedded import cli, enrollment, settings
@@ -240,9 +241,8 @@ def follow(
     return text
 
 
+@needs("nginx", "openssl", "curl", "sqlite3")
 def test_the_page_for_server_administrators(tmp_path: Path) -> None:
-    if not Nginx.program():
-        pytest.skip("nginx is not installed")
     page = DOCS / "server-administrators.md"
     said = follow(page, tmp_path)
     assert said.count("waits to be signed") == 4 and said.count("new certificate") == 4
@@ -260,7 +260,7 @@ def test_the_page_for_server_administrators(tmp_path: Path) -> None:
     assert "'caramel==1.9.6' 'pyOpenSSL<24.3'" in makefile and "'caramel==1.9.6' 'pyOpenSSL<24.3'" in page.read_text()
 
 
-def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Nginx, authority: Authority) -> None:
+def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Front, authority: Authority) -> None:
     page = DOCS / "device-makers.md"
     files = [text for kind, text, _ in blocks(page) if kind == "ini"]
     for text in (*files, re.findall(r"`(CARAMEL_HOOK=.*)`", page.read_text())[0]):
@@ -293,7 +293,7 @@ def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Ngi
 
 
 def test_the_page_for_application_authors(
-    tmp_path: Path, caramel: Caramel, front: Nginx, authority: Authority
+    tmp_path: Path, caramel: Caramel, front: Front, authority: Authority
 ) -> None:
     page = DOCS / "application-authors.md"
     more = (
@@ -387,10 +387,9 @@ def test_the_idiom_for_an_init_script(status: int, does: str, tmp_path: Path) ->
         assert (done.returncode, done.stdout, done.stderr) == (0, does, "")
 
 
+@needs("nginx", "curl", "openssl")
 def test_how_other_programs_use_the_file(tmp_path: Path, authority: Authority) -> None:
     """Each line of that table, as it stands there, against a server that demands a certificate."""
-    if not Nginx.program():
-        pytest.skip("nginx is not installed")
     table = section(world.ROOT / "README.md", "## How other programs use the file")
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
     identity = tmp_path / "identity.pem"

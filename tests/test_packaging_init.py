@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from needs import needs, require
 from world import ROOT, environment, until
 
 LIBEXEC = ROOT / "packaging/libexec"
@@ -96,12 +97,11 @@ class Image:
 
 @pytest.fixture(params=["dash", "bash", "busybox"])
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
-    if not shutil.which(request.param):
-        pytest.skip(f"{request.param} is not installed")
+    require(request.param if request.param != "busybox" else "ash")
     return Image(tmp_path, ["busybox", "sh"] if request.param == "busybox" else [request.param])
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@needs("shellcheck")
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
     assert done.stdout == ""
@@ -248,8 +248,7 @@ def test_the_minutes_of_a_fleet_are_spread_evenly() -> None:
 @pytest.fixture
 def init(tmp_path: Path) -> Iterator[list[str]]:
     """The command line of the init script, with its paths in a folder of the test's own."""
-    if not shutil.which("busybox"):
-        pytest.skip("busybox is not installed")
+    require("busybox")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/start-stop-daemon").symlink_to(shutil.which("busybox") or "")
     daemon = tmp_path / "keep-enrolled"

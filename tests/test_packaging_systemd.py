@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from world import ROOT, Authority, Caramel, Nginx, environment, until
+from needs import needs
+from world import ROOT, Authority, Caramel, Front, environment, until
 
 PATIENCE = 60.0
-
-SYSTEMD = shutil.which("systemd-analyze") is not None
-NSPAWN = os.geteuid() == 0 and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists()
 
 
 def make(*words: str) -> None:
@@ -32,7 +30,7 @@ def make(*words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not SYSTEMD, reason="systemd is not installed")
+@needs("systemd")
 def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     root = tmp_path / "root"
     make("install-systemd", f"DESTDIR={root}", "PREFIX=/usr")
@@ -62,7 +60,7 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.skipif(not SYSTEMD, reason="systemd is not installed")
+@needs("systemd")
 def test_an_instance_is_confined() -> None:
     """systemd-analyze's exposure level: 10 is everything open, ours is 1.3."""
     done = subprocess.run(
@@ -82,7 +80,7 @@ def test_an_instance_is_confined() -> None:
 class Machine:
     """A systemd, booted with our units; `control` is a folder that both sides see."""
 
-    def __init__(self, folder: Path, server: Nginx, ca: Path) -> None:
+    def __init__(self, folder: Path, server: Front, ca: Path) -> None:
         self.control = folder / "control"
         self.control.mkdir()
         self.system = folder / "system"
@@ -174,11 +172,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, front: Nginx, authority: Authority) -> Machine:
+def machine(tmp_path: Path, front: Front, authority: Authority) -> Machine:
     return Machine(tmp_path, front, authority.certificate_file)
 
 
-@pytest.mark.skipif(not NSPAWN, reason="needs root, systemd-nspawn and the system's Python")
+@needs("nspawn")
 def test_a_unit_that_needs_the_certificate_waits(machine: Machine, caramel: Caramel) -> None:
     client_id = "systemd-device"
     machine.unit("caramel-embedded.service.d/id.conf", f"[Service]\nEnvironment=CARAMEL_CN={client_id}\n")
@@ -205,9 +203,9 @@ def test_a_unit_that_needs_the_certificate_waits(machine: Machine, caramel: Cara
         until("the check is over", lambda: machine.state_of("caramel-embedded.service") == "inactive", PATIENCE)
 
 
-@pytest.mark.skipif(not NSPAWN, reason="needs root, systemd-nspawn and the system's Python")
+@needs("nspawn")
 def test_with_a_stored_certificate_nobody_waits_for_the_network(
-    machine: Machine, caramel: Caramel, front: Nginx
+    machine: Machine, caramel: Caramel, front: Front
 ) -> None:
     client_id = "systemd-offline"
     identity = caramel.authority.identity(client_id)
@@ -231,7 +229,7 @@ def test_with_a_stored_certificate_nobody_waits_for_the_network(
         assert machine.state_of("needs.service") == "active"
 
 
-@pytest.mark.skipif(not NSPAWN, reason="needs root, systemd-nspawn and the system's Python")
+@needs("nspawn")
 def test_an_instance_has_its_own_user_and_works_confined(machine: Machine, caramel: Caramel) -> None:
     client_id = "web"
     with machine.booted():
