@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-from world import Authority, Caramel, Device, Nginx, Scripted, answers, hours, now
+from world import Authority, Caramel, Device, Front, Nginx, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -75,7 +75,7 @@ def test_a_server_that_knows_304(
 
 
 def test_caramel_itself_is_asked_the_same_and_answers_with_the_body(
-    device: Device, caramel: Caramel, front: Nginx
+    device: Device, caramel: Caramel, front: Front
 ) -> None:
     assert device.run().status == 69
     caramel.sign(str(device.client_id))

@@ -15,6 +15,7 @@ from typing import Optional, Union
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from needs import needs, require
 from world import ROOT, SERVER_AUTH, Authority, environment, hours, new_key, now, private_pem, signing_request
 
 Done = subprocess.CompletedProcess[str]
@@ -389,8 +390,7 @@ def test_a_bad_option_fails_make_zipapp(tmp_path: Path, ca: Authority, words: li
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
 def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+    require(shell)
     launcher = tmp_path / "caramel-embedded"
     shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
     command = [shell, "sh"] if shell == "busybox" else [shell]
@@ -558,10 +558,7 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
         assert b"CARAMEL" not in archive.read("caramel_embedded/baked.conf")
 
 
-DEBIAN_TOOLS = all(shutil.which(program) for program in ("dpkg-buildpackage", "dh", "dh_python3"))
-
-
-@pytest.mark.skipif(not DEBIAN_TOOLS, reason="Debian's packaging tools are not installed")
+@needs("debian-tools")
 def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     def build(folder: Path, **env: str) -> bytes:
         folder.mkdir()

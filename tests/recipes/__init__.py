@@ -33,13 +33,6 @@ ID = "fffbeec0ffee"
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 
-def needs(*programs: str) -> None:
-    """Skips the test where one of these programs isn't installed."""
-    for program in programs:
-        if not shutil.which(program, path=PATH):
-            pytest.skip(f"{program} is not installed")
-
-
 class Section:
     """One recipe: the files, settings and commands that stand under a heading of the page."""
 
