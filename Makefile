@@ -43,7 +43,7 @@ test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installe
 # What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
 # the last lines are those of the tests.
 test-all: device-test $(if $(wildcard tests/powercut/powercut.mk),powercut-short) ## everything, and nothing is skipped (root, 30 min)
-	CARAMEL_TESTS_NO_SKIP=1 $(MAKE) test
+	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test
 
 style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
 	$(BUILD)/tests/bin/ruff check --fix .
@@ -57,7 +57,7 @@ clean: ## removes everything made
 $(BUILD)/wheel/built: $(SOURCES)
 	@rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D) && mkdir -p $(@D)
 	$(PYTHON) -m venv $(BUILD)/builder
-	$(BUILD)/builder/bin/python -m pip wheel --use-pep517 --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	$(BUILD)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	@touch $@
 
 # The program by itself, with nothing beside it but what it needs.
@@ -87,4 +87,4 @@ $(BUILD)/caramel/installed:
 	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
 	@touch $@
 
--include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk server/*/*.mk)
+-include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk)

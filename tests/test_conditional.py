@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
+from needs import needs
 from world import Authority, Caramel, Device, Front, Nginx, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -44,6 +45,7 @@ def asked_since(device: Device, pem: Path) -> Optional[str]:
     return server.requests[0].if_modified_since or None
 
 
+@needs("nginx")
 def test_a_server_that_knows_304(
     tmp_path: Path, device: Device, caramel: Caramel, authority: Authority, pem: Path
 ) -> None:

@@ -229,6 +229,7 @@ def copy_of_the_sources(folder: Path) -> Path:
     return folder
 
 
+@needs("faketime")
 def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Path, ca: Authority) -> None:
     root = copy_of_the_sources(tmp_path / "caramel server" / "identity")
     for path in root.rglob("*"):
@@ -239,8 +240,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
         sys.executable, "packaging/pyz.py", "--server", "localhost:1", "--ca-cert", str(ca.certificate_file),
         "--output", str(other), "--python", sys.executable,
     ]  # fmt: skip
-    if shutil.which("faketime"):
-        command = ["faketime", "2031-05-05", *command]
+    command = ["faketime", "2031-05-05", *command]
     old = os.umask(0o077)
     try:
         done = run(*command, env=surroundings(**environ), cwd=root)
@@ -292,9 +292,12 @@ def test_it_starts_by_every_way(tmp_path: Path, pyz: Path) -> None:
     link.symlink_to(pyz)
     version([str(link)])
     version(["caramel-embedded"], PATH=f"{pyz.parent}:/usr/bin:/bin")
-    for shell in (["bash"], ["busybox", "sh"]):
-        if shutil.which(shell[0]):
-            version([*shell, str(pyz)])
+
+
+@pytest.mark.parametrize("shell", ["bash", "busybox sh"])
+def test_a_shell_starts_it(shell: str, pyz: Path) -> None:
+    require(shell.partition(" ")[0])
+    version([*shell.split(), str(pyz)])
 
 
 def test_another_version_of_python_takes_the_sources(tmp_path: Path, ca: Authority) -> None:

@@ -191,6 +191,7 @@ def test_without_a_daemon_it_is_standard_error(logged: Logged, what: str) -> Non
     assert what != "no socket" or (logged.dev / "log").read_text() == ""
 
 
+@needs("mounts")
 def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> None:
     logged = Logged(tmp_path, authority, socket.SOCK_STREAM)
     logged.device.has(authority.identity(ID, key=key, certified=False))

@@ -66,6 +66,6 @@ exec unshare --mount --pid --fork --kill-child bash -c '
     certificates=/etc/ssl/certs/ca-certificates.crt
     exec chroot --userspec=somebody:somebody --groups= "$tree" /usr/bin/env -i \
         HOME=/home/somebody USER=somebody PATH=/usr/local/bin:/usr/bin:/bin LC_ALL=C.UTF-8 \
-        PIP_CERT=$certificates SSL_CERT_FILE=$certificates ${https_proxy:+https_proxy="$https_proxy"} \
+        PIP_CERT=$certificates SSL_CERT_FILE=$certificates ${https_proxy:+https_proxy="$https_proxy"} ${PYTEST:+PYTEST="$PYTEST"} \
         bash -c "cd ~/caramel-embedded && time make demo && time make test"
 ' bash "$tree"
