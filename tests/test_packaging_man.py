@@ -8,7 +8,7 @@ import subprocess
 from needs import needs
 from world import ROOT, environment
 
-from caramel_embedded import cli
+from caramel_embedded import cli, errors
 
 PAGE = ROOT / "packaging/man/caramel-embedded.8"
 COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
