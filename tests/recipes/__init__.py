@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Optional, Union
 
-import pytest
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
