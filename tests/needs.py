@@ -139,7 +139,12 @@ NEEDS: dict[str, Need] = {
     # Debian keeps it on nobody's path.
     "postgresql": Need(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), ("postgresql",)),
     "psql": program("psql", "postgresql-client"),
-    "rsyslogd": program("rsyslogd", "rsyslog", "rsyslog-gnutls"),
+    "rsyslogd": Need(
+        lambda: (
+            shutil.which("rsyslogd", path=_SBIN) is not None and any(Path("/usr/lib").glob("*/rsyslog/imrelp.so"))
+        ),
+        ("rsyslog", "rsyslog-relp"),
+    ),
     "shellcheck": program("shellcheck"),
     "sqlite3": program("sqlite3"),
     "ssh": program("ssh", "openssh-client"),
