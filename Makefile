@@ -42,7 +42,7 @@ test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installe
 
 # What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
 # the last lines are those of the tests.
-test-all: device-test $(if $(wildcard tests/powercut/powercut.mk),powercut-short) ## everything, and nothing is skipped (root, 30 min)
+test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, and nothing is skipped (root, 30 min)
 	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test
 
 style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
@@ -87,4 +87,5 @@ $(BUILD)/caramel/installed:
 	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
 	@touch $@
 
--include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk)
+# packaging.mk, which also works by itself, brings what stands in its folders.
+-include $(wildcard packaging/*.mk tests/*/*.mk server/*/*.mk)

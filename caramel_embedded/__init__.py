@@ -6,22 +6,16 @@
 
 from __future__ import annotations
 
-__version__ = "1.0.0"
+import importlib
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False
+from .errors import CaramelError, Locked, NotReady, Refused, StorageError, Unreachable, Untrusted, UsageError
+
 if TYPE_CHECKING:
-    from .errors import (
-        CaramelError,
-        Locked,
-        NotReady,
-        Refused,
-        StorageError,
-        Unreachable,
-        Untrusted,
-        UsageError,
-    )
     from .identity import Identity
     from .session import Outcome, check
+
+__version__ = "2.0.0"
 
 __all__ = [
     "CaramelError",
@@ -40,9 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # A run of the command that finds the key file locked must not pay for TLS: what is not asked for is not loaded.
-    if name in __all__:
-        import importlib
-
-        module = {"check": "session", "Outcome": "session", "Identity": "identity"}.get(name, "errors")
-        return getattr(importlib.import_module("." + module, __name__), name)
+    if name in ("check", "Outcome", "Identity"):
+        module = importlib.import_module(".identity" if name == "Identity" else ".session", __name__)
+        return getattr(module, name)
     raise AttributeError("module %r has no attribute %r" % (__name__, name))

@@ -9,16 +9,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
+from typing import TYPE_CHECKING, NoReturn, Optional
 
 from . import signals
+from .errors import EXIT_FAILED, EXIT_LOCKED, CaramelError, lacking
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn, Optional
-
     from .cli import Log
-
-FAILED = 127
 
 # What can steer OpenSSL or Python's ssl from outside. Whoever configured one CA trusts that one only.
 STEERING = (
@@ -44,28 +42,35 @@ def _open_standard_descriptors() -> bool:
     return output
 
 
-def main(arguments: Optional[list[str]] = None) -> NoReturn:
-    """Runs the command with `arguments` (by default those of the process), and ends the process."""
-    status = FAILED
+def main(arguments: Optional[list[str]] = None, locked: int = EXIT_LOCKED) -> NoReturn:
+    """Runs the command with `arguments` (by default those of the process), and ends the process.
+
+    `locked`: the exit status for "locked", where the starter gives another one a meaning that no crash can have.
+    """
+    status = EXIT_FAILED
     log: Optional[Log] = None
+    output = True
     try:
         gc.disable()  # a run is over before collecting garbage would pay
+        # Standard error has one line; urllib3 warns of a clock that is behind, which is our business.
+        warnings.simplefilter("ignore")
         for name in STEERING:
             os.environ.pop(name, None)
         output = _open_standard_descriptors()
-        from . import cli
+        from . import cli  # with this, anything may be lacking
 
         log = cli.Log()
         try:
-            status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log)
+            status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log, locked)
             signals.rest()
         except cli.Asked as asked:
+            signals.rest()
             _print(asked.text, output)
             status = asked.status
     except BaseException as error:
         signals.rest()
-        status = FAILED
-        _report(error, log)
+        status = EXIT_FAILED
+        _report(error, log, output)
     finally:
         os._exit(status)
 
@@ -78,17 +83,15 @@ def _print(text: str, output: bool) -> None:
         data = data[os.write(1, data) :]
 
 
-def _report(error: BaseException, log: Optional[Log]) -> None:
+def _report(error: BaseException, log: Optional[Log], output: bool) -> None:
     """One line on what went wrong. Of an error that nobody foresaw only its type and place: its text may hold
     anything, a key too."""
-    from .errors import CaramelError
-
     if isinstance(error, (CaramelError, signals.Interrupted)):
         text = str(error)
     elif isinstance(error, OSError):
         text = "%s%s" % (error.strerror or error, ": %s" % error.filename if error.filename else "")
     elif isinstance(error, ImportError):
-        text = "this device lacks the Python module %s, or it is broken" % error.name
+        text = lacking(error, str(error.name))
     elif isinstance(error, MemoryError):
         text = "out of memory"
     else:
@@ -97,10 +100,12 @@ def _report(error: BaseException, log: Optional[Log]) -> None:
             where = "%s:%d" % (os.path.basename(place.tb_frame.f_code.co_filename), place.tb_lineno)
             place = place.tb_next
         text = "internal error: %s at %s" % (type(error).__name__, where)
-    if log is not None:
-        log.result(FAILED, text)
-    else:
+    if log is None:
         os.write(2, ("caramel-embedded: %s\n" % text).encode("utf-8", "backslashreplace"))
+        return
+    told = log.result(EXIT_FAILED, text, retry_after=getattr(error, "retry_after", None))
+    if told:
+        _print(told, output)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,38 @@ costs time is imported where it is used.
 from __future__ import annotations
 
 import os
+import select
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
 from . import __version__, signals
-from .errors import CaramelError, Locked, UsageError
+from .errors import (
+    EXIT_CERTIFIED,
+    EXIT_FAILED,
+    EXIT_LOCKED,
+    EXIT_PENDING,
+    Locked,
+    UsageError,
+    printable,
+)
 from .keyfile import KeyFile
 from .settings import Settings
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
-    from typing import Any, NoReturn, Optional
-
-    from .identity import Identity
-    from .session import Outcome
 
 NAME = "caramel-embedded"
-
-CERTIFIED = 0
-LOCKED = 1
-PENDING = 69  # EX_UNAVAILABLE, sysexits.h
-FAILED = 127
 
 # Options that are settings: flag, placeholder, name in the environment, help.
 SETTINGS = (
     ("--server", "HOST[:PORT]", "CARAMEL_CA", "the Caramel server; port 443 if none is given"),
     ("--ca-cert", "PATH", "CARAMEL_CA_CERT", "PEM file of the only CA that is trusted"),
+    (
+        "--identity-ca",
+        "PATH",
+        "CARAMEL_IDENTITY_CA",
+        "PEM file of the CA that signs this device, where that is not the one above",
+    ),
     ("--key-file", "PATH", "CARAMEL_KEY_FILE", "where key, certificate and request are kept, in one file"),
     ("--client-id", "ID", "CARAMEL_CN", "who this device is; by default the hardware says"),
     (
@@ -41,6 +47,8 @@ SETTINGS = (
         "CARAMEL_INTERFACES",
         "network interfaces whose MAC address may be the client ID",
     ),
+    ("--domain", "NAME", "CARAMEL_DOMAIN", "makes a host name of an ID from the hardware"),
+    ("--key-type", "TYPE", "CARAMEL_KEY_TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
     ("--owner", "USER", "CARAMEL_OWNER", "owner of the key file; by default the caller"),
     ("--group", "GROUP", "CARAMEL_GROUP", "group of the key file; by default the caller's"),
     ("--mode", "OCTAL", "CARAMEL_MODE", "mode of the key file; by default 0600"),
@@ -91,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     for flag, placeholder, name, text in SETTINGS:
         made.add_argument(flag, metavar=placeholder, dest=name, help="%s (%s)" % (text, name))
     made.add_argument("--status", action="store_true", help="print what the key file holds, and exit")
-    made.add_argument("--json", action="store_true", help="with --status: for machines")
+    made.add_argument(
+        "--json", action="store_true", help="with --status: for machines; in a check: its outcome, on standard output"
+    )
     made.add_argument("--syslog", action="store_true", help="log to syslog, not to standard error")
     volume = made.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="say every step")
@@ -108,23 +118,34 @@ class Log:
         self.verbose = False
         self.quiet = False
         self.syslog = False
+        self.json = False
         self.client_id: Optional[str] = None
+        self.source = ""  # what told the client ID
 
     def step(self, text: str) -> None:
         """A step on the way, for somebody who looks for a fault."""
         if self.verbose:
             self._write("DEBUG", text)
 
-    def result(self, status: int, text: str, priority: str = "INFO") -> None:
-        """How it ended. `priority`, where it did not fail: NOTICE for what happens rarely in a device's life, WARNING
-        for what its administrator has to know."""
-        if status == FAILED:
+    def result(self, status: int, text: str, priority: str = "INFO", **values: Any) -> Optional[str]:
+        """How it ended; for standard output, where that was asked for, the same as JSON with `values`.
+
+        `priority`, where it did not fail: NOTICE for what happens rarely in a device's life, WARNING for what its
+        administrator has to know.
+        """
+        if status == EXIT_FAILED:
             priority = "ERROR"
         if not self.quiet or priority in ("ERROR", "WARNING"):
             self._write(priority, text)
+        if not self.json:
+            return None
+        import json
+
+        told = {"status": status, "client_id": self.client_id, "retry_after": None, "not_after": None, "new": False}
+        return json.dumps({**told, **values, "message": text}) + "\n"
 
     def _write(self, priority: str, text: str) -> None:
-        text = "".join(c if c.isprintable() else "?" for c in text)
+        text = printable(text, len(text))
         if self.client_id:
             text = "%s: %s" % (self.client_id, text)
         if self.syslog:
@@ -137,8 +158,6 @@ class Log:
 
 def write(fd: int, text: str) -> None:
     """Writes `text` if that is possible at once; what can't be written must neither stop nor delay a run."""
-    import select
-
     data = text.encode("utf-8", "backslashreplace")
     try:
         poll = select.poll()
@@ -150,130 +169,50 @@ def write(fd: int, text: str) -> None:
         pass
 
 
-def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log) -> int:
-    """One run of the command; its exit status. Raises `CaramelError` (127) and `Asked`."""
+def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log, locked: int) -> int:
+    """One run of the command; its exit status, `locked` where that is `EXIT_LOCKED`.
+
+    Raises `CaramelError` (127) and `Asked`.
+    """
     options: dict[str, str] = {}
-    status = json = False
+    status = False
     if arguments:
         parsed = vars(parser().parse_args(arguments))
         options = {name: parsed[name] for _, _, name, _ in SETTINGS if parsed[name] is not None}
-        status, json = parsed["status"], parsed["json"]
+        status = parsed["status"]
         log.verbose, log.quiet, log.syslog = parsed["verbose"], parsed["quiet"], parsed["syslog"]
-        _require(options, json, status)
+        log.json = parsed["json"] and not status
+        for flag, _, name, _ in SETTINGS:
+            if options.get(name) == "":
+                raise UsageError("%s: its value is empty" % flag)
     settings = Settings(options, environment)
     if settings.unknown:
         log.step("settings that this version doesn't know: " + ", ".join(settings.unknown))
     if status:
         from .status import report
 
-        text, code = report(settings, json)
+        text, code = report(settings, parsed["json"])
         raise Asked(text, code)
-    return run(settings, log)
-
-
-def _require(options: Mapping[str, str], json: bool, status: bool) -> None:
-    if json and not status:
-        raise UsageError("--json goes with --status")
-    for flag, _, name, _ in SETTINGS:
-        if options.get(name) == "":
-            raise UsageError("%s: its value is empty" % flag)
-
-
-def run(settings: Settings, log: Log) -> int:
-    """One check on the key file; the exit status. Raises `CaramelError`."""
-    log.client_id = settings.client_id
+    told: Optional[str]
     try:
-        file = KeyFile.open(settings.key_file)
-        try:
-            signals.catch()
-            arguments = _arguments(settings, log)
-            if file is None:
-                # Whatever is wrong with the settings has to show before anything is made.
-                file = _create(settings, arguments)
-            outcome = _check(file, settings, arguments)
-        finally:
-            if file is not None:
-                file.close()
-    except Locked as reason:
-        log.result(LOCKED, str(reason))
-        return LOCKED
-    except CaramelError as error:
-        _call_hook(settings, log, str(error))  # it can be owed for the certificate that is in place
-        raise
-    _call_hook(settings, log, str(outcome))
-    status = CERTIFIED if outcome.certified else PENDING
-    log.result(status, str(outcome), "WARNING" if outcome.notes else "NOTICE" if outcome.new else "INFO")
-    return status
-
-
-def _arguments(settings: Settings, log: Log) -> dict[str, Any]:
-    """What the check wants to know from the settings, and from the hardware where they are silent."""
-    from . import identity
-
-    if settings.server is None:
-        raise UsageError("no server: name one with --server or CARAMEL_CA")
-    identity.require_entropy()  # before anything is loaded that would wait for it
-    if settings.client_id is None:
-        from . import hardware
-
-        settings.client_id, source = hardware.client_id(settings.interfaces)
         log.client_id = settings.client_id
-        log.step("client ID from the " + source)
-    return {
-        "server": settings.server,
-        "ca_cert": settings.ca_cert(),
-        "client_id": settings.client_id,
-        "timeout": settings.timeout,
-        "build_time": settings.build_time,
-        "say": log.step,
-    }
+        file = KeyFile.open(settings.key_file)
+        from . import device  # TLS, HTTP and all else: not for a run that finds the key file locked
 
-
-def _create(settings: Settings, arguments: Mapping[str, Any]) -> KeyFile:
-    from .trust import Trust
-
-    Trust(arguments["ca_cert"], arguments["build_time"])
-    return KeyFile.create(settings.key_file, settings.owner, settings.group, settings.mode)
-
-
-def _check(file: KeyFile, settings: Settings, arguments: Mapping[str, Any]) -> Outcome:
-    """The check of the library, with the key file to keep the bytes in."""
-    from . import session
-    from .identity import certificate_in
-
-    file.clean()
-    data = file.read()
-    place = (settings.owner, settings.group, settings.mode)
-
-    def store(identity: Identity) -> None:
-        if bytes(identity) == data and identity.modified is not None:
-            file.touch(identity.modified)
-            return
-        # Not for the same certificate, where only the request had to be made again.
-        certificate = identity.certificate
-        if settings.hook and certificate is not None and certificate != certificate_in(data):
-            from . import hook
-
-            hook.owe(file.path, certificate)
-        file.replace(bytes(identity), identity.modified, *place)
-        arguments["say"]("stored in %s" % file.path)
-
-    if not file.has(*place):
-        # By replacing it: at no instant does the file have the new owner with the old mode.
-        file.replace(data, file.modified, *place)
-        arguments["say"]("owner, group and mode of %s set" % file.path)
-    return session.check(stored=data, store=store, modified=file.modified, **arguments)
-
-
-def _call_hook(settings: Settings, log: Log, so_far: str) -> None:
-    """Calls the hook if it is owed. Raises `CaramelError`, which says `so_far` too: a run has one line for all."""
-    if settings.hook and settings.client_id:
-        from . import hook
-
-        path = os.path.realpath(settings.key_file)
-        try:
-            called = hook.settle(path, settings.hook, settings.client_id, settings.timeout)
-        except CaramelError as error:
-            error.args = ("%s; %s" % (so_far, error),)
-            raise
-        log.step("the hook was called" if called else "the hook is not owed")
+        signals.catch()
+        outcome, notes = device.check(file, settings, log)
+    except Locked as reason:
+        code, told = locked, log.result(EXIT_LOCKED, str(reason))
+    else:
+        code = EXIT_CERTIFIED if outcome.certified else EXIT_PENDING
+        told = log.result(
+            code,
+            "; ".join([*notes, str(outcome)]),
+            "WARNING" if outcome.notes or notes else "NOTICE" if outcome.new else "INFO",
+            retry_after=outcome.retry_after,
+            not_after=outcome.not_after,
+            new=outcome.new,
+        )
+    if told:
+        raise Asked(told, code)
+    return code

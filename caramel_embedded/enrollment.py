@@ -1,27 +1,24 @@
-"""The state machine: where a run stands + what the server said = what is next.
+"""The state machine: state + event = next state and action. No input or output here.
 
-Everything that decides is in the table below; anything that is not in it ends the run with nothing lost. No I/O
-here: the sockets are in ``server``, the sequence of steps is carried out in ``session``.
+Everything that decides is in the table below; an event that is not in it ends the run with nothing lost. The sockets
+are in ``server``; the actions are carried out in ``session``.
 
             first GET                         after POST
     200  -> store, certified             200  -> store, certified
     304  -> certified                    202  -> pending
     202  -> pending                      else -> fail
-    404  -> POST, ask again
-    403  -> new identity, POST, ask again     (at most once a run)
+    404  -> POST, GET again
+    403  -> new identity, POST, GET again     (at most once a run)
 """
 
 from __future__ import annotations
 
 import enum
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from collections.abc import Mapping
 
 
-class Stage(enum.Enum):
-    """Where a run stands: what the answer that is awaited belongs to."""
+class State(enum.Enum):
+    """Where a run stands: what the response that is awaited belongs to."""
 
     ASKED = "the first GET of the run"
     POSTED = "a POST of the stored request, because the server didn't know it"
@@ -29,25 +26,24 @@ class Stage(enum.Enum):
     ASKED_AGAIN = "a GET after a POST"
 
 
-class Said(enum.Enum):
-    """What the server said, authenticated and understood."""
+class Event(enum.Enum):
+    """What the server's response says, authenticated and understood."""
 
     CERTIFICATE = "a certificate that passes every check"
     NOT_MODIFIED = "the stored certificate is still the newest"
     PENDING = "the request is known and not signed"
     UNKNOWN = "the request is not known"
     REJECTED = "the administrator rejected the request"
-    USELESS_KEY = "a certificate, and the stored key turns out to be damaged"
     ACCEPTED = "the request was taken"
     DECLINED = "the request was not taken: it is there already, or not as the server wants it"
     UNEXPECTED = "anything else"
 
 
-class Step(enum.Enum):
+class Action(enum.Enum):
     """What to do next."""
 
     POST = "post the request"
-    ASK = "ask for the certificate"
+    GET = "ask for the certificate"
     START_OVER = "make a new identity, store it, post its request"
     STORE = "certified: store the certificate if it is a new one"
     KEEP = "certified: keep the stored certificate"
@@ -55,25 +51,24 @@ class Step(enum.Enum):
     FAIL = "leave everything as it is"
 
 
-FINAL = frozenset((Step.STORE, Step.KEEP, Step.WAIT, Step.FAIL))
+FINAL = frozenset((Action.STORE, Action.KEEP, Action.WAIT, Action.FAIL))
 
-TRANSITIONS: Mapping[tuple[Stage, Said], tuple[Step, Stage]] = {
-    (Stage.ASKED, Said.CERTIFICATE): (Step.STORE, Stage.ASKED),
-    (Stage.ASKED, Said.NOT_MODIFIED): (Step.KEEP, Stage.ASKED),
-    (Stage.ASKED, Said.PENDING): (Step.WAIT, Stage.ASKED),
-    (Stage.ASKED, Said.UNKNOWN): (Step.POST, Stage.POSTED),
-    (Stage.ASKED, Said.REJECTED): (Step.START_OVER, Stage.POSTED_NEW),
-    (Stage.ASKED, Said.USELESS_KEY): (Step.START_OVER, Stage.POSTED_NEW),
-    (Stage.POSTED, Said.ACCEPTED): (Step.ASK, Stage.ASKED_AGAIN),
+TRANSITIONS: Mapping[tuple[State, Event], tuple[State, Action]] = {
+    (State.ASKED, Event.CERTIFICATE): (State.ASKED, Action.STORE),
+    (State.ASKED, Event.NOT_MODIFIED): (State.ASKED, Action.KEEP),
+    (State.ASKED, Event.PENDING): (State.ASKED, Action.WAIT),
+    (State.ASKED, Event.UNKNOWN): (State.POSTED, Action.POST),
+    (State.ASKED, Event.REJECTED): (State.POSTED_NEW, Action.START_OVER),
+    (State.POSTED, Event.ACCEPTED): (State.ASKED_AGAIN, Action.GET),
     # Most likely a duplicate: an earlier run's POST did arrive. Asking tells.
-    (Stage.POSTED, Said.DECLINED): (Step.ASK, Stage.ASKED_AGAIN),
+    (State.POSTED, Event.DECLINED): (State.ASKED_AGAIN, Action.GET),
     # A new request can't be a duplicate. Making still another one would be a loop.
-    (Stage.POSTED_NEW, Said.ACCEPTED): (Step.ASK, Stage.ASKED_AGAIN),
-    (Stage.ASKED_AGAIN, Said.CERTIFICATE): (Step.STORE, Stage.ASKED_AGAIN),
-    (Stage.ASKED_AGAIN, Said.PENDING): (Step.WAIT, Stage.ASKED_AGAIN),
+    (State.POSTED_NEW, Event.ACCEPTED): (State.ASKED_AGAIN, Action.GET),
+    (State.ASKED_AGAIN, Event.CERTIFICATE): (State.ASKED_AGAIN, Action.STORE),
+    (State.ASKED_AGAIN, Event.PENDING): (State.ASKED_AGAIN, Action.WAIT),
 }
 
 
-def following(stage: Stage, said: Said) -> tuple[Step, Stage]:
-    """The next step, and the stage that the run is in after it."""
-    return TRANSITIONS.get((stage, said), (Step.FAIL, stage))
+def transition(state: State, event: Event) -> tuple[State, Action]:
+    """The state after `event`, and the action that it asks for."""
+    return TRANSITIONS.get((state, event), (state, Action.FAIL))

@@ -1,13 +1,28 @@
-"""What can go wrong, named for what the caller can do about it.
+"""What can go wrong, named for what the caller can do about it; and the command's exit statuses.
 
 Every error's text is one line that a person can act on, and holds no key material.
 """
 
 from __future__ import annotations
 
+from typing import Optional
+
+EXIT_CERTIFIED = 0
+EXIT_LOCKED = 1
+EXIT_PENDING = 69  # EX_UNAVAILABLE, sysexits.h
+EXIT_FAILED = 127
+
+# The name that a package is installed by, where it isn't the module's.
+_PACKAGES = {"OpenSSL": "pyOpenSSL"}
+
 
 class CaramelError(Exception):
-    """The base of all errors that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose.
+
+    Attributes: retry_after: seconds that the server asked to wait before the next check, or None.
+    """
+
+    retry_after: Optional[int] = None
 
 
 class UsageError(CaramelError):
@@ -15,7 +30,7 @@ class UsageError(CaramelError):
 
 
 class NotReady(CaramelError):
-    """The machine can't do it at this moment (no entropy, a module is missing): nothing was changed."""
+    """The machine can't do it at this moment (no entropy, a package is missing): nothing was changed."""
 
 
 class Locked(CaramelError):
@@ -37,3 +52,16 @@ class Untrusted(CaramelError):
 
 class Refused(CaramelError):
     """The server's answer can't be used: its administrator has to look at it, or a proxy is in between."""
+
+
+def lacking(error: BaseException, names: str) -> str:
+    """What to say where a package can't be loaded: `error` is what loading it raised, `names` what was loaded."""
+    if isinstance(error, ImportError) and error.name:
+        module = error.name.split(".")[0]
+        names = _PACKAGES.get(module, module)
+    return "this device lacks the Python package %s, or it is broken" % names
+
+
+def printable(text: str, most: int = 200) -> str:
+    """Somebody else's words, fit for one line of a log: at most so many characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])

@@ -1,4 +1,4 @@
-"""Who am I: the client ID of a device that wasn't told one.
+"""Who am I: the client ID of a device that wasn't told one, and what makes the hardware the same as before.
 
 The hardware's serial number where it is a real one, else the permanent MAC address of the first usable network
 interface. Never anything that another device could have too, or that this one could lose: a vendor's placeholder,
@@ -7,15 +7,18 @@ a random, virtual or locally administered address.
 
 from __future__ import annotations
 
+import array
+import errno
+import fcntl
+import hashlib
 import os
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Optional
 
 from .errors import UsageError
 from .settings import is_client_id
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import Optional
 
 # Device tree (Documentation/devicetree/usage-model in Linux), SoC bus (sysfs-devices-soc), DMI (sysfs-firmware-dmi).
 SERIAL_NUMBER_FILES = (
@@ -98,25 +101,79 @@ SIOCETHTOOL = 0x8946  # linux/sockios.h
 ETHTOOL_GPERMADDR = 0x20  # linux/ethtool.h
 
 
-def client_id(interfaces: Optional[Iterable[str]] = None, root: str = "/") -> tuple[str, str]:
-    """The client ID, and where it came from as a person would say it.
+class Source(NamedTuple):
+    """Something that may tell who the device is. Attributes: name: as a person would say it; id: None where it can't
+    be read."""
 
-    `interfaces`: whose MAC address may be used, in this order; None: the physical ones, by name. `root`: where
-    ``proc`` and ``sys`` are. Raises `UsageError` where the hardware has nothing that lasts.
+    name: str
+    id: Optional[str]
+
+
+class Hardware:
+    """All that the hardware says of itself.
+
+    Attributes: sources: what a new client ID may come from, in order; ids: every ID that the hardware has.
     """
-    for name in SERIAL_NUMBER_FILES:
-        serial = _first_line(os.path.join(root, name))
-        if is_real_serial(serial):
-            return serial, "serial number in /" + name
-    net = os.path.join(root, "sys/class/net")
-    for interface in _names(net) if interfaces is None else interfaces:
-        address = _permanent_address(net, interface)
-        if address:
-            return address, "MAC address of " + interface
-    raise UsageError(
-        "the hardware has neither a serial number nor a network interface with a permanent address: "
-        "give a client ID with --client-id or CARAMEL_CN"
-    )
+
+    def __init__(self, interfaces: Optional[Iterable[str]] = None, root: str = "/") -> None:
+        """`interfaces`: whose MAC address may become a client ID, in this order; None: the physical ones, by name.
+        `root`: where ``proc`` and ``sys`` are."""
+        net = os.path.join(root, "sys/class/net")
+        present = _names(net)
+        addresses = {name: _permanent_address(net, name) for name in {*present, *(interfaces or ())}}
+        serials = [_serial("/" + name, os.path.join(root, name)) for name in SERIAL_NUMBER_FILES]
+        usable = [
+            Source("MAC address of " + name, addresses[name])
+            for name in (present if interfaces is None else interfaces)
+            if addresses[name]
+        ]
+        self.sources: Sequence[Source] = [*filter(None, serials), *usable]
+        found = [source.id for source in self.sources if source.id] + [addresses[name] for name in present]
+        self.ids: Sequence[str] = list(dict.fromkeys(filter(None, found)))
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """What the key file remembers the hardware by: 8 hex digits for each ID that it has."""
+        return tuple(map(fingerprint, self.ids))
+
+    def holds(self, client_id: str, remembered: Iterable[str], domain: Optional[str] = None) -> bool:
+        """Whether an identity is this machine's: it has one of the IDs that are `remembered`, or `client_id` itself
+        is one of its IDs."""
+        return not set(self.fingerprints).isdisjoint(remembered) or any(
+            client_id in (one, in_domain(one, domain)) for one in self.ids
+        )
+
+    def client_id(self, domain: Optional[str] = None) -> tuple[str, str]:
+        """The client ID of a new identity, and the source that it came from. Raises `UsageError`."""
+        for source in self.sources:
+            if source.id is None:
+                # The next one would do, until somebody asks who can read this one: an ID doesn't depend on who asks.
+                raise UsageError(
+                    "the %s can't be read by this user: run as root, or give a client ID with --client-id or "
+                    "CARAMEL_CN" % source.name
+                )
+            return in_domain(source.id, domain), source.name
+        raise UsageError(
+            "the hardware has neither a serial number nor a network interface with a permanent address: "
+            "give a client ID with --client-id or CARAMEL_CN"
+        )
+
+
+def fingerprint(client_id: str) -> str:
+    """8 hex digits that tell an ID from others, and don't tell the ID."""
+    return hashlib.sha256(client_id.encode()).hexdigest()[:8]
+
+
+def in_domain(client_id: str, domain: Optional[str]) -> str:
+    """`client_id` as a host name in `domain`, in lower case; unchanged without a domain. Raises `UsageError`."""
+    if not domain:
+        return client_id
+    # What can't be in a label of a host name (RFC 1123, 2.1), "_" say, becomes a hyphen.
+    label = "".join(c if c.isalnum() else "-" for c in client_id.lower()).strip("-")
+    name = "%s.%s" % (label, domain)
+    if len(label) > 63 or not is_client_id(name):
+        raise UsageError("%s is too long for a client ID: 64 characters at most" % name)
+    return name
 
 
 def is_real_serial(text: str) -> bool:
@@ -139,6 +196,17 @@ def is_permanent_address(text: str) -> bool:
     return int(text[:2], 16) & 3 == 0 and int(text, 16) != 0
 
 
+def _serial(name: str, path: str) -> Optional[Source]:
+    """The serial number in a file; None where there is none, or none that is real."""
+    try:
+        text = _first_line(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO):
+            return None
+        return Source("serial number in " + name, None)
+    return Source("serial number in " + name, text) if is_real_serial(text) else None
+
+
 def _names(net: str) -> list[str]:
     try:
         return sorted(os.listdir(net))
@@ -149,24 +217,22 @@ def _names(net: str) -> list[str]:
 def _permanent_address(net: str, interface: str) -> Optional[str]:
     """The address that the interface was made with, None where it is no physical one or has no such address."""
     folder = os.path.join(net, interface)
-    # A bridge, bond, VLAN, tunnel or veth has no device behind it.
-    if not os.path.exists(os.path.join(folder, "device")):
-        return None
-    if _first_line(os.path.join(folder, "type")) != str(ARPHRD_ETHER):
-        return None
-    address = _asked_of_driver(interface) if net == "/sys/class/net" else None
-    if address is None and _first_line(os.path.join(folder, "addr_assign_type")) == str(NET_ADDR_PERM):
-        address = _first_line(os.path.join(folder, "address")).lower().replace(":", "")
+    try:
+        # A bridge, bond, VLAN, tunnel or veth has no device behind it.
+        if not os.path.exists(os.path.join(folder, "device")):
+            return None
+        if _first_line(os.path.join(folder, "type")) != str(ARPHRD_ETHER):
+            return None
+        address = _asked_of_driver(interface) if net == "/sys/class/net" else None
+        if address is None and _first_line(os.path.join(folder, "addr_assign_type")) == str(NET_ADDR_PERM):
+            address = _first_line(os.path.join(folder, "address")).lower().replace(":", "")
+    except OSError:
+        return None  # it is gone, or not there yet
     return address if address and is_permanent_address(address) else None
 
 
 def _asked_of_driver(interface: str) -> Optional[str]:
     """The permanent address by ethtool(8)'s ioctl: a bond or an administrator may have changed the current one."""
-    import array
-    import fcntl
-    import socket
-    import struct
-
     # struct ethtool_perm_addr { __u32 cmd; __u32 size; __u8 data[]; }, pointed to by struct ifreq
     request = array.array("B", struct.pack("=II32s", ETHTOOL_GPERMADDR, 32, b""))
     pointer = struct.pack("16sP16x", os.fsencode(interface), request.buffer_info()[0])
@@ -182,10 +248,7 @@ def _asked_of_driver(interface: str) -> Optional[str]:
 
 
 def _first_line(path: str) -> str:
-    """The text of a small sysfs or procfs file, "" where there is none; device tree strings end with NUL."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.read(4096) or b""
-    except OSError:
-        return ""
+    """The text of a small sysfs or procfs file; device tree strings end with NUL. Raises OSError."""
+    with open(path, "rb", buffering=0) as file:
+        data = file.read(4096) or b""
     return data.decode("ascii", "replace").split("\0")[0].strip()

@@ -8,17 +8,15 @@ the note is locked meanwhile, so that such a run, or one by cron, doesn't call t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Optional
 
-from . import identity, keyfile, trust
 from .errors import CaramelError, StorageError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Optional
+from .identity import certificate_in, remembered, utc
+from .keyfile import MAXIMUM, FileLock, Folder
 
 
 class HookFailed(CaramelError):
@@ -26,84 +24,111 @@ class HookFailed(CaramelError):
 
 
 def owe(key_file: str, certificate: bytes) -> None:
-    """Notes that the hook is owed for `certificate`, which is about to be stored in `key_file` (no symbolic link).
+    """Notes that the hook is owed for `certificate`, which is about to be stored in `key_file`.
 
     What is owed for the one that is there stays owed until then. Raises `StorageError`.
     """
-    lines = [_hash(certificate)]
-    current = _certificate_in(key_file)
-    if current is not None and current != certificate and is_owed(key_file):
-        lines.append(_hash(current))
-    keyfile.replace(_note(key_file), b"".join(line + b"\n" for line in lines))
+    folder = Folder(key_file)
+    try:
+        lines = [_hash(certificate)]
+        current = certificate_in(_content(folder))
+        if current is not None and current != certificate and _hash(current) in _owed(folder):
+            lines.append(_hash(current))
+        note = b"".join(line + b"\n" for line in lines)
+        lock = folder.put(folder.beside("hook"), note, None, os.geteuid(), os.getegid(), 0o600)
+        try:
+            folder.sync(lock.fd)
+        finally:
+            lock.drop()
+    except OSError as error:
+        raise _problem("write", folder, error) from None
+    finally:
+        folder.close()
 
 
 def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) -> bool:
-    """Runs `command` if it is owed for the certificate in `key_file` (no symbolic link); whether it ran.
+    """Runs `command` if it is owed for the certificate in `key_file`; whether it ran.
 
     `limit`: seconds. Raises `HookFailed`, `StorageError`.
     """
-    note = _note(key_file)
     try:
-        fd = os.open(note, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        folder = Folder(key_file)
+    except FileNotFoundError:
+        return False
+    note = folder.beside("hook")
+    lock: Optional[FileLock] = None
+    doing = "read"
+    try:
+        lock = FileLock(folder.open(note))
+        doing = "settle"
+        if not lock.take():
+            return False  # another run is at it; perhaps the hook itself has started this one
+        data = _content(folder)
+        certificate = certificate_in(data)
+        owed = os.pread(lock.fd, 4096, 0).split()
+        if certificate is None or _hash(certificate) not in owed or not folder.leads_to(note, lock.fd):
+            return False
+        _run(command, _environment(folder.path, data, client_id), limit)
+        if folder.leads_to(note, lock.fd):
+            os.unlink(note, dir_fd=folder.fd)
+        return True
     except FileNotFoundError:
         return False  # nothing is owed
     except OSError as error:
-        raise StorageError("can't read %s: %s" % (note, error.strerror)) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owed = os.read(fd, 4096).split()
-        # A reader needs no lock: it sees the whole old or the whole new content.
-        certificate = _certificate_in(key_file)
-        if certificate is None or _hash(certificate) not in owed or not _is_named(fd, note):
-            return False
-        _run(command, _environment(key_file, certificate, client_id), limit)
-        if _is_named(fd, note):
-            os.unlink(note)
-        return True
-    except BlockingIOError:
-        return False  # another run is at it; perhaps the hook itself has started this one
-    except OSError as error:
-        raise StorageError("can't settle %s: %s" % (note, error.strerror)) from None
+        raise _problem(doing, folder, error) from None
     finally:
-        os.close(fd)
+        if lock is not None:
+            lock.drop()
+        folder.close()
+
+
+def _problem(doing: str, folder: Folder, error: OSError) -> StorageError:
+    note = os.path.join(os.path.dirname(folder.path), folder.beside("hook"))
+    return StorageError("can't %s %s: %s" % (doing, note, error.strerror))
 
 
 def is_owed(key_file: str) -> bool:
     """Whether the hook is owed for the certificate in `key_file`, as far as the caller may see that."""
-    certificate = _certificate_in(key_file)
     try:
-        with open(_note(key_file), "rb") as file:
-            return certificate is not None and _hash(certificate) in file.read(4096).split()
-    except OSError:
+        folder = Folder(key_file)
+        try:
+            certificate = certificate_in(_content(folder))
+            return certificate is not None and _hash(certificate) in _owed(folder)
+        finally:
+            folder.close()
+    except (OSError, StorageError):
         return False
 
 
-def _note(key_file: str) -> str:
-    folder, name = os.path.split(key_file)
-    return os.path.join(folder, ".%s.hook" % name[:200])
+def _read(folder: Folder, name: str, size: int) -> bytes:
+    """What the file `name` holds, without a lock: a reader sees the whole old or the whole new content."""
+    with open(folder.open(name), "rb") as file:
+        return file.read(size)
 
 
-def _certificate_in(key_file: str) -> Optional[bytes]:
+def _content(folder: Folder) -> bytes:
+    return _read(folder, folder.name, MAXIMUM)
+
+
+def _owed(folder: Folder) -> list[bytes]:
     try:
-        with open(key_file, "rb") as file:
-            return identity.certificate_in(file.read(keyfile.MAXIMUM))
+        return _read(folder, folder.beside("hook"), 4096).split()
     except OSError:
-        return None
+        return []
 
 
-def _is_named(fd: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _environment(key_file: str, data: bytes, client_id: str) -> dict[str, str]:
+    until = remembered(data).get("until", "").rstrip("Z").replace("T", " ")
+    if not until:
+        from . import certificates  # a file without the line of text: one that can't be written
 
-
-def _environment(key_file: str, certificate: bytes, client_id: str) -> dict[str, str]:
+        told = certificates.describe(certificate_in(data) or b"")
+        until = utc(told.not_after) if told else ""
     return {
         **os.environ,
         "CARAMEL_CN": client_id,
         "CARAMEL_KEY_FILE": key_file,
-        "CARAMEL_NOT_AFTER": trust.utc(identity.not_after(certificate)),
+        "CARAMEL_NOT_AFTER": until if until.endswith("UTC") else until + " UTC",
     }
 
 
@@ -112,14 +137,13 @@ def _hash(certificate: bytes) -> bytes:
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], limit: float) -> None:
-    import signal
-    import subprocess
+    import subprocess  # most runs with a hook have none to call
 
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=2,  # standard output belongs to --status; a hook's words are for whoever reads the log
+            stdout=2,  # standard output belongs to whoever asked for it; a hook's words are for the log
             env=environment,
             start_new_session=True,  # so that all of it can be ended
         )

@@ -1,11 +1,12 @@
 """The combined file: lock, read, replace.
 
 Responsible for this: whatever is killed or loses power, the path holds the whole old or the whole new content with
-the right owner and mode; one process at a time works on it; nothing is written that doesn't change anything. Leaves
-to others what the content means.
+the right owner and mode; one process at a time works on it; nothing is written that doesn't change anything. Whoever
+else may write to the file's folder spoils this file and nothing else: all work is done by name in the opened folder.
+Leaves to others what the content means.
 
 The lock is flock(2) on the key file itself, so that flock(1) sees it. A replacement is another inode: it is locked
-before it gets the name, and whoever got a lock has to look whether the path still names what was locked.
+before it gets the name, and whoever got a lock has to look whether the name still leads to what was locked.
 """
 
 from __future__ import annotations
@@ -14,49 +15,252 @@ import errno
 import fcntl
 import os
 import stat
+from typing import Optional
+
+import fasteners  # type: ignore[import-untyped, unused-ignore]
 
 from .errors import Locked, StorageError
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Optional
-
 MAXIMUM = 1 << 20  # bytes; a longer file is nothing that this program wrote
+MAXIMUM_LINKS = 40  # as the kernel's, path_resolution(7)
 
 
 def _problem(what: str, path: str, error: OSError) -> StorageError:
     return StorageError("%s %s: %s" % (what, path, error.strerror or error))
 
 
+class FileLock(fasteners.InterProcessLock):  # type: ignore[misc, unused-ignore]  # no types in older releases
+    """flock(2) on a file that is already open: fasteners' own is a POSIX record lock, which flock(1) doesn't see."""
+
+    def __init__(self, fd: int) -> None:
+        """`fd`: a regular file's descriptor, which belongs to the lock from here on."""
+        super().__init__("key file")  # a name without a folder: fasteners would make the folder
+        self.lockfile = open(fd, "rb", buffering=0)  # noqa: SIM115
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file."""
+        number: int = self.lockfile.fileno()
+        return number
+
+    def trylock(self) -> None:
+        """Raises OSError, EAGAIN where another process holds the lock."""
+        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def unlock(self) -> None:
+        """Gives the lock back."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def take(self) -> bool:
+        """Takes the lock without waiting; False where another process has it. Raises OSError."""
+        try:
+            return bool(self.acquire(blocking=False))
+        except RuntimeError as error:  # fasteners has put what happened into one of its own
+            raise error.__context__ or error from None
+
+    def drop(self) -> None:
+        """Gives the lock back, if it is held, and closes the file."""
+        if self.acquired:
+            self.release()
+        elif self.lockfile is not None:
+            self.lockfile.close()
+
+
+class Folder:
+    """The folder of a key file, opened; what is done in it is done by name, and nowhere else.
+
+    Attributes: path: of the key file itself; name: its name in the folder; shared: whether anybody but root and the
+    caller may write to the folder.
+    """
+
+    def __init__(self, path: str, make: bool = False) -> None:
+        """Follows `path`, absolute, folder by folder; with `make`, makes those that are missing.
+
+        A symbolic link is followed where it and its folder belong to root or the caller, and nobody else may write
+        there. Raises FileNotFoundError where a folder is missing, `StorageError`.
+        """
+        self.fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.name = self._follow(path, make)
+            self.shared = self._is_shared()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise _problem("can't open the folder of", path, error) from None
+            raise
+        self.path = os.path.join(os.readlink("/proc/self/fd/%d" % self.fd), self.name) if _PROC else path
+
+    def _follow(self, path: str, make: bool) -> str:
+        left, links = _parts(path), 0
+        while True:
+            name = left.pop(0)
+            try:
+                status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            except FileNotFoundError:
+                if not left:
+                    return name
+                if not make:
+                    raise
+                self._make(name)
+                left.insert(0, name)
+                continue
+            if stat.S_ISLNK(status.st_mode):
+                links += 1
+                if links > MAXIMUM_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                if status.st_uid not in (0, os.geteuid()) or self._is_shared():
+                    raise StorageError(
+                        "%s: %s is a symbolic link that somebody else may have put there" % (path, name)
+                    )
+                target = os.readlink(name, dir_fd=self.fd)
+                if target.startswith("/"):
+                    self._go_to("/")
+                left = [*_parts(target), *left]
+            elif left:
+                self._go_to(name)
+            else:
+                return name
+
+    def _go_to(self, name: str) -> None:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=self.fd)
+        os.close(self.fd)
+        self.fd = fd
+
+    def _make(self, name: str) -> None:
+        mask = os.umask(0o022)
+        try:
+            os.mkdir(name, 0o755, dir_fd=self.fd)
+        except FileExistsError:
+            return
+        finally:
+            os.umask(mask)
+        self.sync()  # a folder that a power cut takes away takes the key along
+
+    def _is_shared(self) -> bool:
+        status = os.fstat(self.fd)
+        return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & 0o022)
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """A descriptor of the regular file `name`. Raises FileNotFoundError, OSError, `StorageError`."""
+        # O_NONBLOCK: somebody may have put a FIFO there.
+        fd = os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        status = os.fstat(fd)
+        wrong = None
+        if not stat.S_ISREG(status.st_mode):
+            wrong = "is no regular file"
+        elif status.st_nlink > 1 and self.shared:
+            wrong = "is a hard link that somebody else may have put there"
+        if wrong:
+            os.close(fd)
+            raise StorageError("%s %s" % (os.path.join(os.path.dirname(self.path), name), wrong))
+        return fd
+
+    def leads_to(self, name: str, fd: int) -> bool:
+        """Whether `name` is the file that `fd` is open on."""
+        try:
+            return os.path.samestat(os.stat(name, dir_fd=self.fd, follow_symlinks=False), os.fstat(fd))
+        except FileNotFoundError:
+            return False
+
+    def beside(self, suffix: str) -> str:
+        """The name of a file that belongs to the key file: hidden, and as long as a name can be (255 bytes)."""
+        name = self.name
+        if len(os.fsencode(name)) > 240:
+            import hashlib  # rare enough
+
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()
+        return ".%s.%s" % (name, suffix)
+
+    def put(self, name: str, data: bytes, modified: Optional[float], owner: int, group: int, mode: int) -> FileLock:
+        """Puts a new file with `data` in the place of `name`; a lock on it, which is held before it has the name.
+
+        `modified`: seconds since 1970, UTC; None: now. Raises OSError: then the old file is still there.
+        """
+        # One fixed name: only the holder of the lock uses it, so there is never more than one to clean up.
+        draft = self.beside("new")
+        self.discard(draft)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(draft, flags, 0o600, dir_fd=self.fd)
+        lock = FileLock(fd)
+        try:
+            _hand_over(fd, owner, group, mode)
+            lock.take()
+            left = memoryview(data)
+            while left:
+                left = left[os.write(fd, left) :]
+            if modified is not None:
+                _set_time(fd, modified)
+            os.fsync(fd)  # the content before the name: rename(2) alone promises no order
+            os.rename(draft, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except BaseException:
+            lock.drop()
+            self.discard(draft)
+            raise
+        return lock
+
+    def sync(self, fd: Optional[int] = None) -> None:
+        """Makes the names in the folder durable, then that of the file `fd` on a FAT. Raises `StorageError`."""
+        try:
+            folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                os.fsync(folder)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # some file systems (of FUSE) can't do that to a folder
+                    raise
+            finally:
+                os.close(folder)
+            if fd is not None:
+                # FAT keeps a file's size and start in its name's slot, and writes that slot for the file, not for
+                # the folder: without this the renamed file is empty after a power cut. After the folder, because
+                # two slots with one content make fsck.fat empty one of them.
+                os.fsync(fd)
+        except OSError as error:
+            raise _problem("can't flush the folder of", getattr(self, "path", "the key file"), error) from None
+
+    def discard(self, name: str) -> None:
+        """Removes the file `name`, where that is possible."""
+        try:
+            os.unlink(name, dir_fd=self.fd)
+        except OSError:
+            pass  # not there, as a rule; where it can't be removed, making the next one fails and says why
+
+    def close(self) -> None:
+        """Closes the folder."""
+        os.close(self.fd)
+
+
+_PROC = os.path.exists("/proc/self/fd")
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")] or ["."]
+
+
 class KeyFile:
     """The key file, locked, until `close`."""
 
-    def __init__(self, path: str, fd: int, created: bool = False) -> None:
-        self._path = path
-        self._fd = fd
-        self._locks = [fd]
+    def __init__(self, folder: Folder, lock: FileLock, created: bool = False) -> None:
+        self._folder = folder
+        self._locks = [lock]
         self._created = created
 
     @classmethod
     def open(cls, path: str) -> Optional[KeyFile]:
-        """The file at `path`, locked; None where there is none. Symbolic links are followed.
-
-        Never waits. Raises `Locked`, `StorageError`.
-        """
-        path = os.path.realpath(path)
-        for _ in range(3):
-            try:
-                # Read-only, so that a read-only file system will do for a run that changes nothing, and so that no
-                # stray output can ever land in the file. O_NONBLOCK: somebody may have put a FIFO there.
-                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return None
-            except OSError as error:
-                raise _problem("can't open", path, error) from None
-            if _lock(path, fd):
-                return cls(path, fd)
-            os.close(fd)  # it was replaced or removed between open and flock
-        raise Locked("another process is replacing " + path)
+        """The file at `path`, locked; None where there is none. Never waits. Raises `Locked`, `StorageError`."""
+        try:
+            folder = Folder(path)
+        except FileNotFoundError:
+            return None
+        try:
+            lock = _open_locked(folder)
+        except BaseException:
+            folder.close()
+            raise
+        if lock is None:
+            folder.close()
+            return None
+        return cls(folder, lock)
 
     @classmethod
     def create(cls, path: str, owner: int, group: int, mode: int) -> KeyFile:
@@ -64,27 +268,38 @@ class KeyFile:
 
         Raises `Locked`, `StorageError`.
         """
-        target = os.path.realpath(path)
-        _make_folder(os.path.dirname(target))
-        for _ in range(3):
-            try:
-                fd = _create_empty(target, owner, group, mode)
-            except FileExistsError:
-                file = cls.open(target)
-                if file is not None:
-                    return file
-            except OSError as error:
-                raise _problem("can't make", target, error) from None
-            else:
-                if _lock(target, fd):
-                    return cls(target, fd, created=True)
-                os.close(fd)
-        raise Locked("another process is making " + target)
+        try:
+            folder = Folder(path, make=True)
+        except FileNotFoundError as error:
+            raise _problem("can't make the folder of", path, error) from None
+        try:
+            for _ in range(3):
+                try:
+                    fd = _create_empty(folder, owner, group, mode)
+                except FileExistsError:
+                    found = _open_locked(folder)
+                    if found is not None:
+                        return cls(folder, found)
+                    continue
+                lock = FileLock(fd)
+                if lock.take() and folder.leads_to(folder.name, fd):
+                    return cls(folder, lock, created=True)
+                lock.drop()
+            raise Locked("another process is making " + path)
+        except BaseException as error:
+            folder.close()
+            if isinstance(error, OSError):
+                raise _problem("can't make", path, error) from None
+            raise
 
     @property
     def path(self) -> str:
         """The path of the file itself, where the caller's may be a symbolic link."""
-        return self._path
+        return self._folder.path
+
+    @property
+    def _fd(self) -> int:
+        return self._locks[-1].fd
 
     @property
     def modified(self) -> float:
@@ -92,22 +307,8 @@ class KeyFile:
         return int(os.fstat(self._fd).st_mtime)
 
     def read(self) -> bytes:
-        """The content. Raises `StorageError`."""
-        data = b""
-        try:
-            while len(data) <= MAXIMUM:
-                piece = os.pread(self._fd, 65536, len(data))
-                if not piece:
-                    break
-                data += piece
-        except OSError as error:
-            raise _problem("can't read", self._path, error) from None
-        return data
-
-    def has(self, owner: int, group: int, mode: int) -> bool:
-        """Whether the file has this owner, group and mode."""
-        status = os.fstat(self._fd)
-        return (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (owner, group, mode)
+        """The content. Raises `StorageError`, also for a file that is too long to be a key file."""
+        return read(self._fd, self.path)
 
     def replace(self, data: bytes, modified: Optional[float], owner: int, group: int, mode: int) -> None:
         """Puts `data` in the place of what was there, at once and durably.
@@ -115,135 +316,139 @@ class KeyFile:
         `modified`: the modification time in seconds since 1970, UTC; None: now. When this returns, a power cut can
         no longer bring back the old content. Raises `StorageError`: then the old content is still there.
         """
-        fd = _put(self._path, data, modified, owner, group, mode)
+        try:
+            lock = self._folder.put(self._folder.name, data, modified, owner, group, mode)
+        except OSError as error:
+            raise _problem("can't store", self.path, error) from None
         # From here on the new content is there, and locked, whatever happens to the rest.
         self._created = False
-        self._locks.append(fd)
-        self._fd = fd
-        _sync_folder(os.path.dirname(self._path))
+        self._locks.append(lock)
+        self._folder.sync(self._fd)
+
+    @property
+    def is_others(self) -> bool:
+        """Whether the file belongs to neither root nor the caller: its owner may have it open for writing."""
+        return os.fstat(self._fd).st_uid not in (0, os.geteuid())
+
+    def settle(self, owner: int, group: int, mode: int) -> None:
+        """Gives the file this owner, group and mode in its place. Raises `StorageError`."""
+        has = stat.S_IMODE(os.fstat(self._fd).st_mode)
+        try:
+            # Never more than one of the two allows: first what both do, then the owner, then the rest.
+            if has & ~mode:
+                os.fchmod(self._fd, has & mode)
+            _hand_over(self._fd, owner, group, mode)
+        except OSError as error:
+            raise _problem("can't set owner, group and mode of", self.path, error) from None
+
+    def misplaced(self, owner: int, group: int, mode: int) -> Optional[str]:
+        """What the file system keeps in the place of this owner, group and mode; None where it is right."""
+        status = os.fstat(self._fd)
+        has = stat.S_IMODE(status.st_mode)
+        if (status.st_uid, status.st_gid, has) == (owner, group, mode):
+            return None
+        return (
+            "the file system doesn't keep the key file's owner and mode: %d:%d, %04o in the place of %d:%d, %04o "
+            "(a FAT needs the mount options fmask=0177,dmask=077,uid=%d,gid=%d)"
+            % (status.st_uid, status.st_gid, has, owner, group, mode, owner, group)
+        )
 
     def touch(self, modified: float) -> None:
         """Sets the modification time, seconds since 1970, UTC, where that is possible; the content stays."""
         try:
-            os.utime(self._fd, (modified, modified))
-        except (OSError, OverflowError):
+            _set_time(self._fd, modified)
+        except OSError:
             pass  # it only saves bytes on the link
 
     def clean(self) -> None:
         """Removes what a killed run may have left beside the file."""
-        _discard(_draft(self._path))
+        self._folder.discard(self._folder.beside("new"))
 
     def close(self) -> None:
         """Gives the lock back. A file that this run made and put nothing in is removed."""
         if self._created:
-            try:
-                os.unlink(self._path)
-            except OSError:
-                pass
-        for fd in self._locks:
-            os.close(fd)
+            self._folder.discard(self._folder.name)
+        for lock in self._locks:
+            lock.drop()
         self._locks = []
+        self._folder.close()
 
 
-def replace(path: str, data: bytes) -> None:
-    """Puts `data` in the place of the file at `path`, at once and durably; readable by its owner only.
-
-    For what is kept beside a key file, by the holder of its lock. Raises `StorageError`.
-    """
-    os.close(_put(path, data, None, os.geteuid(), os.getegid(), 0o600))
-    _sync_folder(os.path.dirname(path))
-
-
-def _put(path: str, data: bytes, modified: Optional[float], owner: int, group: int, mode: int) -> int:
-    """Gives the name `path` to a new file with `data`; its descriptor, which holds a lock on it."""
-    draft = _draft(path)
-    _discard(draft)
+def read(fd: int, path: str) -> bytes:
+    """The content of an opened key file. Raises `StorageError`."""
+    data = b""
     try:
-        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        while len(data) <= MAXIMUM:
+            piece = os.pread(fd, 65536, len(data))
+            if not piece:
+                return data
+            data += piece
     except OSError as error:
-        raise _problem("can't make", draft, error) from None
+        raise _problem("can't read", path, error) from None
+    raise StorageError("%s is longer than %d bytes: it is no key file, and left as it is" % (path, MAXIMUM))
+
+
+def _open_locked(folder: Folder) -> Optional[FileLock]:
+    """A lock on the key file in `folder`; None where there is no file. Raises `Locked`, `StorageError`."""
+    flags = os.O_RDONLY  # a read-only file system will do; and no stray output can ever land in the file
+    for _ in range(3):
+        try:
+            lock = FileLock(folder.open(folder.name, flags))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _problem("can't open", folder.path, error) from None
+        try:
+            taken = lock.take()
+        except OSError as error:
+            lock.drop()
+            if error.errno == errno.EBADF and flags == os.O_RDONLY:
+                flags = os.O_RDWR  # NFS makes a record lock of it, which wants a file that can be written
+                continue
+            raise _problem("can't lock", folder.path, error) from None
+        except BaseException:
+            lock.drop()
+            raise
+        if not taken:
+            lock.drop()
+            raise Locked("another process holds the lock on " + folder.path)
+        if folder.leads_to(folder.name, lock.fd):
+            return lock
+        lock.drop()  # it was replaced or removed between open and flock
+    raise Locked("another process is replacing " + folder.path)
+
+
+def _create_empty(folder: Folder, owner: int, group: int, mode: int) -> int:
+    """An empty file with this owner, group and mode from the moment it has its name; its descriptor.
+
+    O_TMPFILE and linkat(2), see open(2). A file system that has neither (FAT, JFFS2), or a system without /proc, gets
+    a file that becomes what it should be a moment later; nothing is in it then. Raises FileExistsError, OSError.
+    """
+    try:
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder.fd)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            raise
+        return _create_visibly(folder, owner, group, mode)
     try:
         _hand_over(fd, owner, group, mode)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # locked before it has the name
-        left = memoryview(data)
-        while left:
-            left = left[os.write(fd, left) :]
-        if modified is not None:
-            try:
-                os.utime(fd, (modified, modified))
-            except OverflowError:
-                pass  # a time that this system can't count to; it only saves bytes on the link
-        os.fsync(fd)  # the content before the name: rename(2) alone promises no order
-        os.rename(draft, path)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # locked before it has a name
+        os.link("/proc/self/fd/%d" % fd, folder.name, dst_dir_fd=folder.fd, follow_symlinks=True)
     except BaseException as error:
         os.close(fd)
-        _discard(draft)
-        if isinstance(error, OSError):
-            raise _problem("can't store", path, error) from None
+        if isinstance(error, FileNotFoundError):
+            return _create_visibly(folder, owner, group, mode)
         raise
     return fd
 
 
-def _draft(path: str) -> str:
-    # One fixed name: only the holder of the lock uses it, so there is never more than one to clean up.
-    folder, name = os.path.split(path)
-    return os.path.join(folder, ".%s.new" % name[:200])
-
-
-def _discard(draft: str) -> None:
-    try:
-        os.unlink(draft)
-    except OSError:
-        pass  # not there, as a rule; where it can't be removed, making the next one fails and says why
-
-
-def _lock(path: str, fd: int) -> bool:
-    """Locks `fd`; whether `path` still names it then. Raises `Locked`, or `StorageError` for what is no file."""
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise StorageError("%s is no regular file" % path)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise Locked("another process holds the lock on " + path) from None
-    except OSError as error:
-        os.close(fd)
-        raise _problem("can't lock", path, error) from None
-    try:
-        named = os.stat(path)
-    except OSError:
-        return False
-    return (named.st_dev, named.st_ino) == (status.st_dev, status.st_ino)
-
-
-def _create_empty(path: str, owner: int, group: int, mode: int) -> int:
-    """An empty file with this owner, group and mode from the moment it has its name; its descriptor.
-
-    O_TMPFILE and linkat(2), see open(2). A file system that has neither (FAT, JFFS2) gets a file that becomes what
-    it should be a moment later; nothing is in it then. Raises FileExistsError, OSError.
-    """
-    folder = os.path.dirname(path)
-    try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-            raise
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            _hand_over(fd, owner, group, mode)
-        except BaseException:
-            os.unlink(path)
-            os.close(fd)
-            raise
-        return fd
+def _create_visibly(folder: Folder, owner: int, group: int, mode: int) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(folder.name, flags, 0o600, dir_fd=folder.fd)
     try:
         _hand_over(fd, owner, group, mode)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # locked before it has a name
-        # `src_dir_fd` means nothing before an absolute path, but makes Python call linkat(2), which follows the link.
-        os.link("/proc/self/fd/%d" % fd, path, src_dir_fd=fd, follow_symlinks=True)
     except BaseException:
+        folder.discard(folder.name)
         os.close(fd)
         raise
     return fd
@@ -258,33 +463,8 @@ def _hand_over(fd: int, owner: int, group: int, mode: int) -> None:
         os.fchmod(fd, mode)
 
 
-def _make_folder(folder: str) -> None:
-    missing = []
-    while not os.path.isdir(folder) and folder != "/":
-        missing.append(folder)
-        folder = os.path.dirname(folder)
-    for folder in reversed(missing):
-        try:
-            os.mkdir(folder, 0o755)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise _problem("can't make the folder", folder, error) from None
-        # A folder that a power cut takes away takes the key along.
-        _sync_folder(os.path.dirname(folder))
-
-
-def _sync_folder(folder: str) -> None:
-    """Makes names in `folder` durable, see fsync(2). Raises `StorageError`."""
+def _set_time(fd: int, modified: float) -> None:
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            # Some file systems (of FUSE, FAT on old kernels) can't do that to a folder; they have no order to keep.
-            if error.errno != errno.EINVAL:
-                raise
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _problem("can't flush the folder", folder, error) from None
+        os.utime(fd, (modified, modified))
+    except OverflowError:
+        pass  # a time that this system can't count to; it only saves bytes on the link

@@ -6,21 +6,18 @@ global state. The command is a thin skin over it (``cli``), and so is every appl
 
 from __future__ import annotations
 
-from . import enrollment
-from . import identity as identities
-from .enrollment import Said, Stage, Step
-from .errors import Refused, UsageError
-from .identity import Foreign, Identity
-from .server import Server
-from .settings import client_id as _client_id
-from .settings import server as _server
-from .trust import Facts, Trust, utc
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Optional, Union
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Callable, Optional, Union
-
-    from .server import Answer
+from . import enrollment, settings
+from .enrollment import Action, Event, State
+from .errors import CaramelError, Refused, UsageError
+from .identity import Identity, Issued, utc
+from .server import Response, Server
+from .stored import Stored, usable
+from .trust import Trust, pem_certificates
 
 
 class Outcome:
@@ -32,19 +29,27 @@ class Outcome:
         new: whether that certificate was fetched by this very check.
         identity: the `Identity` as it has been stored.
         not_after: when its certificate ends, seconds since 1970, UTC; None where there is no usable one.
+        retry_after: seconds that the server asked to wait before the next check; None where it didn't.
         notes: what a person has to know beside it, such as why the identity was started over; as a rule nothing.
     """
 
-    __slots__ = ("certified", "identity", "new", "not_after", "notes")
+    __slots__ = ("certified", "identity", "new", "not_after", "notes", "retry_after")
 
     def __init__(
-        self, identity: Identity, certified: bool, new: bool, facts: Optional[Facts], notes: list[str]
+        self,
+        identity: Identity,
+        certified: bool,
+        new: bool,
+        not_after: Optional[float],
+        retry_after: Optional[int],
+        notes: tuple[str, ...],
     ) -> None:
         self.identity = identity
         self.certified = certified
-        self.new = certified and new
-        self.not_after = facts.not_after if facts else None
-        self.notes = tuple(notes)
+        self.new = new
+        self.not_after = not_after
+        self.retry_after = retry_after
+        self.notes = notes
 
     def __str__(self) -> str:
         """One line for a person: what happened, and until when the certificate is valid."""
@@ -54,50 +59,14 @@ class Outcome:
             words = ["request %s waits to be signed" % self.identity.request_hash]
         if self.not_after is not None:
             words.append("valid until " + utc(self.not_after))
+        if self.retry_after is not None:
+            words.append(wish(self.retry_after))
         return "; ".join([*self.notes, ", ".join(words)])
 
 
-class Stored:
-    """What was found where the identity is kept, judged.
-
-    Attributes: identity (None: start over); genuine: what its certificate says, where that is by the trusted CA for
-    this key and client ID; facts: the same where it is in date, too, and so usable; why: for a person, each reason
-    why something can't be kept.
-    """
-
-    __slots__ = ("facts", "genuine", "identity", "why")
-
-    def __init__(self, data: bytes, client_id: str, trust: Trust) -> None:
-        self.identity: Optional[Identity] = None
-        self.genuine: Optional[Facts] = None
-        self.facts: Optional[Facts] = None
-        self.why: list[str] = []
-        if not data:
-            return
-        try:
-            self.identity = identities.look(data, client_id, trust.subjects) or identities.examine(
-                data, client_id, trust.subjects
-            )
-            if self.identity.certificate is not None:
-                self._judge(self.identity, client_id, trust)
-        except Foreign as reason:
-            self.identity = None
-            self.why.append("%s: starting over with a new key" % reason)
-
-    def _judge(self, identity: Identity, client_id: str, trust: Trust) -> None:
-        judged = trust.judge(identity, client_id)
-        if isinstance(judged, Facts):
-            self.genuine = judged
-            trust.learn(judged)
-            reason = trust.why_not_in_date(judged)
-        else:
-            # Perhaps it is the key that doesn't work any more; that is not to be seen at a glance.
-            identities.require_sound_key(identity)
-            reason = judged
-        if reason is None:
-            self.facts = self.genuine
-        else:
-            self.why.append("the stored certificate %s" % reason)
+def wish(retry_after: int) -> str:
+    """A server's Retry-After, for a person."""
+    return "the server asks to wait %d s" % retry_after
 
 
 def check(
@@ -110,14 +79,16 @@ def check(
     timeout: float = 60.0,
     modified: Optional[float] = None,
     build_time: float = 0.0,
+    identity_ca: Optional[bytes] = None,
+    key_type: str = "rsa-2048",
     say: Callable[[str], None] = lambda step: None,
 ) -> Outcome:
     """Asks a Caramel server once how things stand with an identity, and brings the identity up to date.
 
     Args:
         server: ``HOST[:PORT]``, or host and port.
-        ca_cert: the CA certificate, PEM: the only one that is trusted, for the server and for the identity. May hold
-            several (a roll-over); the first one is the one whose subject new requests begin with.
+        ca_cert: the CA certificate, PEM: the only one that is trusted for the server. May hold several (a roll-over);
+            the first one is the one whose subject new requests begin with.
         client_id: who the device or application is, 1 to 64 of ``A-Z a-z 0-9 . _ : -``; a fresh UUID, say.
         stored: what was last given to `store`; None if nothing ever was.
         store: called with each new `Identity`, before anything of it is sent and after a new certificate was checked.
@@ -125,175 +96,214 @@ def check(
             raise an exception where it can't. A key is sent off only after that, so it can't be lost.
         timeout: seconds for everything that waits on the network, name look-up included.
         modified: when the stored certificate was modified (``identity.modified``), seconds since 1970, UTC; None: its
-            notBefore. Saves the body of an answer where the server knows conditional requests.
+            notBefore. Saves the body of a response where the server knows conditional requests.
         build_time: a time that has certainly passed, seconds since 1970, UTC, for devices whose clock starts in 1970.
+        identity_ca: the CA that signs this identity, PEM, where it isn't the one that signs the server.
+        key_type: of new keys: ``rsa-2048``, ``rsa-4096`` or ``ec-p256``; Caramel itself signs no EC keys.
         say: called with each step, for a person who looks for a fault. Never gets key material.
 
     Returns:
         An `Outcome`: certified, or pending until somebody has signed the request. Call again later in either case.
 
     Raises:
-        UsageError: an argument is wrong. NotReady: no entropy yet, or a module is missing. Unreachable: try again
-        later. Untrusted: whoever answered is not the server. Refused: its answer can't be used. What `store` raises.
-        In every case the identity that was stored last is still good.
+        UsageError: an argument is wrong. NotReady: no entropy yet, or a package is missing. Unreachable: try again
+        later. Untrusted: whoever answered is not the server. Refused: its response can't be used. What `store`
+        raises. In every case the identity that was stored last is still good.
 
     Safe to be called from several threads, each with an identity of its own.
     """
-    if not isinstance(ca_cert, bytes) or not isinstance(stored, (bytes, type(None))):
-        raise UsageError("ca_cert and stored are bytes: encode a text that a key chain keeps, or decode Base64")
-    identities.require_entropy()  # OpenSSL would wait for it
-    address = _server(server) if isinstance(server, str) else server
-    _client_id(client_id)
-    trust = Trust(ca_cert, build_time)
-    if trust.clock_is_wrong:
-        say("the clock is wrong, it is behind a time that has certainly passed: not looking at what isn't valid yet")
-    conversation = Server(address, trust, client_id, timeout, say)
-    return _Check(conversation, trust, client_id, store, say).run(stored or b"", modified)
+    _require(isinstance(ca_cert, bytes), "ca_cert is bytes: PEM text")
+    _require(isinstance(identity_ca, (bytes, type(None))), "identity_ca is bytes: PEM text")
+    _require(isinstance(stored, (bytes, type(None))), "stored is bytes: encode a text, or decode Base64")
+    _require(callable(store) and callable(say), "store and say are functions")
+    _require(_number(timeout) and 0 < timeout <= 86400, "timeout is seconds: more than 0, at most 86400")
+    _require(_number(build_time), "build_time is seconds since 1970")
+    _require(modified is None or _number(modified), "modified is seconds since 1970, or None")
+    address = _address(server)
+    trust = Trust(ca_cert, identity_ca, build_time, settings.key_type(key_type))
+    found = Stored(stored or b"", settings.client_id(client_id), trust, modified=modified)
+    return Check(address, found, store, timeout, say).run()
 
 
-class _Check:
+class Check:
     """Carries out what ``enrollment`` decides."""
 
     def __init__(
         self,
-        server: Server,
-        trust: Trust,
-        client_id: str,
+        address: tuple[str, int],
+        found: Stored,
         store: Callable[[Identity], None],
+        timeout: float,
         say: Callable[[str], None],
     ) -> None:
-        self._server = server
-        self._trust = trust
-        self._client_id = client_id
+        """See `check`."""
+        self._found = found
+        self._trust = found.trust
         self._store = store
         self._say = say
-        self._notes: list[str] = []  # what a person has to know beside the outcome
+        self._server = Server(address, found.trust, found.client_id, timeout, say)
+        self._stored = found.data
+        self._retry_after: Optional[int] = None
+        self._notes = list(found.notes)
 
-    def run(self, data: bytes, modified: Optional[float]) -> Outcome:
-        found = Stored(data, self._client_id, self._trust)
-        identity, facts = found.identity, found.facts
-        for note in found.why:
-            self._note(note)
-        if identity is not None:
-            self._say("found %r, %s certificate" % (identity, "a usable" if facts else "no usable"))
-        if identity is not None and identity.certificate is not None:
-            time = facts.not_before if modified is None and facts else modified
-            identity = identity.with_certificate(identity.certificate, time)
-        if identity is None and not data:
-            identity = self._new()
-        elif identity is not None and bytes(identity) != data:
-            self._store(identity)  # the same key in another form, or with its request made again
+    def run(self) -> Outcome:
+        """Asks the server, and stores what is new. Raises what `check` raises."""
+        for note in self._notes:
+            self._say(note)
+        if self._trust.clock_is_behind:
+            self._say("the clock is behind a time that has certainly passed: not looking at what isn't valid yet")
         try:
-            self._server.connect(identity if facts else None)
-            if identity is None:
-                # Only now: a wrong CA in the configuration must not cost the device a good identity.
-                identity = self._new()
-            return self._converse(identity, facts, modified)
+            return self._converse(self._begin())
+        except CaramelError as error:
+            if self._retry_after is not None:
+                error.retry_after = self._retry_after
+                error.args = ("%s, %s" % (error, wish(self._retry_after)),)
+            raise
         finally:
             self._server.close()
 
-    def _converse(self, identity: Identity, facts: Optional[Facts], modified: Optional[float]) -> Outcome:
-        since = self._since(facts, modified)
-        fetched, fetched_facts = identity, facts
-        stage, step = Stage.ASKED, Step.ASK
-        while step not in enrollment.FINAL:
-            if step is Step.START_OVER:
-                identity, facts = self._new(), None
-            if step is Step.ASK:
-                answer = self._server.get(identity.request_hash, since)
-                said, fetched, fetched_facts = self._understood(answer, identity, facts)
-                since = None
+    def _begin(self) -> Identity:
+        """The identity to ask for."""
+        if self._found.identity is not None:
+            return self._found.identity
+        if self._stored:
+            # A wrong CA in the configuration must not cost the device a good identity.
+            self._server.reach()
+        return self._new()
+
+    def _converse(self, identity: Identity) -> Outcome:
+        state, action = State.ASKED, Action.GET
+        since = self._since(identity)
+        shown = identity if usable(identity, self._trust) and not identity.for_servers_only else None
+        while action not in enrollment.FINAL:
+            issued: Optional[Issued] = None
+            if action is Action.START_OVER:
+                identity = self._new()
+            if action is Action.GET:
+                response = self._server.get(identity.request_hash, since, shown)
+                event, issued = self._event(response, identity)
+                since = shown = None
             else:
-                if stage is Stage.POSTED:
-                    identity = self._mended(identity)
-                answer = self._server.post(identity.request_hash, identity.request)
-                said = self._taken(answer)
-            if said in (Said.REJECTED, Said.DECLINED):
-                self._note("%s (%s)" % (said.value, answer))
-            step, stage = enrollment.following(stage, said)
-            self._say("%s: %s" % (said.value, step.value))
+                if self._notes:
+                    self._keep(identity)  # a request that was made again is stored before it is sent
+                response = self._server.post(identity.request_hash, identity.request)
+                event = _event_of_post(response)
+            self._retry_after = response.retry_after
+            if event in (Event.REJECTED, Event.DECLINED):
+                self._note("%s (%s)" % (event.value, response))
+            state, action = enrollment.transition(state, event)
+            self._say("%s: %s" % (event.value, action.value))
 
-        new = fetched.certificate != identity.certificate
-        # The server's own date in the place of the one that was put there for want of it: asked with any other, the
-        # server sends the same certificate for ever. Once only, whatever dates it goes on to give.
-        dated = facts is not None and modified == facts.not_before and fetched.modified not in (None, modified)
-        if step is Step.STORE and (new or dated):
-            self._store(fetched)
-        elif step is Step.WAIT and facts is None and identity.certificate is not None:
-            # Dropped only now that the server was asked: a clock that has jumped ahead may have lied about it.
-            fetched = identity.with_certificate(None)
-            self._store(fetched)
-        elif step is Step.FAIL:
+        if action is Action.FAIL:
             raise Refused(
-                "; ".join([*self._notes, "the server's answer can't be used: %s, %s" % (answer, stage.value)])
+                "; ".join([*self._notes, "the server's response can't be used: %s, %s" % (response, state.value)])
             )
-        return Outcome(fetched, step is not Step.WAIT, new, fetched_facts or facts, self._notes)
+        new = False
+        if action is Action.WAIT and not usable(identity, self._trust):
+            # Dropped only now that the server was asked: a clock that has jumped ahead may have lied about it.
+            identity = identity.with_issued(None)
+        elif issued is not None:
+            new = identity.issued is None or issued.text != identity.issued.text
+            self._take(identity, issued, new)
+            identity = identity.with_issued(issued)
+        self._keep(identity)
+        not_after = identity.issued.not_after if identity.issued else None
+        return Outcome(identity, action is not Action.WAIT, new, not_after, self._retry_after, tuple(self._notes))
 
-    def _since(self, facts: Optional[Facts], modified: Optional[float]) -> Optional[float]:
+    def _take(self, identity: Identity, issued: Issued, new: bool) -> None:
+        """Stores a time of the server's own in the place of the one that was put there for want of it.
+
+        Asked with any other, the server sends the same certificate for ever. Once only, whatever times it goes on to
+        tell.
+        """
+        if not new and identity.modified == issued.not_before != issued.modified:
+            self._store(identity.with_issued(issued))
+
+    def _since(self, identity: Identity) -> Optional[float]:
         """For If-Modified-Since; None once less than a third of the certificate's life is left."""
-        if facts is None or facts.not_after - self._trust.now < (facts.not_after - facts.not_before) / 3:
+        issued = identity.issued
+        if issued is None or not usable(identity, self._trust):
             return None
-        return facts.not_before if modified is None else modified
+        left = issued.not_after - self._trust.now()
+        return None if left < (issued.not_after - issued.not_before) / 3 else issued.modified
 
-    def _understood(
-        self, answer: Answer, identity: Identity, facts: Optional[Facts]
-    ) -> tuple[Said, Identity, Optional[Facts]]:
-        """What an answer to a GET means; the identity with the certificate of the answer, and what that says.
+    def _event(self, response: Response, identity: Identity) -> tuple[Event, Optional[Issued]]:
+        """What a response to a GET says, and the certificate in it. Raises `Refused` for one that isn't good."""
+        if response.status == 304 and response.conditional:
+            return Event.NOT_MODIFIED, None
+        if response.is_rejection:
+            return Event.REJECTED, None
+        if response.status != 200:
+            return {202: Event.PENDING, 404: Event.UNKNOWN}.get(response.status, Event.UNEXPECTED), None
+        text = re.sub(rb"\r?\n(?:[ \t]*\r?\n)*", b"\n", response.body.strip() + b"\n")
+        current = identity.issued
+        if current and usable(identity, self._trust) and text == current.text:
+            time = current.modified if response.last_modified is None else response.last_modified
+            return Event.CERTIFICATE, current._replace(modified=time)
+        from . import certificates
 
-        `facts`: of the stored certificate, where it is usable. Raises `Refused` for a certificate that isn't good.
-        """
-        if answer.status == 304 and answer.conditional:
-            return Said.NOT_MODIFIED, identity, facts
-        if answer.status == 403 and answer.from_caramel:
-            return Said.REJECTED, identity, None
-        if answer.status != 200:
-            return {202: Said.PENDING, 404: Said.UNKNOWN}.get(answer.status, Said.UNEXPECTED), identity, None
-        pem = identities.sole_block(answer.body, identities.CERTIFICATE)
-        if pem is None:
+        found = pem_certificates(text)
+        if not 1 <= len(found) <= certificates.MAXIMUM_CHAIN or b"".join(pem + b"\n" for pem in found) != text:
             raise Refused("the server answered with something that is no certificate")
-        if pem == identity.certificate and facts:
-            time = identity.modified if answer.last_modified is None else answer.last_modified
-            return Said.CERTIFICATE, identity.with_certificate(pem, time), facts
-        judged = self._trust.judge(identity.with_certificate(pem), self._client_id)
-        reason = judged if isinstance(judged, str) else self._trust.why_not_in_date(judged)
-        if isinstance(judged, Facts) and reason is None:
-            time = judged.not_before if answer.last_modified is None else answer.last_modified
-            return Said.CERTIFICATE, identity.with_certificate(pem, time), judged
+        anchors = certificates.anchors(self._trust)
         try:
-            identities.require_sound_key(identity)
-        except Foreign as why:
-            self._note("%s: starting over with a new key" % why)
-            return Said.USELESS_KEY, identity, None
-        raise Refused("the certificate from the server %s" % reason)
-
-    @staticmethod
-    def _taken(answer: Answer) -> Said:
-        """What an answer to a POST means."""
-        if answer.status == 202:
-            return Said.ACCEPTED
-        return Said.DECLINED if answer.status == 400 and answer.from_caramel else Said.UNEXPECTED
-
-    def _mended(self, identity: Identity) -> Identity:
-        """The identity with its request as it was before a worn flash changed a bit of it.
-
-        A look doesn't see that, but to the server it is another request: one that it doesn't know, and won't take.
-        """
-        try:
-            found = identities.examine(bytes(identity), self._client_id, self._trust.subjects)
-        except Foreign:
-            return identity  # it is the key that is damaged; that shows once there is a certificate
-        if found.request != identity.request:
-            self._note("the stored request is damaged: made again with the same key")
-            identity = Identity(identity.key, found.request, identity.certificate, identity.modified)
-            self._store(identity)
-        return identity
+            issued = certificates.accept(text, identity, anchors, self._trust, response.last_modified)
+        except certificates.Unusable as reason:
+            raise Refused("the certificate from the server %s" % reason) from None
+        if issued.not_after < self._trust.now():
+            raise Refused("the certificate from the server ended at " + utc(issued.not_after))
+        # A server whose clock is ahead must not set our floor to a time at which it can't be believed itself.
+        if issued.not_before > self._server.certificate_end:
+            raise Refused(
+                "the certificate from the server begins at %s, after the server's own has ended: its clock is ahead"
+                % utc(issued.not_before)
+            )
+        return Event.CERTIFICATE, issued
 
     def _new(self) -> Identity:
+        from . import certificates
+
         self._say("making a key and a certificate request")
-        identity = identities.make(self._client_id, self._trust.subjects[0])
-        self._store(identity)
+        with self._server.pause():
+            anchors = certificates.anchors(self._trust)
+            identity = certificates.make(self._found.client_id, anchors, self._trust, self._found.hardware)
+        self._keep(identity)
         return identity
+
+    def _keep(self, identity: Identity) -> None:
+        """Stores the identity if it isn't what is stored."""
+        data = bytes(identity)
+        if data != self._stored:
+            self._store(identity)
+            self._stored = data
 
     def _note(self, note: str) -> None:
         self._notes.append(note)
         self._say(note)
+
+
+def _event_of_post(response: Response) -> Event:
+    """What a response to a POST says."""
+    if response.status == 202:
+        return Event.ACCEPTED
+    return Event.DECLINED if response.status == 400 and response.from_caramel else Event.UNEXPECTED
+
+
+def _require(right: bool, what: str) -> None:
+    if not right:
+        raise UsageError(what)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _address(server: Union[str, tuple[str, int]]) -> tuple[str, int]:
+    """Raises `UsageError`."""
+    if isinstance(server, str):
+        return settings.server(server)
+    try:
+        host, port = server
+        return settings.server("[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port))
+    except (TypeError, ValueError):
+        raise UsageError("server is a text HOST[:PORT], or a host and a port number") from None

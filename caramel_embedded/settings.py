@@ -7,18 +7,19 @@ locked pays for this module, so it imports next to nothing.
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
 
 from .errors import UsageError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any, Callable, Optional
 
 CONFIG_FILE = "/etc/caramel-embedded.conf"
 KEY_FILE = "/var/lib/caramel/identity.pem"
 TIMEOUT = 60.0
+KEY_TYPES = ("rsa-2048", "rsa-4096", "ec-p256")
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _DIGITS = "0123456789"
@@ -41,9 +42,26 @@ def is_client_id(text: str) -> bool:
 
 def client_id(text: str) -> str:
     """`text` if it is a client ID. Raises `UsageError`."""
-    if not is_client_id(text):
-        raise UsageError("%r is no client ID: 1 to 64 of A-Z a-z 0-9 . _ : -" % text)
+    if not isinstance(text, str) or not is_client_id(text):
+        raise UsageError("%r is no client ID: 1 to 64 of A-Z a-z 0-9 . _ : -" % (text,))
     return text
+
+
+def key_type(text: str) -> str:
+    """`text` if it is a type of keys. Raises `UsageError`."""
+    if text not in KEY_TYPES:
+        raise UsageError("%r is no key type: one of %s" % (text, ", ".join(KEY_TYPES)))
+    return text
+
+
+def domain(text: str) -> str:
+    """`text` in lower case, if it is a domain name that a client ID can be put in front of. Raises `UsageError`."""
+    name = text.lower().strip(".")
+    if not _HOST_CHARACTERS.issuperset(name) or "_" in name or not all(map(_is_label, name.split("."))):
+        raise UsageError("%r is no domain name" % text)
+    if len(name) > 60:
+        raise UsageError("%r is too long: with the ID in front of it a client ID has 64 characters at most" % text)
+    return name
 
 
 def server(text: str) -> tuple[str, int]:
@@ -91,8 +109,6 @@ def _interfaces(text: str) -> tuple[str, ...]:
 
 
 def _owner(text: str) -> int:
-    import pwd
-
     try:
         return _number(text) if text.isdigit() else pwd.getpwnam(text).pw_uid
     except KeyError:
@@ -100,8 +116,6 @@ def _owner(text: str) -> int:
 
 
 def _group(text: str) -> int:
-    import grp
-
     try:
         return _number(text) if text.isdigit() else grp.getgrnam(text).gr_gid
     except KeyError:
@@ -131,8 +145,6 @@ def _timeout(text: str) -> float:
 
 
 def _hook(text: str) -> tuple[str, ...]:
-    import shlex
-
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
@@ -146,9 +158,12 @@ def _hook(text: str) -> tuple[str, ...]:
 VALUES: dict[str, Callable[[str], Any]] = {
     "CARAMEL_CA": server,
     "CARAMEL_CA_CERT": _path,
+    "CARAMEL_IDENTITY_CA": _path,
     "CARAMEL_KEY_FILE": _path,
     "CARAMEL_CN": client_id,
     "CARAMEL_INTERFACES": _interfaces,
+    "CARAMEL_DOMAIN": domain,
+    "CARAMEL_KEY_TYPE": key_type,
     "CARAMEL_OWNER": _owner,
     "CARAMEL_GROUP": _group,
     "CARAMEL_MODE": _mode,
@@ -241,8 +256,8 @@ class Settings:
     """What one run is to do, every value well-formed.
 
     Attributes: server (host, port) or None; key_file (absolute path); client_id or None (ask the hardware);
-    interfaces or None (the physical ones); owner and group (numbers) ; mode; timeout (seconds); hook (words)
-    or None; build_time (seconds since 1970, UTC; 0 where the build left none).
+    interfaces or None (the physical ones); domain or None; key_type; owner and group (numbers); mode; timeout
+    (seconds); hook (words) or None; build_time (seconds since 1970, UTC; 0 where the build left none).
     """
 
     def __init__(self, options: Mapping[str, str], environment: Mapping[str, str]) -> None:
@@ -272,9 +287,12 @@ class Settings:
         get = self._get
         self.server: Optional[tuple[str, int]] = get("CARAMEL_CA")
         self.ca_cert_file: Optional[str] = get("CARAMEL_CA_CERT")
+        self.identity_ca_file: Optional[str] = get("CARAMEL_IDENTITY_CA")
         self.key_file: str = get("CARAMEL_KEY_FILE") or KEY_FILE
         self.client_id: Optional[str] = get("CARAMEL_CN")
         self.interfaces: Optional[tuple[str, ...]] = get("CARAMEL_INTERFACES")
+        self.domain: Optional[str] = get("CARAMEL_DOMAIN")
+        self.key_type: str = get("CARAMEL_KEY_TYPE") or KEY_TYPES[0]
         owner, group, mode = get("CARAMEL_OWNER"), get("CARAMEL_GROUP"), get("CARAMEL_MODE")
         self.owner: int = os.geteuid() if owner is None else owner
         self.group: int = os.getegid() if group is None else group
@@ -300,12 +318,20 @@ class Settings:
 
     def ca_cert(self) -> bytes:
         """The PEM text of the trusted CA: the named file's, else the baked-in one. Raises `UsageError`."""
-        if self.ca_cert_file:
-            try:
-                return _read(self.ca_cert_file, "the CA certificate")
-            except FileNotFoundError:
-                raise UsageError("the CA certificate %s is not there" % self.ca_cert_file) from None
-        data = baked("baked.pem")
+        data = _certificate(self.ca_cert_file, "baked.pem", "the CA certificate")
         if data is None:
             raise UsageError("no CA certificate: give one with --ca-cert or CARAMEL_CA_CERT")
         return data
+
+    def identity_ca(self) -> Optional[bytes]:
+        """The PEM text of the CA that signs this device; None: the one above. Raises `UsageError`."""
+        return _certificate(self.identity_ca_file, "baked-identity.pem", "the identity's CA certificate")
+
+
+def _certificate(path: Optional[str], name: str, what: str) -> Optional[bytes]:
+    if not path:
+        return baked(name)
+    try:
+        return _read(path, what)
+    except FileNotFoundError:
+        raise UsageError("%s %s is not there" % (what, path)) from None

@@ -1,13 +1,14 @@
 """Signals: one that comes while a run is at work ends it in order, with the status that says that it didn't work out.
 
-Until then, and for a run that finds the key file locked, the default will do: nothing has been touched yet.
+Before that, the default will do: nothing has been touched, and the starter turns the end into the same status.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 
-STATUS = 127
+from .errors import EXIT_FAILED
 
 # All that can be caught and would otherwise end the process with a status of their own, signal(7).
 NAMES = (
@@ -24,10 +25,12 @@ _at_work = False
 
 
 def catch() -> None:
-    """From now on a signal raises `Interrupted` in the main thread. What is ignored (nohup(1)) stays ignored."""
-    global _at_work
-    import signal  # costs a run that is locked out a third of its time, by the module enum
+    """From now on a signal raises `Interrupted` in the main thread. What is ignored (nohup(1)) stays ignored.
 
+    But for SIGCHLD: where the caller ignores it, the kernel forgets how the hook ended (wait(2), ECHILD).
+    """
+    global _at_work
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for name in NAMES:
         number = getattr(signal, "SIG" + name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
@@ -43,6 +46,6 @@ def rest() -> None:
 
 def _on_signal(number: int, _frame: object) -> None:
     if not _at_work:
-        os._exit(STATUS)
+        os._exit(EXIT_FAILED)
     rest()  # the next one ends the clean-up too
     raise Interrupted("ended by signal %d" % number)

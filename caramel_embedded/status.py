@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import stat
 import time
+from typing import Any, Optional
 
-from . import __version__, hook
-from . import identity as identities
-from .errors import StorageError
-from .keyfile import MAXIMUM
-from .session import Stored
-from .trust import Facts, Trust, utc
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, Optional
-
-    from .settings import Settings
-
-CERTIFIED, PENDING, FAILED = 0, 69, 127
+from . import __version__, certificates, cli, device, hook
+from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING, StorageError
+from .identity import certificate_in, utc
+from .keyfile import Folder, read
+from .settings import Settings
+from .stored import Stored, usable
 
 
 def report(settings: Settings, as_json: bool) -> tuple[str, int]:
@@ -39,29 +34,25 @@ def collect(settings: Settings) -> dict[str, Any]:
 
     Times are seconds since 1970, UTC.
     """
-    identities.require_entropy()
-    client_id, source = settings.client_id, settings.source("CARAMEL_CN")
-    if client_id is None:
-        from . import hardware
-
-        client_id, found_in = hardware.client_id(settings.interfaces)
-        source = "the " + found_in
-    trust = Trust(settings.ca_cert(), settings.build_time)
-    path = os.path.realpath(settings.key_file)
-    data, status = _read(path)
-    found = Stored(data, client_id, trust)
-    identity = found.identity
+    source = settings.source("CARAMEL_CN")
+    data, status = _read(settings.key_file)
+    log = cli.Log()
+    found = device.judge(settings, data, status and int(status.st_mtime), log)
+    if source is None:
+        source = "the " + log.source
+    identity, trust = found.identity, found.trust
     state = "none"
     if identity is not None:
-        state = "certified" if found.facts else "pending"
+        state = "certified" if usable(identity, trust) else "pending"
+    kind, bits = certificates.key_size(identity) if identity else ("", 0)
     return {
         "version": __version__,
         "state": state,
-        "exit_status": {"certified": CERTIFIED, "pending": PENDING}.get(state, FAILED),
-        "client_id": client_id,
+        "exit_status": {"certified": EXIT_CERTIFIED, "pending": EXIT_PENDING}.get(state, EXIT_FAILED),
+        "client_id": settings.client_id,
         "client_id_source": source,
         "server": "%s:%d" % settings.server if settings.server else None,
-        "key_file": path,
+        "key_file": settings.key_file if status is None else os.path.realpath(settings.key_file),
         "file": status
         and {
             "owner": _owner(status.st_uid),
@@ -69,77 +60,62 @@ def collect(settings: Settings) -> dict[str, Any]:
             "mode": "%04o" % stat.S_IMODE(status.st_mode),
             "modified": int(status.st_mtime),
         },
-        "key": {"type": "RSA", "bits": identities.key_bits(identity)} if identity else None,
+        "key": {"type": kind, "bits": bits} if identity else None,
         "request_sha256": identity.request_hash if identity else None,
-        "certificate": _certificate(found, trust),
-        "hook_owed": settings.hook is not None and hook.is_owed(path),
-        "remarks": found.why,
-        "clock": {"now": int(trust.clock), "floor": int(trust.floor), "believed": not trust.clock_is_wrong},
-        "next": _next(found, data, status, settings),
+        "certificate": _certificate(found),
+        "hook_owed": settings.hook is not None and hook.is_owed(settings.key_file),
+        "remarks": found.notes,
+        "clock": {
+            "now": int(time.time()),
+            "floor": int(trust.floor),
+            "believed": not trust.clock_is_behind,
+        },
+        "next": _next(found, status, settings),
+        "retry_after": None,  # of a server, which is not asked here
     }
 
 
 def _read(path: str) -> tuple[bytes, Optional[os.stat_result]]:
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise StorageError("%s is no regular file" % path)
-            return file.read(MAXIMUM + 1), status
+        folder = Folder(path)
+    except FileNotFoundError:
+        return b"", None
+    try:
+        fd = folder.open(folder.name)
+        try:
+            return read(fd, path), os.fstat(fd)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return b"", None
     except OSError as error:
         raise StorageError("can't read %s: %s" % (path, error.strerror)) from None
+    finally:
+        folder.close()
 
 
-def _certificate(found: Stored, trust: Trust) -> Optional[dict[str, Any]]:
-    if found.identity is None or found.identity.certificate is None:
+def _certificate(found: Stored) -> Optional[dict[str, Any]]:
+    pem = certificate_in(found.data) if found.identity else None
+    if pem is None:
         return None
-    facts = found.genuine or _foreign(found.identity.certificate)
+    told = certificates.describe(pem)
+    good = usable(found.identity, found.trust)
+    issued = found.identity and found.identity.issued
     return {
-        "usable": found.facts is not None,
-        "why_not": None if found.facts else found.why[-1],
-        "subject": _name(facts.decoded["subject"]) if facts else None,
-        "issuer": _name(facts.decoded["issuer"]) if facts else None,
-        "serial_number": facts.decoded["serialNumber"] if facts else None,
-        "not_before": int(facts.not_before) if facts else None,
-        "not_after": int(facts.not_after) if facts else None,
-        "seconds_left": int(facts.not_after - trust.now) if facts else None,
+        "usable": good,
+        "why_not": None if good else found.notes[-1],
+        "subject": told and told.subject,
+        "issuer": told and told.issuer,
+        "serial_number": told and told.serial_number,
+        "not_before": int(told.not_before) if told else None,
+        "not_after": int(told.not_after) if told else None,
+        "seconds_left": int(told.not_after - found.trust.now()) if told else None,
+        "for_servers_only": issued.servers_only if issued else None,
+        "chain": issued.chain.count(b"-----BEGIN") if issued else None,
     }
 
 
-def _foreign(pem: bytes) -> Optional[Facts]:
-    """What a certificate says that is not by the trusted CA: to be shown, and to be believed in nothing."""
-    try:
-        from cryptography import x509
-
-        certificate = x509.load_pem_x509_certificate(pem)
-        # cryptography 42 has other names for them, and warns of the old ones
-        new = hasattr(certificate, "not_valid_after_utc")
-        start = certificate.not_valid_before_utc if new else certificate.not_valid_before
-        end = certificate.not_valid_after_utc if new else certificate.not_valid_after
-        digits = "%X" % certificate.serial_number
-        return Facts(
-            {
-                "subject": _decoded(certificate.subject),
-                "issuer": _decoded(certificate.issuer),
-                "serialNumber": digits.zfill(len(digits) + len(digits) % 2),
-                "notBefore": start.strftime("%b %d %H:%M:%S %Y GMT"),
-                "notAfter": end.strftime("%b %d %H:%M:%S %Y GMT"),
-            }
-        )
-    except Exception:  # damaged in whatever way, or nothing there that could read it
-        return None
-
-
-def _decoded(name: Any) -> list[list[tuple[str, str]]]:
-    names = {"2.5.4.%d" % last: name for name, last in identities.ATTRIBUTES.items()}
-    return [[(names.get(a.oid.dotted_string, a.oid.dotted_string), str(a.value)) for a in rdn] for rdn in name.rdns]
-
-
 def _owner(number: int) -> str:
-    import pwd
-
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
@@ -147,46 +123,29 @@ def _owner(number: int) -> str:
 
 
 def _group(number: int) -> str:
-    import grp
-
     try:
         return grp.getgrgid(number).gr_name
     except KeyError:
         return str(number)
 
 
-def _name(rdns: Any) -> str:
-    short = {
-        "countryName": "C",
-        "stateOrProvinceName": "ST",
-        "localityName": "L",
-        "organizationName": "O",
-        "organizationalUnitName": "OU",
-        "commonName": "CN",
-    }
-    text = ", ".join("%s=%s" % (short.get(name, name), value) for rdn in rdns for name, value in rdn)
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _next(found: Stored, data: bytes, status: Optional[os.stat_result], settings: Settings) -> str:
+def _next(found: Stored, status: Optional[os.stat_result], settings: Settings) -> str:
     if not settings.server:
         return "nothing: no server is configured"
     steps = []
-    if status and (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (
-        settings.owner,
-        settings.group,
-        settings.mode,
-    ):
+    place = (settings.owner, settings.group, settings.mode)
+    if status and (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != place:
         steps.append("set the file's owner and mode")
     if found.identity is None:
-        steps.append("start over with a new key" if data else "make a key and a request, and send the request")
-    elif found.facts is not None:
-        steps.append("show the certificate, and ask for a newer one")
-    elif found.identity.certificate is not None:
+        steps.append("start over with a new key" if found.data else "make a key and a request, and send the request")
+    elif usable(found.identity, found.trust):
+        only = found.identity.for_servers_only
+        steps.append("ask for a newer certificate" if only else "show the certificate, and ask for a newer one")
+    elif certificate_in(found.data):
         steps.append("ask for a certificate, and drop the one in the file")
     else:
         steps.append("ask whether the request is signed, and send it where the server doesn't know it")
-    if settings.hook and hook.is_owed(os.path.realpath(settings.key_file)):
+    if settings.hook and hook.is_owed(settings.key_file):
         steps.append("call the hook, which is owed")
     return "; ".join(steps)
 

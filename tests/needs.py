@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 import pytest
-from world import VERSIONS, Nginx, debian_python, interpreters
+from world import BUILD, VERSIONS, Nginx, debian_python, interpreters
 
 #: `make test-all`: everything runs, and what can't fails.
 EVERYTHING = os.environ.get("CARAMEL_TESTS_NO_SKIP", "") not in ("", "0")
@@ -41,7 +41,7 @@ class Need(NamedTuple):
 
 def program(name: str, *packages: str) -> Need:
     """A program on the path; in a package of the same name unless others are given."""
-    return Need(lambda: shutil.which(name) is not None, packages or (name,))
+    return Need(lambda: shutil.which(name, path=_SBIN) is not None, packages or (name,))
 
 
 def _is_root() -> bool:
@@ -65,6 +65,18 @@ def _ash() -> bool:
     return _succeeds("busybox", "sh", "-c", "test \"$(PATH=/nonexistent; sleep 0 2>&1)\" != ''")
 
 
+def busybox_with_crond() -> Optional[str]:
+    """Debian's busybox has none, its busybox-static has; the two can't both be installed."""
+    for program in (shutil.which("busybox"), str(BUILD / "busybox-static/bin/busybox")):
+        if program and Path(program).exists():
+            applets = subprocess.run([program, "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout
+            # ldd(1) fails on what needs nothing beside it.
+            static = subprocess.run(["ldd", program], capture_output=True).returncode != 0
+            if static and {"crond", "init", "start-stop-daemon", "pidof"} <= set(applets.split()):
+                return program
+    return None
+
+
 NEEDS: dict[str, Need] = {
     "root": Need(_is_root, what="root"),
     "mounts": Need(
@@ -73,10 +85,16 @@ NEEDS: dict[str, Need] = {
     ),
     "ash": Need(_ash, ("busybox",), "BusyBox's shell (busybox, not busybox-static)"),
     "bash": program("bash"),
+    "buildah": program("buildah"),
     "busybox": program("busybox"),
     "ca-certificates": Need(lambda: Path("/etc/ssl/certs").is_dir(), ("ca-certificates",)),
+    "caramel-client": Need(
+        lambda: (BUILD / "bench/client/bin/caramel-client").exists(),
+        what="the Python client (make build/bench/client/installed)",
+    ),
     "curl": program("curl"),
     "dash": program("dash"),
+    "deb-systemd-helper": program("deb-systemd-helper", "init-system-helpers"),
     "debian-tools": Need(
         lambda: all(shutil.which(name) for name in ("dpkg-buildpackage", "dh", "dh_python3")),
         ("dpkg-dev", "debhelper", "dh-python"),
@@ -87,26 +105,68 @@ NEEDS: dict[str, Need] = {
         ("python3-venv", "python3-cryptography", "python3-fasteners", "python3-openssl", "python3-urllib3"),
         "Debian's own Python with the libraries of a device",
     ),
-    "e2fsprogs": Need(lambda: shutil.which("mke2fs", path=_SBIN) is not None, ("e2fsprogs",)),
+    "e2fsprogs": program("mke2fs", "e2fsprogs"),
     "faketime": program("faketime"),
+    "flock": program("flock", "util-linux"),
     "git": program("git"),
     "gnutls-cli": program("gnutls-cli", "gnutls-bin"),
-    "iproute2": Need(lambda: shutil.which("ip", path=_SBIN) is not None, ("iproute2",)),
+    "go": program("go", "golang-go"),
+    "haproxy": program("haproxy"),
+    "iproute2": program("ip", "iproute2"),
+    "kdig": program("kdig", "knot-dnsutils"),
+    "knotd": program("knotd", "knot"),
+    "knsupdate": program("knsupdate", "knot-dnsutils"),
+    "logger": program("logger", "bsdutils"),
     "make": program("make"),
     "mandoc": program("mandoc"),
+    "mariadb": program("mariadb", "mariadb-client"),
+    "mariadb-install-db": program("mariadb-install-db", "mariadb-server"),
+    "mariadbd": program("mariadbd", "mariadb-server"),
+    "mmdebstrap": program("mmdebstrap"),
+    "mosquitto": program("mosquitto"),
+    "mosquitto_pub": program("mosquitto_pub", "mosquitto-clients"),
+    "mosquitto_sub": program("mosquitto_sub", "mosquitto-clients"),
     "nginx": Need(lambda: Nginx.program() is not None, ("nginx-light",)),
     "nspawn": Need(
         lambda: _is_root() and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists(),
         ("systemd-container", "python3"),
         "root, and systemd-nspawn(1)",
     ),
+    "node": program("node", "nodejs"),
     "openssl": program("openssl"),
+    "pebble": program("pebble"),
+    "podman": program("podman"),
+    # Debian keeps it on nobody's path.
+    "postgresql": Need(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), ("postgresql",)),
+    "psql": program("psql", "postgresql-client"),
+    "rsyslogd": Need(
+        lambda: (
+            shutil.which("rsyslogd", path=_SBIN) is not None and any(Path("/usr/lib").glob("*/rsyslog/imrelp.so"))
+        ),
+        ("rsyslog", "rsyslog-relp"),
+    ),
     "shellcheck": program("shellcheck"),
     "sqlite3": program("sqlite3"),
+    "ssh": program("ssh", "openssh-client"),
+    "ssh-keygen": program("ssh-keygen", "openssh-client"),
+    "sshd": program("sshd", "openssh-server"),
     "strace": program("strace"),
+    "stunnel4": program("stunnel4"),
+    "systemctl": program("systemctl", "systemd"),
     "systemd": program("systemd-analyze", "systemd"),
+    "wg": program("wg", "wireguard-tools"),
     "wget": program("wget"),
+    "zabbix_agent2": program("zabbix_agent2", "zabbix-agent2"),
+    "zabbix_get": program("zabbix_get", "zabbix-proxy-sqlite3"),
     **{f"python{version}": _python(version) for version in VERSIONS},
+    "busybox-crond": Need(
+        lambda: busybox_with_crond() is not None,
+        what="a BusyBox with crond (busybox-static, unpacked into build/busybox-static)",
+    ),
+    "authority": Need(
+        lambda: (BUILD / "authority/bin/caramel-authority").exists(),
+        what="the registration authority, which needs Python 3.11",
+    ),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import ssl
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 import world
-from needs import needs
+from needs import needs, require
 from world import Authority, Caramel, Device, Front, Nginx
 
 import caramel_embedded
@@ -28,7 +27,10 @@ from caramel_embedded import cli, enrollment, settings
 PAGES = [
     *(world.ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((world.ROOT / "docs").glob("*.md")),
-    *(world.ROOT / name / "README.md" for name in ("server", "tests/bench", "buildroot", "packaging/yocto")),
+    *(
+        world.ROOT / name / "README.md"
+        for name in ("server", "tests/bench", "buildroot", "packaging/yocto", "packaging/container")
+    ),
 ]
 DOCS = world.ROOT / "docs"
 PACKAGE = world.ROOT / "caramel_embedded"
@@ -374,17 +376,17 @@ def test_the_page_on_monitoring(tmp_path: Path, authority: Authority) -> None:
 
 
 @pytest.mark.parametrize("status, does", [(0, "started"), (1, ""), (69, ""), (127, ""), (5, "")])
-def test_the_idiom_for_an_init_script(status: int, does: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh"])
+def test_the_idiom_for_an_init_script(shell: str, status: int, does: str, tmp_path: Path) -> None:
     idiom = next(text for kind, text, _ in blocks(world.ROOT / "README.md") if kind == "sh")
     fake = tmp_path / "caramel-embedded"
     fake.write_text(f"#!/bin/sh\nexit {status}\n")
     fake.chmod(0o755)
-    for shell in (["sh"], ["bash"], ["busybox", "sh"]):
-        if not shutil.which(shell[0]):
-            continue
-        script = f"PATH={tmp_path}:$PATH; start_what_needs_the_certificate() {{ printf started; }}\n{idiom}"
-        done = subprocess.run([*shell, "-euc" if status == 0 else "-uc", script], capture_output=True, text=True)
-        assert (done.returncode, done.stdout, done.stderr) == (0, does, "")
+    require(shell.partition(" ")[0])
+    script = f"PATH={tmp_path}:$PATH; start_what_needs_the_certificate() {{ printf started; }}\n{idiom}"
+    line = [*shell.split(), "-euc" if status == 0 else "-uc", script]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, does, "")
 
 
 @needs("nginx", "curl", "openssl")

@@ -10,7 +10,7 @@ from needs import require
 from world import PLAIN, Device
 
 from caramel_embedded.errors import UsageError
-from caramel_embedded.hardware import client_id, is_permanent_address, is_real_serial
+from caramel_embedded.hardware import Hardware, is_permanent_address, is_real_serial
 
 DEVICE_TREE = "proc/device-tree/serial-number"
 SOC = "sys/devices/soc0/serial_number"
@@ -36,7 +36,7 @@ def interface(
 
 
 def asked(root: Path, *names: str) -> str:
-    return client_id(names or None, str(root))[0]
+    return Hardware(names or None, str(root)).client_id()[0]
 
 
 def nothing(root: Path, *names: str) -> bool:
@@ -57,7 +57,7 @@ def test_a_real_serial_number_comes_first(tmp_path: Path) -> None:
     assert asked(tmp_path) == "SOC8821"
     put(tmp_path, DEVICE_TREE, b"10000000c0ffee42\0")
     assert asked(tmp_path) == "10000000c0ffee42"
-    assert DEVICE_TREE in client_id(None, str(tmp_path))[1]
+    assert DEVICE_TREE in Hardware(None, str(tmp_path)).client_id()[1]
 
 
 PLACEHOLDERS = [
@@ -123,15 +123,37 @@ def test_a_serial_number_that_is_no_text(tmp_path: Path, content: bytes) -> None
     assert nothing(tmp_path)
 
 
-def test_a_serial_number_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_serial_number_that_cannot_be_read_leads_to_no_other_source(tmp_path: Path) -> None:
+    """An ID doesn't depend on who asks. (A folder in the place of a file can't be read by root either.)"""
     (tmp_path / DMI).mkdir(parents=True)
     interface(tmp_path, "eth0", "00:1b:21:aa:bb:cc")
-    assert asked(tmp_path) == "001b21aabbcc"
+    assert nothing(tmp_path)
+    put(tmp_path, SOC, b"SOC8821\n")
+    assert asked(tmp_path) == "SOC8821", "one that comes before it is as good as ever"
+
+
+def test_all_ids_are_remembered_and_any_of_them_is_enough(tmp_path: Path) -> None:
+    interface(tmp_path, "eth0", "00:1b:21:00:00:01")
+    interface(tmp_path, "wlan0", "00:1b:21:00:00:02")
+    put(tmp_path, DMI, b"PRODUCT-8821\n")
+    hardware = Hardware(("wlan0",), str(tmp_path))
+    assert hardware.ids == ["PRODUCT-8821", "001b21000002", "001b21000001"]
+    assert hardware.holds("anything", hardware.fingerprints[2:])
+    assert not hardware.holds("anything", ["00000000"])
+    assert hardware.holds("001b21000001", []) and not hardware.holds("001b21000003", [])
+    assert hardware.holds("001b21000001.example.com", [], "example.com")
+
+
+def test_a_domain_makes_a_host_name(tmp_path: Path) -> None:
+    put(tmp_path, DMI, b"PF_2X:9.ABC\n")
+    assert Hardware(None, str(tmp_path)).client_id("example.com")[0] == "pf-2x-9-abc.example.com"
+    with pytest.raises(UsageError, match="too long"):
+        Hardware(None, str(tmp_path)).client_id("x" * 40 + "." + "y" * 15)
 
 
 def test_a_mac_address_has_12_lower_case_hex_digits(tmp_path: Path) -> None:
     interface(tmp_path, "eth0", "FC:FB:EE:C0:FF:EE")
-    assert client_id(None, str(tmp_path)) == ("fcfbeec0ffee", "MAC address of eth0")
+    assert Hardware(None, str(tmp_path)).client_id() == ("fcfbeec0ffee", "MAC address of eth0")
 
 
 def test_the_first_usable_interface_by_name(tmp_path: Path) -> None:

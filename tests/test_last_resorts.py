@@ -9,12 +9,13 @@ import errno
 import importlib
 import os
 import ssl
+import sys
 from typing import Any
 
 import pytest
 from world import Authority
 
-from caramel_embedded import Identity, NotReady, UsageError, hardware, identity, settings, trust
+from caramel_embedded import Identity, NotReady, UsageError, certificates, hardware, identity, settings, stored, trust
 from caramel_embedded import __main__ as entry
 from caramel_embedded.cli import Log
 
@@ -26,42 +27,45 @@ def test_no_entropy_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "getrandom", unready)
     with pytest.raises(NotReady, match="entropy"):
-        identity.make("a", [])
+        stored.require_entropy()
 
 
-@pytest.mark.parametrize("error", [ImportError("gone"), RuntimeError("another interpreter's")])
-def test_cryptography_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def broken(_name: str) -> Any:
-        raise error
+@pytest.mark.parametrize("error", [ImportError("gone", name="OpenSSL.SSL"), RuntimeError("another interpreter's")])
+def test_an_x509_package_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    class Broken:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            if name == "OpenSSL":
+                raise error
 
-    monkeypatch.setattr(importlib, "import_module", broken)
-    with pytest.raises(NotReady, match="lacks the Python module cryptography"):
-        identity.make("a", [])
+    monkeypatch.delitem(sys.modules, "caramel_embedded.certificates", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "OpenSSL"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(NotReady, match="lacks the Python package pyOpenSSL"):
+        importlib.import_module("caramel_embedded.certificates")
 
 
-def test_a_ca_whose_subject_can_be_in_no_request() -> None:
+def test_a_ca_whose_subject_can_be_in_no_request(authority: Authority) -> None:
+    anchors = certificates.Anchors(authority.pem)
+    anchors.subjects = [[(certificates.REQUIRED[0], "Sweden")]]
     with pytest.raises(UsageError, match="subject can't be used"):
-        identity.make("a", [("countryName", "Sweden")])
+        certificates.make("a", anchors, trust.Trust(authority.pem), ())
 
 
 def test_a_system_without_files_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(NotReady, match="memfd_create"):
-        Identity(b"", b"").load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-
-
-def test_a_certificate_whose_date_is_none(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = trust.Trust(authority.pem)
-    decoded = {"subject": (), "notBefore": "Bad time value", "notAfter": "Bad time value"}
-    monkeypatch.setattr(judge, "_show", lambda _identity: decoded)
-    assert judge.judge(Identity(b"", b""), "a") == "can't be read"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    nobody = Identity(b"", b"", "a", b"")
+    with pytest.raises(OSError, match="memfd_create"):
+        nobody.load_into(context)
+    assert "memfd_create" in str(trust.show(nobody, context))
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "1970-01-01 00:00:00 UTC"), (1e20, "1%s seconds after 1970" % ("0" * 20))]
 )
 def test_times_for_a_person(seconds: float, text: str) -> None:
-    assert trust.utc(seconds) == text
+    assert identity.utc(seconds) == text
 
 
 def test_an_interface_that_the_driver_knows_nothing_of() -> None:
@@ -79,7 +83,7 @@ def test_nothing_is_baked_in_and_no_ca_is_named(monkeypatch: pytest.MonkeyPatch)
     [
         (OSError(errno.EIO, "Input/output error", "/a"), "Input/output error: /a"),
         (OSError("without a number"), "without a number"),
-        (ModuleNotFoundError("gone", name="_ssl"), "this device lacks the Python module _ssl, or it is broken"),
+        (ModuleNotFoundError("gone", name="_ssl"), "this device lacks the Python package _ssl, or it is broken"),
         (MemoryError(), "out of memory"),
         (
             ZeroDivisionError("-----BEGIN PRIVATE KEY-----"),
@@ -93,7 +97,7 @@ def test_what_went_wrong_in_a_line(error: Exception, text: str, log: bool, capfd
     try:
         raise error
     except Exception as raised:
-        entry._report(raised, Log() if log else None)
+        entry._report(raised, Log() if log else None, True)
     said = capfd.readouterr().err
     assert said.startswith("caramel-embedded: " + text) and said.count("\n") == 1
     assert "PRIVATE" not in said

@@ -8,7 +8,7 @@ import subprocess
 from needs import needs
 from world import ROOT, environment
 
-from caramel_embedded import cli
+from caramel_embedded import cli, errors
 
 PAGE = ROOT / "packaging/man/caramel-embedded.8"
 COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
@@ -45,7 +45,7 @@ def test_the_page_has_the_defaults_and_statuses() -> None:
     assert settings.CONFIG_FILE in text
     section = text[text.index(".Sh EXIT STATUS") : text.index(".Sh EXAMPLES")]
     statuses = [int(number) for number in re.findall(r"^\.It (\d+)$", section, re.MULTILINE)]
-    assert statuses == [cli.CERTIFIED, cli.LOCKED, cli.PENDING, cli.FAILED]
+    assert statuses == [errors.EXIT_CERTIFIED, errors.EXIT_LOCKED, errors.EXIT_PENDING, errors.EXIT_FAILED]
 
 
 @needs("mandoc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,19 @@ import pytest
 from caramel_embedded import server
 
 
-def soon() -> float:
-    return time.monotonic() + 20
+def limit(seconds: float) -> Callable[[], float]:
+    deadline = time.monotonic() + seconds
+
+    def left() -> float:
+        if deadline <= time.monotonic():
+            raise TimeoutError
+        return deadline - time.monotonic()
+
+    return left
+
+
+def soon() -> Callable[[], float]:
+    return limit(20)
 
 
 def found(*addresses: tuple[str, int]) -> list[Any]:
@@ -22,18 +34,18 @@ def found(*addresses: tuple[str, int]) -> list[Any]:
 
 def test_an_address_needs_no_look_up() -> None:
     before = threading.active_count()
-    assert server._look_up("127.0.0.1", 443, soon())[0][4] == ("127.0.0.1", 443)
+    assert server.look_up("127.0.0.1", 443, soon())[0][4] == ("127.0.0.1", 443)
     assert threading.active_count() == before
 
 
 def test_a_look_up_that_fails_says_why() -> None:
     with pytest.raises(OSError, match="name look-up failed"):
-        server._look_up("no-such-host.invalid", 443, soon())
+        server.look_up("no-such-host.invalid", 443, soon())
 
 
 def test_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="name look-up failed"):
-        server._look_up("a" * 64 + ".example", 443, soon())
+        server.look_up("a" * 64 + ".example", 443, soon())
 
 
 def test_a_look_up_that_never_answers_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +59,7 @@ def test_a_look_up_that_never_answers_ends_in_time(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(socket, "getaddrinfo", silent)
     with pytest.raises(TimeoutError):
-        server._look_up("caramel.example", 443, time.monotonic() + 0.2)
+        server.look_up("caramel.example", 443, limit(0.2))
     answered.set()
 
 
@@ -57,33 +69,34 @@ def test_no_room_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(threading.Thread, "start", full)
     with pytest.raises(OSError, match="no room"):
-        server._look_up("localhost", 443, soon())
+        server.look_up("localhost", 443, soon())
 
 
 def test_the_next_address_is_tried_where_one_refuses() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
         refusing = closed.getsockname()
         closed.close()
-        with server._connected(found(refusing, listening.getsockname()), soon()) as plain:
-            assert plain.getpeername() == listening.getsockname()
+        plain, which = server.connect_to_one(found(refusing, listening.getsockname()), soon())
+        with plain:
+            assert (plain.getpeername(), which) == (listening.getsockname(), 1)
 
 
 def test_an_address_of_a_family_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         addresses = [(4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), *found(listening.getsockname())]
-        server._connected(addresses, soon()).close()
+        server.connect_to_one(addresses, soon())[0].close()
         with pytest.raises(OSError, match="Address family not supported"):
-            server._connected(addresses[:1], soon())
+            server.connect_to_one(addresses[:1], soon())
 
 
 def test_a_name_without_an_address() -> None:
     with pytest.raises(OSError, match="no address"):
-        server._connected([], soon())
+        server.connect_to_one([], soon())
 
 
 def test_no_time_left() -> None:
     with pytest.raises(TimeoutError), socket.create_server(("127.0.0.1", 0)) as listening:
-        server._connected(found(listening.getsockname()), time.monotonic() - 1)
+        server.connect_to_one(found(listening.getsockname()), limit(-1))
 
 
 def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +109,7 @@ def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(socket, "socket", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        server._connected(found(("127.0.0.1", 9)), soon())
+        server.connect_to_one(found(("127.0.0.1", 9)), soon())
     assert made[0].fileno() == -1
 
 
@@ -110,8 +123,10 @@ def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.Monkey
         ("yesterday", None),
         ("Thu, 99 Abc 1970 99:99:99 GMT", None),
         ("", None),
+        ("Sat, 01 Jan 12000 00:00:00 GMT", None),
+        ("Thu, 01 Jan 1960 00:00:00 GMT", None),
         (None, None),
     ],
 )
 def test_dates(text: Any, seconds: Any) -> None:
-    assert server._seconds(text) == seconds
+    assert server.seconds(text) == seconds

@@ -39,11 +39,14 @@ FORM: dict[str, Any] = {
         "not_before": (int, type(None)),
         "not_after": (int, type(None)),
         "seconds_left": (int, type(None)),
+        "for_servers_only": (bool, type(None)),
+        "chain": (int, type(None)),
     },
     "hook_owed": bool,
     "remarks": list,
     "clock": {"now": int, "floor": int, "believed": bool},
     "next": str,
+    "retry_after": type(None),
 }
 
 
@@ -251,7 +254,12 @@ def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monke
     from caramel_embedded import hardware, settings
     from caramel_embedded import status as module
 
-    monkeypatch.setattr(hardware, "client_id", lambda interfaces: (interfaces[0], "serial number in /sys/it"))
+    class Hardware(hardware.Hardware):
+        def __init__(self, interfaces: Any) -> None:
+            self.sources = [hardware.Source("serial number in /sys/it", interfaces[0])]
+            self.ids = [interfaces[0]]
+
+    monkeypatch.setattr(hardware, "Hardware", Hardware)
     given = {"CARAMEL_CA_CERT": str(authority.certificate_file), "CARAMEL_KEY_FILE": str(device.key_file)}
     text, _ = module.report(settings.Settings({**given, "CARAMEL_INTERFACES": "eth7"}, {}), False)
     assert line(text, "client ID") == "eth7, from the serial number in /sys/it"
@@ -313,9 +321,7 @@ def test_what_is_no_file_is_said_at_once(device: Device, what: str) -> None:
     assert str(device.key_file) in run.err
 
 
-@pytest.mark.parametrize(
-    "options", [("--json",), ("--status", "--ca-cert", "/nonexistent"), ("--status", "--mode", "999")]
-)
+@pytest.mark.parametrize("options", [("--status", "--ca-cert", "/nonexistent"), ("--status", "--mode", "999")])
 def test_wrong_usage_is_127_with_an_empty_output(device: Device, options: tuple[str, ...]) -> None:
     run = device.run(*options)
     assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)

@@ -16,6 +16,7 @@ from world.answers import Answer, HttpRequest, answer
 from world.authority import (
     ATTRIBUTES,
     CLIENT_AUTH,
+    CODE_SIGNING,
     SERVER_AUTH,
     SUBJECT,
     Authority,
@@ -28,7 +29,9 @@ from world.authority import (
     new_key,
     now,
     private_pem,
+    sealed,
     signing_request,
+    unsealed,
 )
 from world.caramel import Caramel, Request
 from world.device import Device, Run, Snapshot
@@ -65,6 +68,7 @@ __all__ = [
     "BUILD",
     "CARAMEL",
     "CLIENT_AUTH",
+    "CODE_SIGNING",
     "COMMAND",
     "PATIENCE",
     "PLAIN",
@@ -107,9 +111,11 @@ __all__ = [
     "now",
     "private_pem",
     "reset",
+    "sealed",
     "signing_request",
     "silence",
     "strays",
+    "unsealed",
     "until",
     "wheel",
 ]

@@ -1,0 +1,416 @@
+"""Keys, requests, certificates and chains: make, read, verify. Loaded only where something is new.
+
+`cryptography` makes and reads; pyOpenSSL judges chains, and shows what chain a server sends. One rule for all:
+what has ended counts for nothing, and nothing is refused for not having begun.
+"""
+
+from __future__ import annotations
+
+import calendar
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+from .errors import NotReady, UsageError, lacking, printable
+from .identity import FILED_REQUEST, KEY, REQUEST, Identity, Issued, utc
+from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust, pem_certificates
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+    from OpenSSL import SSL, crypto
+except Exception as problem:  # not ImportError alone: a compiled module that doesn't fit raises what it likes
+    raise NotReady(lacking(problem, "pyOpenSSL or cryptography")) from None
+
+PrivateKey = Union[rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey]
+
+MAXIMUM_CHAIN = 5  # certificates, the identity's own included
+# Caramel signs nothing between: with 3072 bits it takes the request, and then fails to sign it for ever.
+SIGNABLE_BITS = (2048, 4096)
+KEY_TYPES = {"rsa-2048": 2048, "rsa-4096": 4096, "ec-p256": 0}
+
+# Caramel wants those of the first four that its CA has, in this order, whatever order the CA itself has.
+REQUIRED = (
+    NameOID.COUNTRY_NAME,
+    NameOID.STATE_OR_PROVINCE_NAME,
+    NameOID.LOCALITY_NAME,
+    NameOID.ORGANIZATION_NAME,
+)
+PEM = serialization.Encoding.PEM
+
+
+class Foreign(Exception):
+    """What is stored can't be kept; the text says why."""
+
+
+class Unusable(Exception):
+    """A certificate is not good for what it was to be used for; the text says why."""
+
+
+class Anchors:
+    """The trust anchors in a PEM text: certificates of CAs, one or more.
+
+    Attributes: certificates; subjects: for each, what the subject of a request begins with; begins: a time that has
+    certainly passed, seconds since 1970, UTC.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        """Raises `UsageError` where `text` has no certificate or one that is no CA's."""
+        try:
+            self.certificates = [x509.load_pem_x509_certificate(pem) for pem in pem_certificates(text)]
+            authorities = all(map(_is_authority, self.certificates))
+        except Exception as error:  # cryptography has no common base for what a damaged certificate can raise
+            raise UsageError("a certificate of the CA can't be read: %s" % error) from None
+        if not self.certificates:
+            raise UsageError("the CA certificate holds no certificate in PEM form")
+        if not authorities:
+            raise UsageError("a certificate that is no CA's is among those of the CA")
+        self.subjects = [_begin_of_subject(certificate.subject) for certificate in self.certificates]
+        # Of several roots the oldest one's time has certainly passed; a new one may be handed out before it begins.
+        self.begins = min(map(_begin, self.certificates))
+
+
+def anchors(trust: Trust, of_server: bool = False) -> Anchors:
+    """The trust anchors of the identity, or of the server; both are read, and tell a time that has passed.
+
+    Raises `UsageError`.
+    """
+    server, identity = Anchors(trust.ca_cert), Anchors(trust.identity_ca)
+    trust.learn(max(server.begins, identity.begins))
+    return server if of_server else identity
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        # A root of version 1 has no extensions to say it with (X509_check_ca(3)).
+        return certificate.version is x509.Version.v1 and certificate.issuer == certificate.subject
+
+
+def _begin_of_subject(subject: x509.Name) -> list[tuple[x509.ObjectIdentifier, str]]:
+    """Those of C, ST, L and O that a CA has, in that order, then its OU."""
+    own = {attribute.oid: str(attribute.value) for attribute in subject}
+    return [(oid, own[oid]) for oid in (*REQUIRED, NameOID.ORGANIZATIONAL_UNIT_NAME) if oid in own]
+
+
+# --- Make ---
+
+
+def make(client_id: str, anchors: Anchors, trust: Trust, hardware: tuple[str, ...]) -> Identity:
+    """A new key and a request for it. Takes seconds on a slow processor.
+
+    Raises `UsageError` where the CA's subject can't be used for a request.
+    """
+    bits = KEY_TYPES[trust.key_type]
+    key: PrivateKey = rsa.generate_private_key(65537, bits) if bits else ec.generate_private_key(ec.SECP256R1())
+    return Identity(_private_pem(key), _request(key, client_id, anchors), client_id, trust.digest, hardware)
+
+
+def _private_pem(key: PrivateKey) -> bytes:
+    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def _request(key: PrivateKey, client_id: str, anchors: Anchors) -> bytes:
+    try:
+        names = [
+            x509.NameAttribute(oid, value) for oid, value in [*anchors.subjects[0], (NameOID.COMMON_NAME, client_id)]
+        ]
+    except ValueError as error:
+        raise UsageError("the CA certificate's subject can't be used for a request: %s" % error) from None
+    builder = x509.CertificateSigningRequestBuilder(subject_name=x509.Name(names))
+    if "." in client_id:
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(client_id)]), critical=False)
+    # RSASSA-PKCS1-v1_5 has no random part: the same key and subject make the same request, with the same hash,
+    # so that a damaged request can be made again without the server's administrator having to sign another one.
+    return builder.sign(key, hashes.SHA256()).public_bytes(PEM)
+
+
+# --- Read ---
+
+
+def examine(
+    data: bytes, client_id: str, anchors: Anchors, trust: Trust, hardware: tuple[str, ...], modified: Optional[float]
+) -> tuple[Identity, list[str]]:
+    """What can be kept of `data`, in the form in which this program writes it; and what is wrong with the rest.
+
+    The key has to be whole and one that can be signed; a request that is damaged or missing is made again with the
+    same key. `hardware`: what the identity is to remember. `modified`: the certificate's time, seconds since 1970,
+    UTC; None: its notBefore. Raises `Foreign` with the reason where nothing can be kept.
+    """
+    key = _signable_key(data, trust.elliptic)
+    wrong = []
+    filed = _first(data, FILED_REQUEST) or _first(data, REQUEST)
+    request = _kept_request(filed and filed.replace(FILED_REQUEST, REQUEST), key, client_id, anchors)
+    if request is None:
+        wrong.append("the stored request is missing or damaged: made again with the same key")
+        request = _request(key, client_id, anchors)
+    identity = Identity(_private_pem(key), request, client_id, trust.digest, hardware)
+    if b"-----BEGIN CERTIFICATE-----" in data:
+        try:
+            identity = identity.with_issued(accept(data, identity, anchors, trust, modified))
+        except Unusable as reason:
+            wrong.append("the stored certificate %s" % reason)
+    return identity, wrong
+
+
+def client_id_in(data: bytes) -> Optional[str]:
+    """The client ID that the request in `data` is for; None where there is none."""
+    request = _first(data, FILED_REQUEST) or _first(data, REQUEST)
+    try:
+        loaded = x509.load_pem_x509_csr((request or b"").replace(FILED_REQUEST, REQUEST))
+        return str(loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    except Exception:  # damaged in whatever way
+        return None
+
+
+def _first(data: bytes, label: bytes) -> Optional[bytes]:
+    """The first block with `label`, whatever its form. Takes time in proportion to the length, whatever `data` is."""
+    closing = b"-----END %s-----" % label
+    start = data.find(b"-----BEGIN %s-----" % label)
+    end = data.find(closing, start)
+    return data[start : end + len(closing)] + b"\n" if 0 <= start < end else None
+
+
+def _signable_key(data: bytes, elliptic: bool) -> PrivateKey:
+    pem = next(filter(None, (_first(data, label) for label in (KEY, b"RSA PRIVATE KEY", b"EC PRIVATE KEY"))), None)
+    if pem is None:
+        raise Foreign("there is no private key in the file")
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # its text may quote what it read
+        raise Foreign("the private key can't be read") from None
+    if isinstance(key, rsa.RSAPrivateKey):
+        if key.key_size in SIGNABLE_BITS:
+            return key
+        raise Foreign("the private key has %d bits: Caramel can't sign it" % key.key_size)
+    if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
+        if elliptic:
+            return key
+        raise Foreign("the private key is not an RSA key, and the key type is RSA")
+    raise Foreign("the private key is not an RSA key, nor one on the curve P-256")
+
+
+def _kept_request(pem: Optional[bytes], key: PrivateKey, client_id: str, anchors: Anchors) -> Optional[bytes]:
+    """The request in `pem`; None where it is missing or damaged. Raises `Foreign`."""
+    if pem is None:
+        return None
+    try:
+        request = x509.load_pem_x509_csr(pem)
+        subject = [(attribute.oid, str(attribute.value)) for attribute in request.subject]
+        if not request.is_signature_valid or _public(request) != _public(key):
+            return None
+        written = request.public_bytes(PEM)
+    except Exception:  # cryptography has no common base for what a damaged request can raise
+        return None
+    names = [value for oid, value in subject if oid == NameOID.COMMON_NAME]
+    if len(names) != 1 or not _same(names[0], client_id):
+        raise Foreign("the request in the file is for another client ID, %s" % ", ".join(map(repr, names)))
+    for begin in anchors.subjects:
+        wanted = [pair for pair in begin if pair[0] in REQUIRED]
+        if subject[: len(wanted)] == wanted:
+            return written
+    raise Foreign("the trusted CA would refuse the subject of the request in the file")
+
+
+# --- Verify ---
+
+
+def accept(
+    text: bytes, identity: Identity, anchors: Anchors, trust: Trust, modified: Optional[float] = None
+) -> Issued:
+    """The certificate in `text`, PEM, followed by its chain, if it is good for `identity` apart from its end.
+
+    `modified`: its time by the server's Last-Modified, seconds since 1970, UTC; None: its notBefore. Roots in the
+    chain are left out. Raises `Unusable` with the reason.
+    """
+    try:
+        found = [x509.load_pem_x509_certificate(pem) for pem in pem_certificates(text)]
+        certificate, rest = found[0], found[1:MAXIMUM_CHAIN]
+        if _public(certificate) != _public(_loaded_key(identity)):
+            raise Unusable("is another key's")
+        if not any(_same(name, identity.client_id) for name in _names(certificate)):
+            raise Unusable("is another device's, %s" % ", ".join(map(repr, _names(certificate))))
+        clients, servers = _uses(certificate)
+        # CAs only, and no root: others that a server may send are of no use to anybody.
+        intermediates = [c for c in rest if c.issuer != c.subject and _is_authority(c)]
+        chain = b"".join(c.public_bytes(PEM) for c in intermediates)
+        pem, begin, end = certificate.public_bytes(PEM), _begin(certificate), _end(certificate)
+    except Unusable:
+        raise
+    except Exception:  # cryptography has no common base for what a damaged certificate can raise
+        raise Unusable("can't be read") from None
+    if not clients and not servers:
+        raise Unusable("is neither for clients nor for servers")
+    verify(certificate, intermediates, anchors, trust.now())
+    return Issued(pem, chain, begin, end, not clients, begin if modified is None else modified)
+
+
+def verify(
+    certificate: x509.Certificate, intermediates: Iterable[x509.Certificate], anchors: Anchors, now: float
+) -> None:
+    """Raises `Unusable` where no chain of certificates leads from a trust anchor to `certificate`.
+
+    Its own dates don't count here; of the others only those count that haven't ended at `now`, seconds since 1970,
+    UTC. OpenSSL looks at no dates: it would refuse what hasn't begun.
+    """
+    alive = [anchor for anchor in anchors.certificates if _end(anchor) >= now]
+    if not alive:
+        raise Unusable("can't be judged: the CA certificate has ended, it is %s by what this device knows" % utc(now))
+    store = crypto.X509Store()
+    store.set_flags(NO_CHECK_TIME | PARTIAL_CHAIN)
+    try:
+        for anchor in alive:
+            store.add_cert(crypto.X509.from_cryptography(anchor))
+        untrusted = [crypto.X509.from_cryptography(c) for c in intermediates if _end(c) >= now]
+        leaf = crypto.X509.from_cryptography(certificate)
+        crypto.X509StoreContext(store, leaf, untrusted).verify_certificate()
+    except (crypto.X509StoreContextError, crypto.Error) as error:
+        raise Unusable("is not by the trusted CA (%s)" % error) from None
+
+
+def verify_server(sent: Sequence[bytes], anchors: Anchors, now: float) -> None:
+    """Raises `Unusable` where the chain that a server sent, DER, leads to no trust anchor or has ended at `now`."""
+    certificate, *intermediates = [x509.load_der_x509_certificate(der) for der in sent]
+    if _end(certificate) < now:
+        raise Unusable("ended at %s" % utc(_end(certificate)))
+    verify(certificate, intermediates, anchors, now)
+
+
+def chain_sent(connected: socket.socket, host: str) -> list[bytes]:
+    """The certificates, DER, that the TLS server behind `connected` sends, unverified. Raises OSError.
+
+    `ssl` tells only the first of them before Python 3.13.
+    """
+    context = SSL.Context(SSL.TLS_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    tls = SSL.Connection(context, None)
+    if not host.replace(".", "").isdigit() and ":" not in host:
+        tls.set_tlsext_host_name(host.encode("ascii"))
+    tls.set_connect_state()
+    try:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except SSL.WantReadError:
+                _exchange(tls, connected)
+    except SSL.Error as error:
+        raise ConnectionError(None, "no TLS: %s" % error) from None
+    return [c.to_cryptography().public_bytes(serialization.Encoding.DER) for c in tls.get_peer_cert_chain() or ()]
+
+
+def _exchange(tls: SSL.Connection, connected: socket.socket) -> None:
+    """Sends what `tls` has to say, and gives it what comes back."""
+    try:
+        connected.sendall(tls.bio_read(65536))
+    except SSL.WantReadError:
+        pass  # nothing to say
+    received = connected.recv(65536)
+    if not received:
+        raise ConnectionError(None, "the connection broke off")
+    tls.bio_write(received)
+
+
+def _loaded_key(identity: Identity) -> Any:
+    return serialization.load_pem_private_key(identity.key, password=None)
+
+
+def _public(holder: Any) -> bytes:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    encoded: bytes = holder.public_key().public_bytes(serialization.Encoding.DER, form)
+    return encoded
+
+
+def _same(name: str, client_id: str) -> bool:
+    """Whether a name is the client ID; host names, which have a dot, compare without case (RFC 4343)."""
+    return name == client_id or ("." in client_id and name.lower() == client_id.lower())
+
+
+def _names(certificate: x509.Certificate) -> list[str]:
+    """The common name, or where there is none the DNS names."""
+    names = [str(a.value) for a in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names:
+        return names if len(names) == 1 else []
+    try:
+        alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return alternative.get_values_for_type(x509.DNSName)
+
+
+def _uses(certificate: x509.Certificate) -> tuple[bool, bool]:
+    """Whether a certificate is for TLS clients, and whether for servers (RFC 5280, 4.2.1.3 and 4.2.1.12).
+
+    As OpenSSL sees it, which doesn't take anyExtendedKeyUsage for either.
+    """
+    try:
+        extended = set(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        extended = {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH}
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+        signs, encrypts = usage.digital_signature or usage.key_agreement, usage.key_encipherment
+    except x509.ExtensionNotFound:
+        signs = encrypts = True
+    clients = signs and ExtendedKeyUsageOID.CLIENT_AUTH in extended
+    return clients, (signs or encrypts) and ExtendedKeyUsageOID.SERVER_AUTH in extended
+
+
+def _begin(certificate: x509.Certificate) -> float:
+    """notBefore in seconds since 1970, UTC. cryptography 42 has another name for it, and warns of the old one."""
+    new = hasattr(certificate, "not_valid_before_utc")
+    moment = certificate.not_valid_before_utc if new else certificate.not_valid_before
+    return calendar.timegm(moment.utctimetuple())
+
+
+def _end(certificate: x509.Certificate) -> float:
+    """notAfter in seconds since 1970, UTC."""
+    new = hasattr(certificate, "not_valid_after_utc")
+    moment = certificate.not_valid_after_utc if new else certificate.not_valid_after
+    return calendar.timegm(moment.utctimetuple())
+
+
+# --- Tell ---
+
+
+class Description(NamedTuple):
+    """What a certificate says of itself, for a person: names as in RFC 4514, times in seconds since 1970, UTC."""
+
+    subject: str
+    issuer: str
+    serial_number: str
+    not_before: float
+    not_after: float
+
+
+def describe(pem: bytes) -> Optional[Description]:
+    """What the certificate says, trusted or not; None where it can't be read."""
+    try:
+        loaded = x509.load_pem_x509_certificate(pem)
+        digits = "%X" % loaded.serial_number
+        return Description(
+            _name(loaded.subject),
+            _name(loaded.issuer),
+            digits.zfill(len(digits) + len(digits) % 2),
+            _begin(loaded),
+            _end(loaded),
+        )
+    except Exception:  # damaged in whatever way
+        return None
+
+
+def key_size(identity: Identity) -> tuple[str, int]:
+    """The kind of an identity's key, RSA or EC, and its size in bits."""
+    key = _loaded_key(identity)
+    return ("RSA" if isinstance(key, rsa.RSAPrivateKey) else "EC"), key.key_size
+
+
+def _name(name: x509.Name) -> str:
+    oids = (*REQUIRED, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME)
+    short = dict(zip(oids, ("C", "ST", "L", "O", "OU", "CN")))
+    text = ", ".join("%s=%s" % (short.get(a.oid, a.oid.dotted_string), str(a.value)) for a in name)
+    return printable(text, len(text))

@@ -1,0 +1,87 @@
+"""What is found where the identity is kept, judged: what can be kept, and why something can't.
+
+A sealed identity was judged before; anything else is looked at as a whole, by ``certificates``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+from .errors import NotReady, UsageError
+from .identity import Identity, only_certificates, utc
+from .trust import Trust
+
+
+class Stored:
+    """What was found where the identity is kept, judged.
+
+    Attributes: data; client_id; trust; hardware; identity: None where there is none that can be kept; notes: for a
+    person, each reason why something can't be kept.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        client_id: str,
+        trust: Trust,
+        hardware: tuple[str, ...] = (),
+        modified: Optional[float] = None,
+    ) -> None:
+        """`hardware`: what a new identity is to remember, see `Hardware.fingerprints`. `modified`: the certificate's
+        time, seconds since 1970, UTC; None: its notBefore. Raises `UsageError`, `NotReady`."""
+        require_entropy()  # OpenSSL would wait for it
+        self.data = data
+        self.client_id = client_id
+        self.trust = trust
+        self.hardware = hardware
+        self.notes: list[str] = []
+        self.identity = Identity.sealed(data, trust.digest, modified)
+        if self.identity is None:
+            self.identity = self._examined(modified)
+        elif self.identity.client_id != client_id:
+            other = self.identity.client_id
+            self.notes.append(
+                "the request in the file is for another client ID, %r: starting over with a new key" % other
+            )
+            self.identity = None
+        issued = self.identity and self.identity.issued
+        if issued:
+            trust.learn(issued.not_before)
+            if not usable(self.identity, trust):
+                self.notes.append("the stored certificate ended at " + utc(issued.not_after))
+
+    def _examined(self, modified: Optional[float]) -> Optional[Identity]:
+        from . import certificates  # costs as much as all else: only where something is new
+
+        anchors = certificates.anchors(self.trust)  # a bad one shows before anything is made
+        if not self.data:
+            return None
+        if self.data in (self.trust.ca_cert, self.trust.identity_ca) or only_certificates(self.data):
+            raise UsageError("what is stored is somebody's certificates, and no identity: left as it is")
+        try:
+            identity, wrong = certificates.examine(
+                self.data, self.client_id, anchors, self.trust, self.hardware, modified
+            )
+        except certificates.Foreign as reason:
+            self.notes.append("%s: starting over with a new key" % reason)
+            return None
+        self.notes += wrong
+        return identity
+
+
+def usable(identity: Optional[Identity], trust: Trust) -> bool:
+    """Whether the identity has a certificate that hasn't ended by the best known time."""
+    return identity is not None and identity.issued is not None and identity.issued.not_after >= trust.now()
+
+
+def require_entropy() -> None:
+    """Raises `NotReady` where the kernel's random numbers aren't ready yet, see getrandom(2). Never waits.
+
+    Keys made before that have been found to share primes across the world (Heninger and others, "Mining Your Ps
+    and Qs", 2012).
+    """
+    try:
+        os.getrandom(1, os.GRND_NONBLOCK)
+    except BlockingIOError:
+        raise NotReady("the kernel has no entropy yet: nothing was done") from None

@@ -1,0 +1,151 @@
+"""A clock that is behind: by a few seconds, by a month in a warehouse, or since 1970."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import world
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from needs import require
+from world import Authority, Device, Scripted, answers, hours, now
+
+ID = "fffbeec0ffee"
+
+#: The program as a package that no firmware's build time was baked into: nothing tells it what time it must be.
+UNBAKED = [
+    str(Path(world.COMMAND).parent / "python"),
+    "-I",
+    "-c",
+    "import sys\nfrom caramel_embedded import settings\nfrom caramel_embedded.__main__ import main\n"
+    "settings.baked = lambda name: None\nmain(sys.argv[1:])",
+]
+FIRST_BOOT = "1970-01-01 00:00:10"
+
+
+def clock(text: str) -> Sequence[str]:
+    require("faketime")
+    return ["env", "TZ=UTC", "faketime", "--exclude-monotonic", text]
+
+
+def at(moment: world.Moment) -> Sequence[str]:
+    return clock(moment.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+@pytest.fixture(scope="module")
+def pem(authority: Authority) -> Path:
+    return authority.server(file="behind.pem")
+
+
+@pytest.fixture
+def device(tmp_path: Path, authority: Authority) -> Device:
+    device = Device(tmp_path / "device", None, authority.certificate_file, ID, command=UNBAKED)
+    device.has(authority.identity(ID, certified=False))
+    return device
+
+
+@pytest.mark.parametrize("ahead", [2, 600, 23 * 3600])
+def test_a_certificate_that_has_not_begun_by_our_clock_is_taken(
+    device: Device, pem: Path, authority: Authority, ahead: int
+) -> None:
+    leaf = authority.sign(device.request, not_before=now() + hours(ahead / 3600), not_after=now() + hours(48))
+    for _ in range(2):
+        with Scripted(pem, [answers.certificate(leaf)]) as server:
+            device.server = server.address
+            run = device.run()
+        assert run.status == 0, run.err
+
+
+@pytest.mark.parametrize("days", [1, 20, 300])
+def test_a_saved_clock_that_is_behind_costs_nothing(
+    device: Device, authority: Authority, tmp_path: Path, days: int
+) -> None:
+    """The CA is old, nothing in the file tells a later time, and the server's certificate is of today."""
+    old = Authority(tmp_path / "old", not_before=now() - hours(24 * 400))
+    device.ca = old.certificate_file
+    device.has(old.identity(ID, certified=False))
+    leaf = old.sign(device.request, not_before=now() - hours(1))
+    with Scripted(old.server(not_before=now() - hours(1)), [answers.certificate(leaf)]) as server:
+        device.server = server.address
+        run = device.run(before=at(now() - hours(24 * days)))
+    assert (run.status, device.certificate is not None) == (0, True), run.err
+
+
+def test_a_clock_that_is_behind_makes_nothing_good_that_has_ended(
+    device: Device, authority: Authority, tmp_path: Path
+) -> None:
+    old = Authority(tmp_path / "old", not_before=now() - hours(24 * 400))
+    device.ca = old.certificate_file
+    device.has(old.identity(ID, certified=False))
+    pem = old.server(not_before=now() - hours(24 * 35), not_after=now() - hours(24 * 33))
+    with Scripted(pem, [answers.PENDING]) as server:
+        device.server = server.address
+        behind = device.run(before=at(now() - hours(24 * 34)))
+        assert behind.status == 69, "by that clock it is good"
+        assert device.run(before=at(now() - hours(24 * 20))).status == 127
+
+
+def intermediate(authority: Authority, name: str, **dates: Any) -> tuple[Authority, bytes]:
+    """A CA under `authority`, to sign servers with, and its certificate by `authority`."""
+    below = Authority.__new__(Authority)
+    below.folder = authority.folder
+    below.key = ec.generate_private_key(ec.SECP256R1())
+    subject = world.name_of([("O", "Example AB"), ("CN", name)])
+    text = authority.issue(below.key.public_key(), subject, ca=True, usage=(), **dates)
+    below.certificate = x509.load_pem_x509_certificate(text)
+    return below, text
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_intermediate_of_the_server_is_looked_at_too(tmp_path: Path, ended: bool) -> None:
+    """In 1970 OpenSSL looks at no dates; what ended before the floor is refused, wherever it stands in the chain."""
+    root = Authority(tmp_path / "root", not_before=now() - hours(24 * 400))
+    builder = (
+        x509.CertificateBuilder(
+            root.certificate.subject, root.certificate.subject, root.key.public_key(), x509.random_serial_number()
+        )
+        .not_valid_before(now() - hours(24 * 400))
+        .not_valid_after(now() + hours(24 * 400))
+        .add_extension(x509.BasicConstraints(True, None), True)
+    )
+    root.certificate = builder.sign(root.key, hashes.SHA256())
+    root.certificate_file.write_bytes(root.pem)
+    end = now() - hours(24 * 399) + hours(5) if ended else now() + hours(24)
+    below, text = intermediate(root, "Server CA", not_before=now() - hours(24 * 399), not_after=end)
+    pem = below.server(not_before=now() - hours(1), file="below.pem")
+    content = pem.read_bytes()
+    split = content.index(b"-----BEGIN PRIVATE")
+    pem.write_bytes(content[:split] + text + content[split:])
+    device = Device(tmp_path / "device", None, root.certificate_file, ID, command=UNBAKED)
+    # The certificate in the file tells the time: today's.
+    device.has(root.identity(ID, not_before=now() - hours(2)))
+    with Scripted(pem, [answers.PENDING]) as server:
+        device.server = server.address
+        run = device.run(before=clock(FIRST_BOOT))
+    assert run.status == (127 if ended else 69), run.err
+
+
+def test_a_server_whose_clock_was_ahead_strands_nobody(device: Device, pem: Path, authority: Authority) -> None:
+    """It signed for a time at which its own certificate will have ended: as a floor, that would lock us out."""
+    before = device.snapshot()
+    leaf = authority.sign(device.request, not_before=now() + hours(24 * 30), not_after=now() + hours(24 * 32))
+    with Scripted(pem, [answers.certificate(leaf)]) as server:
+        device.server = server.address
+        run = device.run(before=clock(FIRST_BOOT))
+        assert (run.status, "clock is ahead" in run.err) == (127, True), run.err
+        assert device.run().status == 127
+    assert device.snapshot() == before
+
+
+def test_in_1970_a_device_lives(device: Device, pem: Path, authority: Authority) -> None:
+    leaf = authority.sign(device.request, not_before=now() - hours(1))
+    for says in ([answers.PENDING], [answers.certificate(leaf)], [answers.certificate(leaf)]):
+        with Scripted(pem, says, client_ca=authority.certificate_file) as server:
+            device.server = server.address
+            run = device.run(before=clock(FIRST_BOOT))
+        assert run.status in (0, 69) and run.err.count("\n") == 1, run.err
+    assert server.requests[0].client_certificate is not None

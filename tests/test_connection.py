@@ -1,0 +1,261 @@
+"""One run's connection: what servers and networks do to it, beyond what a well-behaved one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import world
+from needs import needs
+from world import Authority, Caramel, Device, Nginx, Scripted, answer, answers, hours, now
+
+ID = "fffbeec0ffee"
+
+
+@pytest.fixture(scope="module")
+def pem(authority: Authority) -> Path:
+    return authority.server(file="connection.pem")
+
+
+@pytest.fixture
+def new(tmp_path: Path, authority: Authority) -> Device:
+    return Device(tmp_path / "device", None, authority.certificate_file, ID)
+
+
+@needs("nginx", "strace")
+def test_a_server_that_closes_between_get_and_post(
+    new: Device, tmp_path: Path, caramel: Caramel, authority: Authority
+) -> None:
+    """nginx with a keep-alive that is shorter than the making of a request."""
+    new.client_id = "keepalive-1"
+    lines = "keepalive_timeout 20ms;"
+    with Nginx(tmp_path / "nginx", caramel, authority.server(), server_lines=lines) as front:
+        new.server = front.address
+        # What nginx closes while the client is busy: a processor that is slow to send.
+        slow = ("strace", "-qq", "-f", "-o", "/dev/null", "-e", "inject=sendto,write:delay_enter=120000")
+        run = new.run(before=slow)
+        assert (run.status, "waits to be signed" in run.err) == (69, True), run.err
+        assert new.run(before=slow).status == 69
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_request_that_is_not_the_first_on_its_connection_is_made_again(new: Device, pem: Path, at: int) -> None:
+    """RFC 9112, 9.3.1: a server may close a connection at any time after an answer; the next request finds out."""
+    script: list[world.Answer] = [answers.UNKNOWN, answers.PENDING, answers.PENDING]
+    script.insert(at, None)
+    with Scripted(pem, script) as server:
+        new.server = server.address
+        run = new.run()
+    assert (run.status, server.connections) == (69, 2), run.err
+    assert [asked.method for asked in server.requests] == {
+        1: ["GET", "POST", "POST", "GET"],
+        2: ["GET", "POST", "GET", "GET"],
+    }[at]
+
+
+def test_a_server_that_closes_every_time_is_not_asked_for_ever(new: Device, pem: Path) -> None:
+    with Scripted(pem, [answers.UNKNOWN, None, None, None]) as server:
+        new.server = server.address
+        assert new.run().status == 127
+    assert len(server.requests) == 3
+
+
+def test_making_a_key_costs_none_of_the_time_limit(new: Device, pem: Path, authority: Authority) -> None:
+    """A slow processor needs half a minute for it; here a 4096-bit key and a limit of a second do."""
+    new.has(authority.identity(ID, certified=False))
+    code = (
+        "import time, sys\n"
+        "from caramel_embedded import certificates\n"
+        "from caramel_embedded.__main__ import main\n"
+        "make = certificates.make\n"
+        "def slow(*a, **k):\n"
+        "    time.sleep(3)\n"
+        "    return make(*a, **k)\n"
+        "certificates.make = slow\n"
+        "main(sys.argv[1:])\n"
+    )
+    new.command = [str(Path(world.COMMAND).parent / "python"), "-I", "-c", code]
+    with Scripted(pem, [answers.REJECTED, answers.PENDING, answers.PENDING]) as server:
+        new.server = server.address
+        run = new.run("--timeout", "2")
+    assert (run.status, run.seconds > 3) == (69, True), run.err
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_early_hints_are_passed_over(new: Device, pem: Path, authority: Authority, count: int) -> None:
+    """RFC 8297: an interim answer of a CDN."""
+    new.has(authority.identity(ID, certified=False))
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n" * count
+    certificate = authority.sign(new.request, not_before=now() - hours(1))
+    with Scripted(pem, [early + answers.certificate(certificate)]) as server:
+        new.server = server.address
+        run = new.run()
+    assert (run.status, new.certificate is not None) == (0, True), run.err
+
+
+def test_switching_protocols_is_no_interim_answer(new: Device, pem: Path, authority: Authority) -> None:
+    new.has(authority.identity(ID, certified=False))
+    with Scripted(pem, [answer(101)]) as server:
+        new.server = server.address
+        assert new.run("--timeout", "3").status == 127
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """An address that swallows every connection: a full queue that nobody takes from."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.9", 0))
+    listener.listen(0)
+    clients = []
+    for _ in range(3):
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(listener.getsockname())
+        clients.append(client)
+    try:
+        yield listener.getsockname()
+    finally:
+        for client in clients:
+            client.close()
+        listener.close()
+
+
+def test_a_black_hole_among_the_addresses_costs_its_time_once() -> None:
+    """1.0.0 gave it its share of what was left at each new connection."""
+    from caramel_embedded.server import Server
+    from caramel_embedded.trust import Trust
+
+    with black_hole() as hole, socket.create_server(("127.0.0.1", 0)) as good:
+        server = Server(("name.invalid", 1), Trust(b""), ID, 2, lambda step: None)
+        server._deadline = time.monotonic() + 2
+        server._addresses = [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", hole),
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", good.getsockname()),
+        ]
+        server.tcp().close()
+        left = server.left()
+        assert left < 1.2
+        server.tcp().close()
+        assert server.left() > left - 0.2
+
+
+# --- Retry-After ---
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("Retry-After: 120", 120),
+        ("Retry-After: 99999999999", 86400),
+        ("Retry-After: Tue, 24 Nov 2026 12:02:00 GMT", 120),
+        ("Retry-After: soon", None),
+        ("Retry-After: -5", None),
+    ],
+)
+def test_retry_after_is_told(new: Device, pem: Path, authority: Authority, header: str, seconds: object) -> None:
+    new.has(authority.identity(ID, certified=False))
+    says = answer(202, b"{}", header, "Date: Tue, 24 Nov 2026 12:00:00 GMT")
+    with Scripted(pem, [says]) as server:
+        new.server = server.address
+        run = new.run("--json")
+    told = json.loads(run.out)
+    assert (run.status, told["status"], told["retry_after"]) == (69, 69, seconds)
+    assert (f"the server asks to wait {seconds} s" in run.err) == (seconds is not None)
+    assert told["message"] in run.err
+
+
+def test_retry_after_of_a_server_in_trouble_is_told_too(new: Device, pem: Path, authority: Authority) -> None:
+    new.has(authority.identity(ID, certified=False))
+    with Scripted(pem, [answer(503, b"later", "Retry-After: 300")]) as server:
+        new.server = server.address
+        run = new.run("--json")
+    assert (run.status, json.loads(run.out)["retry_after"], "wait 300 s" in run.err) == (127, 300, True)
+
+
+# --- 403 in other words than Caramel's ---
+
+SPRING = {"type": "about:blank", "title": "Forbidden", "status": 403, "detail": "Access Denied", "instance": "/x"}
+ASPNET = {
+    "type": "https://tools.ietf.org/html/rfc9110#section-15.5.4",
+    "title": "Forbidden",
+    "status": 403,
+    "traceId": "0",
+}
+CDN = {"title": "Error 1020: Access denied", "status": 403, "detail": "Forbidden"}
+TEXT = {"title": "Forbidden", "status": "403", "detail": None}
+
+
+@pytest.mark.parametrize("document", [SPRING, ASPNET, CDN, TEXT, [], {"title": "Forbidden", "status": 403}])
+def test_a_403_in_other_words_wipes_nothing(new: Device, pem: Path, authority: Authority, document: object) -> None:
+    new.has(authority.identity(ID))
+    before = new.snapshot()
+    says = answer(403, json.dumps(document).encode(), "Content-Type: application/problem+json")
+    with Scripted(pem, [says, says]) as server:
+        new.server = server.address
+        assert new.run().status == 127
+    assert new.snapshot() == before
+
+
+# --- A certificate that can't be loaded into TLS ---
+
+
+@pytest.mark.parametrize(
+    "lacks", [pytest.param("memfd_create", marks=needs("strace")), pytest.param("/proc", marks=needs("mounts"))]
+)
+def test_a_system_without_files_in_memory_does_without_client_certificate(
+    new: Device, pem: Path, authority: Authority, lacks: str
+) -> None:
+    new.has(authority.identity(ID))
+    before: tuple[str, ...] = ("strace", "-qq", "-f", "-o", "/dev/null", "-e", "inject=memfd_create:error=ENOSYS")
+    if lacks == "/proc":
+        before = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+    with Scripted(pem, [answers.PENDING], client_ca=authority.certificate_file) as server:
+        new.server = server.address
+        run = new.run("-v", before=before)
+    assert (run.status, run.err.count("can't be shown")) == (69, 1), run.err
+    assert server.requests[0].client_certificate is None
+
+
+@needs("mounts")
+def test_a_first_boot_without_proc(new: Device, pem: Path) -> None:
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
+        new.server = server.address
+        run = new.run(before=("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"))
+    assert run.status == 69, run.err
+
+
+@pytest.mark.parametrize(
+    "header", ["Last-Modified: Fri, 31 Dec 9999 23:59:59 GMT", "Last-Modified: Sat, 01 Jan 12000 00:00:00 GMT"]
+)
+def test_a_date_at_the_end_of_time(new: Device, pem: Path, authority: Authority, header: str) -> None:
+    new.has(authority.identity(ID, certified=False))
+    certificate = authority.sign(new.request, not_before=now() - hours(1))
+    with Scripted(pem, [answers.certificate(certificate, header)]) as server:
+        new.server = server.address
+        assert new.run().status == 0
+        run = new.run()
+    assert (run.status, "internal error" in run.err) == (0, False), run.err
+
+
+def test_a_file_time_past_the_year_9999(new: Device, pem: Path, authority: Authority, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # an ext4 has no such times
+        far_away(new, pem, authority, Path(folder))
+
+
+def far_away(new: Device, pem: Path, authority: Authority, folder: Path) -> None:
+    new.key_file = folder / "identity.pem"
+    new.has(authority.identity(ID))
+    os.utime(new.key_file, (300_000_000_000, 300_000_000_000))
+    assert new.key_file.stat().st_mtime == 300_000_000_000
+    with Scripted(pem, [answers.certificate(new.block("CERTIFICATE") or b"")]) as server:
+        new.server = server.address
+        run = new.run()
+    assert run.status == 0, run.err
+    assert server.requests[0].if_modified_since == ""
