@@ -35,7 +35,7 @@ from world.authority import (
 )
 from world.caramel import Caramel, Request
 from world.device import Device, Run, Snapshot
-from world.nginx import Nginx
+from world.nginx import Nginx, any_front
 from world.processes import (
     PATIENCE,
     Daemon,
@@ -62,7 +62,7 @@ from world.programs import (
     wheel,
 )
 from world.scripted import Scripted, hang_up, reset, silence
-from world.tls_front import TlsFront
+from world.tls_front import Front, TlsFront
 
 __all__ = [
     "ATTRIBUTES",
@@ -83,6 +83,7 @@ __all__ = [
     "Caramel",
     "Daemon",
     "Device",
+    "Front",
     "HttpRequest",
     "Moment",
     "Nginx",
@@ -96,6 +97,7 @@ __all__ = [
     "TlsFront",
     "adopt_orphans",
     "answer",
+    "any_front",
     "debian_python",
     "die_with_parent",
     "end",
