@@ -34,14 +34,15 @@ PACKAGE = "caramel_embedded"
 LIBRARIES = ("urllib3", "fasteners")
 LEFT_OUT = ("urllib3/contrib/", "urllib3/http2/connection.py", "fasteners/pywin32/")
 
-#: The starter is the archive's head: execve(2) starts a shell, which hands the file to Python. Python would start a zip
-#: archive by itself, but with a crash's status, and through runpy, which takes longer than the shell does. Behind the
-#: shell's last line come the compiled modules, and behind these the zip archive: zip files are read from their end.
+#: The starter is the archive's head: execve(2) starts a shell, which hands the file to Python. Python would start a
+#: zip archive by itself, but with a crash's status, and through runpy, which takes longer than the shell does.
+#: Behind the shell's last line come the compiled modules, and behind these the zip archive: zip files are read from
+#: their end.
 STARTER = ROOT / "packaging" / "starter" / "caramel-embedded"
 WHERE = re.compile(r"^# --- where .*?^# --- end of where\n", re.MULTILINE | re.DOTALL)
 
 #: Instead of the starter's own part on where Python and the program are.
-FIND = r"""# caramel-embedded(8) @VERSION@ in one file: a shell script, compiled modules, and a zip archive of their sources.
+FIND = r"""# caramel-embedded(8) @VERSION@ in one file: a shell script, compiled modules, a zip archive of sources.
 case $0 in */*) file=$0 ;; *) file=$(command -v -- "$0") || file=$0 ;; esac
 python=@PYTHON@
 find='
@@ -204,7 +205,10 @@ def main() -> int:
     options.add_argument("--output", type=Path, default=ROOT / "build" / "caramel-embedded.pyz")
     options.add_argument("--python", default="/usr/bin/python3", help="where Python is on the device")
     options.add_argument(
-        "--packages", type=Path, required=True, help="folder with " + " and ".join(LIBRARIES) + ", as pip --target makes it"
+        "--packages",
+        type=Path,
+        required=True,
+        help=f"folder with {' and '.join(LIBRARIES)}, from pip --target",
     )
     options.add_argument("--server", help="the Caramel server, HOST or HOST:PORT")
     options.add_argument("--ca-cert", help="PEM file with the CA's certificate")
