@@ -600,8 +600,9 @@ def test_power_is_cut_while_two_files_are_made(shell: str, tmp_path: Path, autho
 
     assert run(files[0]) == run(files[1]) == 0
     calls = int(count.read_text())
-    if calls < 15:
+    if shell == "busybox" and calls < 5:
         pytest.skip("this BusyBox's shell takes its own programs, whatever the search path says")
+    assert calls > 10
     seen = []
     for at in range(1, calls + 2):
         assert run(files[0]) == 0 and whose(split, files) == "old"
