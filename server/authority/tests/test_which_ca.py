@@ -63,5 +63,16 @@ def test_a_walk(walk: str, tmp_path: Path) -> None:
 def test_the_table_links_and_the_page_of_the_authority() -> None:
     """The heading that the table leads to is there, and the page is named in the authority's own."""
     readme = (DEPLOY.parent / "README.md").read_text()
-    assert "## 90 000 devices" in readme
+    assert "\n### 90 000 devices\n" in readme
     assert "docs/which-ca.md" in readme
+
+
+def test_the_table_for_90_000_devices_is_calculated() -> None:
+    text = (DEPLOY.parent / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) days \| (\w+)", text.partition("### 90 000 devices")[2], re.M)
+    assert len(rows) == 6
+    renewals = round(90_000 / (60 * 24) + 0.5)
+    assert f"need {renewals} orders an hour" in text and f"it is {90_000 // (30 * 24)} an hour" in text
+    for per_hour, days, left in rows:
+        assert days == f"{90_000 / int(per_hour) / 24:.1f}"
+        assert left == (str(int(per_hour) - renewals) if int(per_hour) > renewals else "none")
