@@ -101,8 +101,8 @@ def acme_ca(folder: Path) -> None:
     with Knot(folder / "knot") as knot, Pebble(folder / "pebble", knot, PEBBLE_CHAIN_LENGTH="2") as pebble:
         say(
             f"""A name server has the zone {ZONE} and takes updates that are signed with the authority's key. Pebble
-            is the CA: it makes a certificate for a name only when the authority has proved, in that zone, that it is its
-            own."""
+            is the CA: it makes a certificate for a name only when the authority has proved, in that zone, that it is
+            its own."""
         )
         authority = RegistrationAuthority(
             folder / "authority",
