@@ -47,5 +47,6 @@ def rest() -> None:
 def _on_signal(_number: int, _frame: object) -> None:
     if not _at_work:
         os._exit(EXIT_FAILED)
-    rest()  # the next one ends the clean-up too
+    rest()  # the next one ends the clean-up too, but for the starter's: it passes on what the whole group has got
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
     raise Interrupted("ended by a signal")
