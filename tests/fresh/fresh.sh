@@ -9,7 +9,8 @@ set -eu
 
 cd "$(dirname "$0")/../.."
 suite=${1:-bookworm}
-# This machine's own, unless another one is named.
+# This machine's own, unless another one is named. What apt fills in looks like a shell's.
+# shellcheck disable=SC2016
 mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1)}
 folder=$PWD/${BUILD:-build}/fresh
 tree=$folder/$suite
