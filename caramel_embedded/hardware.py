@@ -30,9 +30,17 @@ SERIAL_NUMBER_FILES = (
 )
 
 # What vendors leave in the field, compared without case, spaces and punctuation.
-PLACEHOLDERS = frozenset(
-    ["tobefilledbyoem", "tobefilled", "tobefilledbymanufacturer", "defaultstring", "default", "systemserialnumber", "serialnumber", "serial", "systemserial", "chassisserialnumber", "baseboardserialnumber", "boardserialnumber", "productserialnumber", "sn", "notspecified", "notapplicable", "notavailable", "notprovided", "notdefined", "notset", "notused", "notassigned", "na", "none", "null", "nil", "empty", "unknown", "undefined", "unspecified", "invalid", "invalidserial", "dummy", "test", "sample", "example", "oem", "oemserial", "noserial", "noserialnumber", "0123456789", "123456789", "1234567890", "0123456789abcdef", "1234567890abcdef", "123456789abcdef", "12345678", "01234567", "1234567", "123456", "12345", "1234", "abcdefgh", "abcd", "deadbeef", "cafebabe", "badf00d", "ssn12345678901234567", "empty1234", "nosn"]
-)
+PLACEHOLDERS = frozenset([
+    "tobefilledbyoem", "tobefilled", "tobefilledbymanufacturer", "defaultstring", "default",
+    "systemserialnumber", "serialnumber", "serial", "systemserial", "chassisserialnumber",
+    "baseboardserialnumber", "boardserialnumber", "productserialnumber", "sn", "notspecified", "notapplicable",
+    "notavailable", "notprovided", "notdefined", "notset", "notused", "notassigned", "na", "none", "null",
+    "nil", "empty", "unknown", "undefined", "unspecified", "invalid", "invalidserial", "dummy", "test",
+    "sample", "example", "oem", "oemserial", "noserial", "noserialnumber", "0123456789", "123456789",
+    "1234567890", "0123456789abcdef", "1234567890abcdef", "123456789abcdef", "12345678", "01234567", "1234567",
+    "123456", "12345", "1234", "abcdefgh", "abcd", "deadbeef", "cafebabe", "badf00d", "ssn12345678901234567",
+    "empty1234", "nosn",
+])  # fmt: skip
 
 ARPHRD_ETHER = 1  # linux/if_arp.h: Ethernet and Wi-Fi
 NET_ADDR_PERM = 0  # linux/netdevice.h, shown as addr_assign_type
