@@ -12,7 +12,6 @@ import needs
 import pytest
 import world
 
-
 MISSING = """
 import needs, pytest
 needs.NEEDS["a-program"] = needs.program("no-such-program", "one-package")
