@@ -159,8 +159,9 @@ def test_no_process_to_be_had_is_127(name: str) -> None:
     def nobody() -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         if os.geteuid() == 0:  # whom the limit doesn't hold
-            os.setgid(65534)
-            os.setuid(65534)
+            # A user of whom nothing runs: else not even the shell could be started (execve(2), EAGAIN).
+            os.setgid(64321)
+            os.setuid(64321)
 
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
