@@ -6,6 +6,7 @@ script and the words of Python in it. The script is the same one in the one-file
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -242,6 +243,52 @@ def test_no_process_to_be_had(shell: list[str], bin: Path) -> None:
     assert "fork" in done.stderr
 
 
+def test_without_the_package(shell: list[str], tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False, symlinks=True)
+    shutil.copy(STARTER, tmp_path / "bin")
+    done = run(*shell, tmp_path / "bin/caramel-embedded")
+    assert (done.returncode, done.stdout) == (127, "")
+    assert done.stderr == "caramel-embedded: can not start: ModuleNotFoundError: No module named 'caramel_embedded'\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "word"),
+    [("fasteners", "fasteners"), ("urllib3", "urllib3"), ("OpenSSL", "pyOpenSSL"), ("cryptography", "cryptography")],
+)
+def test_each_package_that_is_missing_is_named(tmp_path: Path, authority: Authority, missing: str, word: str) -> None:
+    """The real program, on a device that has all packages but one, at its first run."""
+    venv.create(tmp_path / "device", with_pip=False, symlinks=True)
+    (packages,) = (tmp_path / "device").glob("lib/python*/site-packages")
+    names = {
+        "fasteners",
+        "urllib3",
+        "OpenSSL",
+        "cryptography",
+        "cffi",
+        "_cffi_backend",
+        "pycparser",
+        "typing_extensions",
+    }
+    for name in names - {missing}:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue  # newer releases do without some of them
+        origin = Path(spec.origin)
+        source = origin.parent if origin.name == "__init__.py" else origin
+        (packages / source.name).symlink_to(source)
+    (packages / "caramel_embedded").symlink_to(ROOT / "caramel_embedded")
+    shutil.copy(STARTER, tmp_path / "device/bin/caramel-embedded")
+    folder = tmp_path / "identity"
+    done = run(
+        tmp_path / "device/bin/caramel-embedded", "--server", "localhost:1", "--client-id", "x",
+        "--ca-cert", authority.certificate_file, "--key-file", folder / "identity.pem", "--config", os.devnull,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (127, "")
+    assert f"lacks the Python package {word}" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (folder / "identity.pem").exists() or not (folder / "identity.pem").read_bytes()
+
+
 # --- Which Python ---------------------------------------------------------------------------------------
 
 
@@ -411,3 +458,13 @@ def test_it_costs_two_milliseconds_at_most(shell: list[str], bin: Path) -> None:
             cost = used.ru_utime + used.ru_stime
             least[script] = min(cost, least.get(script, cost))
     assert least[bin / "caramel-embedded"] - least[plain] < 0.002
+
+
+# --- How it is written ----------------------------------------------------------------------------------
+
+
+def test_it_is_a_program_and_posix() -> None:
+    assert os.access(STARTER, os.X_OK)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    assert run("shellcheck", STARTER).stdout == ""
