@@ -460,47 +460,6 @@ def test_a_bad_option_fails_make_zipapp(tmp_path: Path, ca: Authority, words: li
     assert not list(tmp_path.iterdir())
 
 
-# --- The launcher ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
-def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) -> None:
-    require(shell)
-    launcher = tmp_path / "caramel-embedded"
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    command = [shell, "sh"] if shell == "busybox" else [shell]
-    python = tmp_path / "python3"
-    python.write_bytes(b"\x7fELF, of some other processor")
-    python.chmod(0o755)
-    done = run(*command, launcher, env=surroundings())
-    assert (done.returncode, done.stdout) == (127, "")
-    assert done.stderr
-
-
-def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
-    launcher = tmp_path / "bin/caramel-embedded"
-    venv.create(tmp_path, with_pip=False, symlinks=True)
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    done = run(launcher, env=surroundings())
-    assert (done.returncode, done.stdout) == (127, "")
-    assert "No module named 'caramel_embedded'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_launcher_takes_the_python_beside_it_also_by_way_of_a_link(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    launcher = tmp_path / "bin/caramel-embedded"
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    python = tmp_path / "bin/python3"
-    python.write_text('#!/bin/sh\nprintf "%s|" "$1" "$2" "$3" "$5" "$6"\n')
-    python.chmod(0o755)
-    link = tmp_path / "elsewhere"
-    link.symlink_to(launcher)
-    for path in (launcher, link):
-        done = run(path, "--client-id", "two words", env=surroundings())
-        assert (done.returncode, done.stdout) == (0, "-I|-B|-c|--client-id|two words|")
-
-
 # --- make install ---------------------------------------------------------------------------------------
 
 PACKAGE = sorted(f"usr/lib/p/caramel_embedded/{path.name}" for path in (ROOT / "caramel_embedded").glob("*.py"))
