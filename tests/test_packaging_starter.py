@@ -57,7 +57,7 @@ def main(arguments=None, locked=1):
 
 @pytest.fixture(params=sorted(SHELLS))
 def shell(request: pytest.FixtureRequest) -> list[str]:
-    require(request.param)
+    require(SHELLS[request.param][0])
     return SHELLS[request.param]
 
 
