@@ -39,7 +39,8 @@ from needs import require
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+# The name server and the CA are started once: all of it runs in one of pytest-xdist's processes.
+pytestmark = [pytest.mark.usefixtures("authority_installed"), pytest.mark.xdist_group("acme")]
 
 RULES = f'[rules]\nzone = "{ZONE}"\n'
 
