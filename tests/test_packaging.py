@@ -325,7 +325,7 @@ def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Au
     start, end = content.index(b"from caramel_embedded.__main__ import"), content.index(b"main(locked=75)\n")
     # In the place of the program, and of the same length, so that what lies behind it stays in its place.
     asked = (
-        b"import urllib3; from importlib.metadata import version\n"
+        b"import os, urllib3; from importlib.metadata import version\n"
         b'    os.write(1, (urllib3.__file__ + " " + version("urllib3")).encode()); os._exit(0)\n'
         b"except OSError: pass\n"
     )

@@ -35,11 +35,12 @@ from authority_world import (
     sha256,
 )
 from cryptography import x509
-from needs import require
+from needs import require, slow
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+# The name server and the CA are started once: all of it runs in one of pytest-xdist's processes.
+pytestmark = [pytest.mark.usefixtures("authority_installed"), pytest.mark.xdist_group("acme"), slow]
 
 RULES = f'[rules]\nzone = "{ZONE}"\n'
 
