@@ -80,7 +80,7 @@ install-extras:
 # The paths in the units and scripts are those of a system installation.
 install-libexec:
 	$(INSTALL) -d "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded"
-	for script in until-enrolled keep-enrolled; do \
+	for script in until-enrolled until-certified keep-enrolled; do \
 		sed 's#/usr/bin/caramel-embedded#$(PREFIX)/bin/caramel-embedded#' "$(PACKAGING)libexec/$$script" \
 			>"$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/$$script" && \
 		chmod 0755 "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/$$script" || exit 1; done
@@ -90,8 +90,9 @@ install-systemd: install-libexec
 	for unit in $(UNITS); do \
 		sed 's#/usr/\(bin\|libexec\)/#$(PREFIX)/\1/#' "$(PACKAGING)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
 		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
-	$(INSTALL) -D -m 0644 $(PACKAGING)systemd/examples/needs-certificate.conf \
-		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/needs-certificate.conf"
+	for example in needs-certificate instance-own-user; do \
+		$(INSTALL) -D -m 0644 "$(PACKAGING)systemd/examples/$$example.conf" \
+			"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/$$example.conf" || exit 1; done
 
 install-sysv: install-libexec
 	$(INSTALL) -d "$(DESTDIR)$(SYSCONFDIR)/init.d"
@@ -106,3 +107,5 @@ deb: ## the Debian package, into build/: [CARAMEL_BAKE=/path/to/firmware.conf]
 
 device-test: $(BUILD)/tests/installed $(BUILD)/caramel/installed ## a Debian armhf tree under qemu that boots the init script and enrolls (root, some minutes)
 	@BUILD="$(BUILD)" PYTHON="$(PYTHON)" "$(ROOT)tests/device/device-test.sh"
+
+-include $(PACKAGING)container/container.mk

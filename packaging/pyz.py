@@ -204,11 +204,11 @@ def write(output: Path, python: str, baked: Baked, packages: Path) -> None:
     with open(draft, "wb") as file:
         file.write(start(len(start(0))) + blob)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, content in sorted({**files, **data, "__main__.py": MAIN.encode()}.items()):
+            for name, member in sorted({**files, **data, "__main__.py": MAIN.encode()}.items()):
                 entry = zipfile.ZipInfo(name)  # 1980-01-01, the earliest that a zip file knows
                 entry.create_system = 3  # Unix, whatever this is built on
                 entry.external_attr = 0o100644 << 16
-                archive.writestr(entry, content)
+                archive.writestr(entry, member)
     draft.chmod(0o755)
     draft.replace(output)
 

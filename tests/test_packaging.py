@@ -16,6 +16,7 @@ from typing import Optional, Union
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from needs import needs, require
 from world import (
     ROOT,
     SERVER_AUTH,
@@ -273,6 +274,7 @@ def copy_of_the_sources(folder: Path) -> Path:
     return folder
 
 
+@needs("faketime")
 def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Path, ca: Authority) -> None:
     root = copy_of_the_sources(tmp_path / "caramel server" / "identity")
     for path in root.rglob("*"):
@@ -283,8 +285,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
         sys.executable, "packaging/pyz.py", "--server", "localhost:1", "--ca-cert", str(ca.certificate_file),
         "--output", str(other), "--python", sys.executable, "--packages", str(libraries()),
     ]  # fmt: skip
-    if shutil.which("faketime"):
-        command = ["faketime", "2031-05-05", *command]
+    command = ["faketime", "2031-05-05", *command]
     old = os.umask(0o077)
     try:
         done = run(*command, env=surroundings(**environ), cwd=root)
@@ -406,9 +407,12 @@ def test_it_starts_by_every_way(tmp_path: Path, pyz: Path) -> None:
     link.symlink_to(pyz)
     version([str(link)])
     version(["caramel-embedded"], PATH=f"{pyz.parent}:/usr/bin:/bin")
-    for shell in (["bash"], ["busybox", "sh"]):
-        if shutil.which(shell[0]):
-            version([*shell, str(pyz)])
+
+
+@pytest.mark.parametrize("shell", ["bash", "busybox sh"])
+def test_a_shell_starts_it(shell: str, pyz: Path) -> None:
+    require(shell.partition(" ")[0])
+    version([*shell.split(), str(pyz)])
 
 
 def test_another_version_of_python_takes_the_sources(tmp_path: Path, ca: Authority) -> None:
@@ -510,12 +514,18 @@ ALWAYS = [
     "usr/share/doc/caramel-embedded/examples/caramel-embedded.conf",
     "usr/share/man/man8/caramel-embedded.8",
 ]
-LIBEXEC = ["usr/libexec/caramel-embedded/keep-enrolled", "usr/libexec/caramel-embedded/until-enrolled"]
+LIBEXEC = [f"usr/libexec/caramel-embedded/{name}" for name in ("keep-enrolled", "until-certified", "until-enrolled")]
 UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "packaging/systemd").glob("*.*"))
 FILES = {
     "none": ALWAYS,
     "sysv": [*ALWAYS, *LIBEXEC, "etc/init.d/S95caramel-embedded"],
-    "systemd": [*ALWAYS, *LIBEXEC, *UNITS, "usr/share/doc/caramel-embedded/examples/needs-certificate.conf"],
+    "systemd": [
+        *ALWAYS,
+        *LIBEXEC,
+        *UNITS,
+        "usr/share/doc/caramel-embedded/examples/instance-own-user.conf",
+        "usr/share/doc/caramel-embedded/examples/needs-certificate.conf",
+    ],
 }
 PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *LIBEXEC}
 
@@ -544,7 +554,13 @@ def test_another_prefix_is_in_all_that_refers_to_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     installed = [path for path in tmp_path.rglob("*") if path.is_file() and "usr/lib/p" not in str(path)]
     texts = {path.name: path.read_text() for path in installed if path.suffix not in (".8", ".conf")}
-    for name in ("caramel-embedded.service", "S95caramel-embedded", "keep-enrolled", "until-enrolled"):
+    for name in (
+        "caramel-embedded.service",
+        "S95caramel-embedded",
+        "keep-enrolled",
+        "until-certified",
+        "until-enrolled",
+    ):
         assert "/opt/caramel/" in texts[name]
         assert "/usr/libexec/" not in texts[name]
         assert "/usr/bin/caramel-embedded" not in texts[name]
@@ -619,10 +635,7 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
         assert b"CARAMEL" not in archive.read("caramel_embedded/baked.conf")
 
 
-DEBIAN_TOOLS = all(shutil.which(program) for program in ("dpkg-buildpackage", "dh", "dh_python3"))
-
-
-@pytest.mark.skipif(not DEBIAN_TOOLS, reason="Debian's packaging tools are not installed")
+@needs("debian-tools")
 def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     def build(folder: Path, **env: str) -> bytes:
         folder.mkdir()

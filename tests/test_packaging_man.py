@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 
-import pytest
+from needs import needs
 from world import ROOT, environment
 
 from caramel_embedded import cli, errors, settings
@@ -57,7 +56,7 @@ def test_the_page_has_all_of_a_checks_json() -> None:
     assert set(re.findall(r"\.Va (\w+)", section)) == set(json.loads(outcome))
 
 
-@pytest.mark.skipif(not shutil.which("mandoc"), reason="mandoc is not installed")
+@needs("mandoc")
 def test_the_page_is_well_formed() -> None:
     done = subprocess.run(["mandoc", "-T", "lint", "-W", "style", str(PAGE)], capture_output=True, text=True)
     # It compares cross references with the pages of this machine.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+from needs import needs, require
 from world import PLAIN, ROOT, Authority, Device, environment, strays
 
 STARTER = ROOT / "packaging/starter/caramel-embedded"
@@ -56,8 +57,7 @@ def main(arguments=None, locked=1):
 
 @pytest.fixture(params=sorted(SHELLS))
 def shell(request: pytest.FixtureRequest) -> list[str]:
-    if not shutil.which(SHELLS[request.param][0]):
-        pytest.skip(f"{request.param} is not installed")
+    require(SHELLS[request.param][0])
     return SHELLS[request.param]
 
 
@@ -315,8 +315,7 @@ def test_the_current_folder_is_not_where_python_is_looked_for(shell: list[str], 
     shutil.copy(STARTER, tmp_path)
     (tmp_path / "python3").write_text("#!/bin/sh\nexit 69\n")
     (tmp_path / "python3").chmod(0o755)
-    if not Path("/usr/bin/python3").exists():
-        pytest.skip("there is no /usr/bin/python3")
+    require("debian-python")
     assert run(*shell, STARTER.name, "--nonsense", cwd=tmp_path).returncode == 127
 
 
@@ -350,7 +349,7 @@ def calls_until_end(shell: Sequence[str], bin: Path, trace: Path) -> list[tuple[
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@needs("strace")
 def test_a_signal_at_any_system_call_of_the_shell(shell: list[str], bin: Path, tmp_path: Path, name: str) -> None:
     calls = calls_until_end(shell, bin, tmp_path / "trace")
     assert len(calls) > 20
@@ -465,6 +464,5 @@ def test_it_costs_two_milliseconds_at_most(shell: list[str], bin: Path) -> None:
 
 def test_it_is_a_program_and_posix() -> None:
     assert os.access(STARTER, os.X_OK)
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
+    require("shellcheck")
     assert run("shellcheck", STARTER).stdout == ""

@@ -43,6 +43,7 @@ ATTRIBUTES: dict[str, ObjectIdentifier] = {
 
 CLIENT_AUTH = ExtendedKeyUsageOID.CLIENT_AUTH
 SERVER_AUTH = ExtendedKeyUsageOID.SERVER_AUTH
+CODE_SIGNING = ExtendedKeyUsageOID.CODE_SIGNING
 
 
 def now() -> Moment:

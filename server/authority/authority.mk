@@ -1,0 +1,25 @@
+# The registration authority: an environment of its own, its types, its demo. Its tests are among those of `make test`.
+# It needs Python 3.11; where there is only an older one, it isn't installed, and its tests say that they were skipped.
+
+AUTHORITY := server/authority
+AUTHORITY_SOURCES := $(wildcard $(AUTHORITY)/pyproject.toml $(AUTHORITY)/README.md $(AUTHORITY)/caramel_authority/*)
+
+.PHONY: authority-demo authority-types
+
+authority-demo: $(BUILD)/venv/installed $(BUILD)/authority/installed ## the life of a device without Caramel: with a CA of one's own, then with an ACME CA
+	@PYTHONPATH=tests:$(AUTHORITY)/tests $(BUILD)/venv/bin/python -m authority_demo
+
+authority-types: $(BUILD)/authority/installed
+	@test ! -e $(BUILD)/authority/bin/mypy || \
+	$(BUILD)/authority/bin/mypy --strict --config-file= --cache-dir $(BUILD)/mypy-cache-authority $(AUTHORITY)/caramel_authority
+
+test: authority-types
+
+# From a copy, because setuptools leaves things beside what it builds.
+$(BUILD)/authority/installed: $(AUTHORITY_SOURCES)
+	@rm -rf $(@D)-source && mkdir -p $(@D) && cp -r $(AUTHORITY) $(@D)-source
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		$(PYTHON) -m venv $(@D) && \
+		$(@D)/bin/python $(PIP_INSTALL) mypy types-waitress types-requests '$(@D)-source[postgresql]'; \
+	else echo "the registration authority is left out: it needs Python 3.11"; fi
+	@touch $@

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The administrator's command: it reads options, calls what does the work, and prints."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+
+from . import __version__, store
+from .application import Application
+from .assembly import Parts, assemble
+from .ca import KEY_TYPES, CertificateAuthority
+from .configuration import PATH, Configuration
+from .errors import TryLater, WrongUsage
+from .registry import newest_certificate
+from .store import AUTHORIZED, REJECTED
+
+
+def who() -> str:
+    return "administrator:" + (os.environ.get("SUDO_USER") or getpass.getuser())
+
+
+def when(moment: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+# --- What runs all the time ---
+
+
+def serve(parts: Parts, options: argparse.Namespace) -> None:
+    # Only this command needs a server; others that serve WSGI call application.from_environment.
+    from waitress import serve as waitress
+
+    listen: dict[str, Any] = {"listen": options.listen}
+    if options.listen.startswith("unix:"):
+        listen = {"unix_socket": options.listen[5:], "unix_socket_perms": "660"}
+    front: dict[str, Any] = {}
+    if options.behind_proxy:
+        # What the front says of the client is believed, because nobody else reaches this port.
+        front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
+    # A request that is longer than ours by far is waitress's own to refuse.
+    waitress(Application(parts.registry), **listen, **front, threads=8, ident=None, max_request_body_size=65536)
+
+
+def work(parts: Parts, options: argparse.Namespace) -> None:
+    worker = parts.worker()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while True:
+        if not worker.work_once():
+            if options.once:
+                return
+            time.sleep(options.pause)
+
+
+# --- Who gets a certificate ---
+
+
+def show(parts: Parts, options: argparse.Namespace) -> None:
+    table = store.requests
+    query = select(table).order_by(table.c.posted)
+    if options.state:
+        query = query.where(table.c.state == options.state)
+    with parts.store.reading() as db:
+        for request in db.execute(query):
+            newest = newest_certificate(db, request.sha256)
+            until = f"until {when(newest.not_after)}" if newest else "no certificate"
+            order = db.execute(select(store.orders).where(store.orders.c.sha256 == request.sha256)).first()
+            problem = f"  {order.problem}" if order and order.problem else ""
+            about = f"{request.sha256[:16]}  {request.state:<10}  {request.client_id}"
+            print(f"{about}  posted {when(request.posted)}  {until}{problem}")
+
+
+def decide(parts: Parts, options: argparse.Namespace) -> None:
+    state = AUTHORIZED if options.verb == "authorize" else REJECTED
+    for which in options.which:
+        request = parts.registry.decide(which, state, who())
+        print(f"{request.sha256[:16]}  {state}  {request.client_id}")
+
+
+def allow(parts: Parts, options: argparse.Namespace) -> None:
+    given: Iterable[str] = options.ids
+    if options.file:
+        lines = sys.stdin if options.file == "-" else Path(options.file).read_text().splitlines()
+        given = [*given, *(line.partition("#")[0].strip() for line in lines)]
+    print(f"{parts.registry.allow([one for one in given if one], who())} new")
+
+
+def disallow(parts: Parts, options: argparse.Namespace) -> None:
+    for client_id in options.ids:
+        parts.registry.disallow(client_id, who())
+
+
+def show_log(parts: Parts, options: argparse.Namespace) -> None:
+    with parts.store.reading() as db:
+        for row in db.execute(select(store.log).order_by(store.log.c.id)):
+            print(
+                "  ".join(
+                    [
+                        when(row.at),
+                        row.who,
+                        row.action,
+                        row.client_id or "-",
+                        (row.sha256 or "-")[:16],
+                        row.detail or "",
+                    ]
+                ).rstrip()
+            )
+
+
+def minimum(parts: Parts, options: argparse.Namespace) -> None:
+    if options.now:
+        parts.registry.raise_minimum(who())
+    with parts.store.reading() as db:
+        print(f"{store.number(db, 'minimum'):x}")
+
+
+# --- The CA ---
+
+
+def own_ca(parts: Parts) -> CertificateAuthority:
+    if parts.ca is None:
+        raise WrongUsage('the signer is not "ca"')
+    return parts.ca
+
+
+def ca_create(parts: Parts, options: argparse.Namespace) -> None:
+    with parts.store.writing() as db:
+        own_ca(parts).create(db, options.subject, options.key_type, options.days, who(), options.replace)
+
+
+def ca_renew(parts: Parts, options: argparse.Namespace) -> None:
+    with parts.store.writing() as db:
+        own_ca(parts).renew(db, options.days, who())
+
+
+def ca_request(parts: Parts, options: argparse.Namespace) -> None:
+    sys.stdout.write(own_ca(parts).request(options.subject, options.key_type, options.replace).decode())
+
+
+def ca_install(parts: Parts, options: argparse.Namespace) -> None:
+    with parts.store.writing() as db:
+        own_ca(parts).install(db, Path(options.file).read_bytes(), who())
+
+
+def server_certificate(parts: Parts, options: argparse.Namespace) -> None:
+    with parts.store.writing() as db:
+        made = own_ca(parts).server_certificate(db, options.names, Path(options.out), options.days, who())
+    print(f"{options.out}: {'made' if made else 'still good'}")
+
+
+# --- Options ---
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="caramel-authority", description="A registration authority for devices.")
+    top.add_argument("--config", metavar="PATH", help=f"the configuration; by default {PATH}")
+    top.add_argument("--version", action="version", version=__version__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    one = verb("serve", serve, "answer devices")
+    one.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT|unix:PATH")
+    one.add_argument("--behind-proxy", action="store_true", help="believe X-Forwarded-For and X-Forwarded-Proto")
+    one = verb("work", work, "make orders at the ACME CA, and set names in DNS")
+    one.add_argument("--once", action="store_true", help="end when there is nothing to do")
+    one.add_argument("--pause", type=float, default=2.0, metavar="SECONDS", help="between two looks at the queue")
+
+    one = verb("list", show, "all requests, what was decided, and until when their certificates are valid")
+    one.add_argument("--state", choices=[store.PENDING, AUTHORIZED, REJECTED])
+    for name, text in (("authorize", "give a certificate"), ("reject", "never give a certificate again")):
+        one = verb(name, decide, f"{text} to the requests with these hashes, or the last ones of these client IDs")
+        one.add_argument("which", nargs="+", metavar="HASH|ID")
+    one = verb("allow", allow, "put client IDs on the list of devices, as the production line made them")
+    one.add_argument("ids", nargs="*", metavar="ID")
+    one.add_argument("--file", metavar="PATH|-", help="one ID a line")
+    one = verb("disallow", disallow, "take client IDs off the list of devices, and reject all their requests")
+    one.add_argument("ids", nargs="+", metavar="ID")
+    verb("log", show_log, "every decision")
+    one = verb("minimum-serial", minimum, "the smallest serial number that is accepted")
+    one.add_argument("--now", action="store_true", help="accept nothing that was signed before this moment")
+
+    one = verb("ca-create", ca_create, "make a CA")
+    one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
+    one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
+    one.add_argument("--days", type=int, default=7300)
+    one.add_argument(
+        "--replace", action="store_true", help="in the place of the CA that is there, which is kept beside it"
+    )
+    one = verb("ca-renew", ca_renew, "a new certificate of the CA, with the same key and name")
+    one.add_argument("--days", type=int, default=7300)
+    one = verb("ca-request", ca_request, "print a request for another CA to sign")
+    one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
+    one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
+    one.add_argument("--replace", action="store_true")
+    one = verb("ca-install", ca_install, "take what the other CA made of the request: ours first, the root last")
+    one.add_argument("file")
+    one = verb(
+        "server-certificate",
+        server_certificate,
+        "key and certificate of the TLS front, where it has none or they end soon",
+    )
+    one.add_argument("names", nargs="+", metavar="HOST")
+    one.add_argument("--out", required=True, metavar="PATH")
+    one.add_argument("--days", type=int, default=6)
+    return top
+
+
+def main() -> int:
+    options = parser().parse_args()
+    os.umask(0o027)
+    try:
+        return options.run(assemble(Configuration.read(options.config)), options) or 0
+    except (WrongUsage, TryLater, OSError) as error:
+        print(f"caramel-authority: {error}", file=sys.stderr)
+    except DBAPIError as error:
+        print(f"caramel-authority: the database: {error.orig}", file=sys.stderr)
+    return 1

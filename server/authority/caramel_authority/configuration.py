@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The configuration: one TOML file, of which every name is known and every value has the type of its default.
+
+The file's example, `caramel-authority.toml`, says what each one means.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import WrongUsage
+
+PATH = "/etc/caramel-authority.toml"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Who gets a certificate without a person's decision."""
+
+    listed: bool = True
+    uuids: bool = False
+    zone: str = ""
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Ca:
+    folder: str = "/var/lib/caramel-authority/ca"
+    life_hours: int = 167
+    backdate_seconds: int = 3600
+    usages: tuple[str, ...] = ("client",)
+
+
+@dataclass(frozen=True)
+class Acme:
+    directory: str = ""
+    directory_ca: str = ""
+    account_key: str = "/var/lib/caramel-authority/account.key"
+    contact: str = ""
+    terms_agreed: bool = False
+    roots: str = ""
+    orders_per_hour: int = 20
+    lease_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class Dns:
+    zone: str = ""
+    server: str = ""
+    port: int = 53
+    key_name: str = ""
+    key_file: str = ""
+    key_algorithm: str = "hmac-sha256"
+    command: str = ""
+    ttl: int = 60
+    propagation_seconds: int = 0
+    addresses: str = "off"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    database: str = "sqlite:////var/lib/caramel-authority/state.db"
+    signer: str = "ca"
+    retry_after: int = 900
+    rules: Rules = field(default_factory=Rules)
+    ca: Ca = field(default_factory=Ca)
+    acme: Acme = field(default_factory=Acme)
+    dns: Dns = field(default_factory=Dns)
+
+    @classmethod
+    def read(cls, path: str | None = None) -> Configuration:
+        """The file's content; by default that of $CARAMEL_AUTHORITY_CONFIG or /etc. Raises WrongUsage."""
+        path = path or os.environ.get("CARAMEL_AUTHORITY_CONFIG", PATH)
+        try:
+            content = tomllib.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise WrongUsage(f"{path}: {error}") from None
+        try:
+            read: Configuration = _filled(cls, content)
+            read._check()
+        except WrongUsage as error:
+            raise WrongUsage(f"{path}: {error}") from None
+        return read
+
+    def _check(self) -> None:
+        wants = [
+            (self.signer in ("ca", "acme"), 'signer is "ca" or "acme"'),
+            (self.retry_after > 0, "retry_after is positive"),
+            (
+                self.ca.life_hours * 3600 > self.ca.backdate_seconds >= 0,
+                "ca.life_hours is longer than backdate_seconds",
+            ),
+            (set(self.ca.usages) <= {"client", "server"} and self.ca.usages, 'ca.usages are "client" and "server"'),
+            (self.dns.addresses in ("off", "post", "check"), 'dns.addresses is "off", "post" or "check"'),
+            (not (self.dns.server and self.dns.command), "dns has a server or a command"),
+            (not self.dns.server or (self.dns.key_name and self.dns.key_file), "dns.server needs a key"),
+            (
+                self.dns.addresses == "off" or self.can_set_names,
+                "dns.addresses needs a zone, and a server or a command",
+            ),
+        ]
+        if self.signer == "acme":
+            wants += [
+                (self.acme.directory.startswith("https://"), "acme.directory is an https address"),
+                (bool(self.acme.roots), "acme.roots names the CA's roots"),
+                (self.acme.terms_agreed, "acme.terms_agreed has to be true: read the CA's terms first"),
+                (self.acme.orders_per_hour > 0, "acme.orders_per_hour is positive"),
+                (self.acme.lease_seconds >= 10, "acme.lease_seconds is 10 or more"),
+                (self.can_set_names, "the signer acme needs dns.zone, and dns.server or dns.command"),
+            ]
+        for true, what in wants:
+            if not true:
+                raise WrongUsage(what)
+
+    @property
+    def can_set_names(self) -> bool:
+        return bool(self.dns.zone and (self.dns.server or self.dns.command))
+
+
+def _filled(kind: Any, content: dict[str, Any], where: str = "") -> Any:
+    """An instance of the dataclass, with what the file says in place of the defaults."""
+    known = {one.name: one for one in fields(kind)}
+    values: dict[str, Any] = {}
+    default = kind()
+    for name, value in content.items():
+        if name not in known:
+            raise WrongUsage(f"{where}{name} is no setting")
+        wanted: Any = getattr(default, name)
+        if isinstance(value, dict) and not isinstance(wanted, (str, int, tuple)):
+            value = _filled(type(wanted), value, f"{name}.")
+        elif isinstance(wanted, tuple) and isinstance(value, list) and all(isinstance(one, str) for one in value):
+            value = tuple(value)
+        elif type(value) is not type(wanted):
+            raise WrongUsage(f"{where}{name} is to be of the type of {wanted!r}")
+        values[name] = value
+    return kind(**values)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Is what was posted a request that may be signed at all? Knows nothing of who may have a certificate.
+
+Bytes in, a value out, or BadRequest with the reason. No file, no database, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+
+from .errors import BadRequest
+
+#: Bytes. An RSA request of 4096 bits with a long subject has 1 900.
+LONGEST = 2048
+CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+#: One label of a host name (RFC 1123, 2.1).
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+HOST_NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
+#: What a subject begins with, as far as the CA's subject has it, in this order.
+PREFIX = (NameOID.COUNTRY_NAME, NameOID.STATE_OR_PROVINCE_NAME, NameOID.LOCALITY_NAME, NameOID.ORGANIZATION_NAME)
+
+Subject = Sequence[tuple[x509.ObjectIdentifier, str]]
+
+
+@dataclass(frozen=True)
+class SigningRequest:
+    sha256: str
+    pem: str
+    client_id: str
+    #: SHA-256 of the public key, by which one key under two names is seen.
+    key_sha256: str
+
+    @property
+    def csr(self) -> x509.CertificateSigningRequest:
+        return x509.load_pem_x509_csr(self.pem.encode())
+
+
+def attributes(name: x509.Name) -> list[tuple[x509.ObjectIdentifier, str]]:
+    return [(one.oid, one.value if isinstance(one.value, str) else "") for one in name]
+
+
+def prefix_of(name: x509.Name) -> Subject:
+    """What a request's subject has to begin with under a CA of this name."""
+    own = dict(attributes(name))
+    return [(oid, own[oid]) for oid in PREFIX if oid in own]
+
+
+def key_sha256(key: object) -> str:
+    assert isinstance(key, (rsa.RSAPublicKey, ec.EllipticCurvePublicKey))
+    info = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(info).hexdigest()
+
+
+def judge(body: bytes, sha256: str, prefixes: Sequence[Subject] | None) -> SigningRequest:
+    """The request in these bytes, which were posted under this hash. Raises BadRequest.
+
+    `prefixes` are those of the CA's names (one has to fit), None where the CA looks at nothing but the host name.
+    """
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise BadRequest("hash mismatch")
+    try:
+        csr = x509.load_pem_x509_csr(body)
+        exact = csr.public_bytes(serialization.Encoding.PEM) == body
+        subject = attributes(csr.subject)
+        extensions = csr.extensions
+        key = csr.public_key()
+        signed = csr.is_signature_valid
+        digest = csr.signature_hash_algorithm
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise BadRequest("not a certificate request in PEM") from None
+    if not exact:
+        raise BadRequest("PEM not as OpenSSL writes it")
+    if not isinstance(digest, (hashes.SHA256, hashes.SHA384, hashes.SHA512)):
+        raise BadRequest("bad signature: not made with SHA-2")
+    if not signed:
+        raise BadRequest("bad signature")
+    _judge_key(key)
+    client_id = _judge_subject(subject, prefixes)
+    _judge_names(extensions, client_id)
+    return SigningRequest(sha256, body.decode("ascii"), client_id, key_sha256(key))
+
+
+def _judge_key(key: object) -> None:
+    if isinstance(key, rsa.RSAPublicKey):
+        if key.key_size not in (2048, 3072, 4096):
+            raise BadRequest(f"Bad key: RSA of {key.key_size} bits; 2048, 3072 or 4096 are taken")
+        if key.public_numbers().e < 65537:
+            raise BadRequest("Bad key: RSA with a public exponent below 65537")
+    elif not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise BadRequest("Bad key: neither RSA nor P-256")
+
+
+def _judge_subject(subject: Subject, prefixes: Sequence[Subject] | None) -> str:
+    """The client ID. The subject is the CA's C, ST, L and O, an OU or none, and the CN."""
+    names = [value for oid, value in subject if oid == NameOID.COMMON_NAME]
+    if len(names) != 1 or subject[-1][0] != NameOID.COMMON_NAME:
+        raise BadRequest("Bad subject: it has to end with the only CN")
+    if not CLIENT_ID.fullmatch(names[0]):
+        raise BadRequest("Bad subject: the CN has 1 to 64 of A-Z a-z 0-9 . _ : -")
+    before = list(subject[:-1])
+    if before and before[-1][0] == NameOID.ORGANIZATIONAL_UNIT_NAME:
+        del before[-1]
+    if prefixes is not None and before not in [list(prefix) for prefix in prefixes]:
+        wanted = " or ".join(_text(prefix) for prefix in prefixes)
+        raise BadRequest(f"Bad subject: {_text(before)} before OU and CN, where {wanted} is expected")
+    return names[0]
+
+
+def _judge_names(extensions: x509.Extensions, client_id: str) -> None:
+    """A request may ask for one alternative name, its CN: whatever else it asked for would be somebody else's."""
+    for extension in extensions:
+        if isinstance(extension.value, x509.SubjectAlternativeName):
+            names = [(type(name), str(name.value).lower()) for name in extension.value]
+            if names != [(x509.DNSName, client_id.lower())]:
+                raise BadRequest("Bad subjectAltName: it may hold the CN as its only DNS name")
+        elif isinstance(extension.value, x509.BasicConstraints) and extension.value.ca:
+            raise BadRequest("Bad extension: asks to be a CA")
+
+
+def in_zone(client_id: str, zone: str) -> bool:
+    """Whether the ID is a name of exactly one label under the zone."""
+    label, dot, rest = client_id.partition(".")
+    return bool(dot) and rest.lower() == zone.strip(".").lower() and bool(re.fullmatch(LABEL, label))
+
+
+def _text(subject: Subject) -> str:
+    return (
+        x509.Name([x509.NameAttribute(oid, value, _validate=False) for oid, value in subject]).rfc4514_string()
+        or "nothing"
+    )

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Several processes at once, on SQLite and on PostgreSQL; and processes that are killed at any instant.
+
+A signature is made once whoever asks, a serial number is used once, and what a device was told is there afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from authority_world import RegistrationAuthority, Server, ask, at, csr, sha256
+from needs import require
+from world import Daemon
+
+pytest_plugins = ["authority_fixtures"]
+pytestmark = pytest.mark.usefixtures("authority_installed")
+
+PROCESSES = 3
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def authority(request: pytest.FixtureRequest, tmp_path: Path) -> RegistrationAuthority:
+    """On PostgreSQL, the tests share a database: each uses client IDs of its own."""
+    database = request.getfixturevalue("postgres").url if request.param == "postgresql" else None
+    made = RegistrationAuthority(tmp_path / "authority", database=database)
+    made.create_ca()
+    return made
+
+
+def ids(request: pytest.FixtureRequest, count: int) -> list[str]:
+    return [f"{sha256(request.node.nodeid.encode())[:12]}-{number:03}" for number in range(count)]
+
+
+@contextlib.contextmanager
+def several(authority: RegistrationAuthority, before: Sequence[str] = ()) -> Iterator[list[Server]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(authority.serving(before=before)) for _ in range(PROCESSES)]
+
+
+def signed(authority: RegistrationAuthority, of: Sequence[str]) -> list[tuple[str, str]]:
+    """Client ID and serial number of every signature in the log."""
+    return [(row[3], row[5].split()[1]) for row in authority.log("signed") if row[3] in of]
+
+
+def test_one_device_asks_everywhere_at_once(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
+    mine = ids(request, 8)
+    authority.command("allow", *mine)
+    requests = [csr(one) for one in mine]
+    with several(authority) as servers, ThreadPoolExecutor(24) as pool:
+        for body in requests:
+            together = threading.Barrier(12)
+
+            def post(server: Server, body: bytes = body, together: threading.Barrier = together) -> int:
+                together.wait(20)
+                return server.post(body).status
+
+            def get(server: Server, body: bytes = body, together: threading.Barrier = together) -> bytes:
+                together.wait(20)
+                reply = server.get(sha256(body))
+                assert reply.status == 200
+                return reply.body
+
+            statuses = list(pool.map(post, servers * 4))
+            assert sorted(statuses) == [202] + 11 * [400]
+            together.reset()
+            assert len(set(pool.map(get, servers * 4))) == 1
+    made = signed(authority, mine)
+    assert sorted(client_id for client_id, _ in made) == mine
+    assert len({serial for _, serial in made}) == len(mine)
+
+
+def test_a_renewal_is_made_once(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
+    (client_id,) = ids(request, 1)
+    authority.command("allow", client_id)
+    body = csr(client_id)
+    with authority.serving() as server:
+        server.enroll(body)
+    with several(authority, at(5)) as servers, ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda server: server.get(sha256(body)).body, servers * 8))
+    assert len(set(replies)) == 1
+    assert len(signed(authority, [client_id])) == 2
+
+
+def test_many_devices_everywhere(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
+    mine = ids(request, 60)
+    authority.command("allow", "--file", "-", given="\n".join(mine))
+    with several(authority) as servers, ThreadPoolExecutor(8) as pool:
+
+        def enroll(number: int) -> int:
+            body = csr(mine[number])
+            assert servers[number % 3].post(body).status == 202
+            reply = servers[(number + 1) % 3].get(sha256(body))
+            assert reply.status == 200
+            return reply.certificate.serial_number
+
+        serials = list(pool.map(enroll, range(len(mine))))
+    assert len(set(serials)) == len(mine)
+    assert sorted(client_id for client_id, _ in signed(authority, mine)) == mine
+
+
+def test_two_keys_for_one_place_on_the_list(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
+    """A rule admits an ID once, also when two come for it in the same moment."""
+    mine = ids(request, 10)
+    authority.command("allow", *mine)
+    with several(authority) as servers, ThreadPoolExecutor(6) as pool:
+        for client_id in mine:
+            bodies = [csr(client_id) for _ in servers]
+            list(pool.map(lambda pair: pair[0].post(pair[1]), zip(servers, bodies, strict=True)))
+            statuses = [servers[0].get(sha256(body)).status for body in bodies]
+            assert sorted(statuses) == [200, 202, 202]
+
+
+def test_several_start_at_once_on_a_new_database(tmp_path: Path) -> None:
+    authority = RegistrationAuthority(tmp_path)
+    with several(authority) as servers:
+        assert {server.get(64 * "a").status for server in servers} == {404}
+
+
+# --- Killed ---
+
+
+def test_killed_at_random_moments(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
+    """Two processes serve and are killed again and again while devices enroll; each device gets one certificate."""
+    mine = ids(request, 40)
+    authority.command("allow", "--file", "-", given="\n".join(mine))
+    over = threading.Event()
+    dice = random.Random(1)
+    kills = 0
+    with authority.serving() as one, authority.serving() as two:
+
+        def device(number: int) -> int:
+            body = csr(mine[number])
+            server = (one, two)[number % 2]
+            while True:
+                # As the program does it: ask, post where nobody knows the request, ask again.
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    reply = ask(server.port, "GET", f"/{sha256(body)}")
+                    if reply.status == 200:
+                        return reply.certificate.serial_number
+                    assert reply.status in (404, 202)
+                    if reply.status == 404:
+                        assert ask(server.port, "POST", f"/{sha256(body)}", body).status == 202
+                time.sleep(0.02)
+                assert not over.is_set()
+
+        with ThreadPoolExecutor(6) as pool:
+            work = [pool.submit(device, number) for number in range(len(mine))]
+            until = time.monotonic() + 60
+            while not all(one.done() for one in work) and time.monotonic() < until:
+                time.sleep(dice.uniform(0.02, 0.25))
+                victim = dice.choice((one, two))
+                victim.kill()
+                victim.start()
+                kills += 1
+            if not all(one.done() for one in work):
+                over.set()
+            serials = [one.result() for one in work]
+    assert kills > 3
+    assert len(set(serials)) == len(mine)
+    assert sorted(client_id for client_id, _ in signed(authority, mine)) == mine
+
+
+WRITES = "pwrite64,write,fdatasync,fsync,ftruncate,unlink,sendto"
+
+
+def test_killed_at_every_write(tmp_path: Path) -> None:
+    """SQLite: the process dies at its first system call that writes, at the second, and so on, until one enrollment
+    needs no more of them. Afterwards the device has one certificate, and no serial number was used twice.
+    """
+    require("strace")
+    serials: list[int] = []
+    number, died = 0, True
+    while died:
+        number += 1
+        assert number < 100
+        authority = RegistrationAuthority(tmp_path / f"{number}")
+        authority.create_ca()
+        authority.command("allow", "device")
+        body = csr("device")
+        with authority.serving() as server:
+            server.get(64 * "a")  # whatever is written at the start is written
+            assert server.daemon and server.daemon.process
+            inject = f"--inject={WRITES}:signal=SIGKILL:when={number}"
+            trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={WRITES}", inject]
+            with Daemon([*trace, "-p", str(server.daemon.process.pid)], tmp_path / "strace.log"):
+                attached(server.daemon.process.pid)
+                try:
+                    server.post(body)
+                    server.get(sha256(body))
+                    died = False
+                except (OSError, http.client.HTTPException):
+                    died = True
+                    server.daemon.process.wait(10)
+        with authority.serving() as server:
+            if server.get(sha256(body)).status == 404:
+                assert server.post(body).status == 202
+            reply = server.get(sha256(body))
+            assert reply.status == 200
+            serials.append(reply.certificate.serial_number)
+            assert server.get(sha256(body)).body == reply.body
+        assert len(authority.rows("SELECT * FROM certificates")) == 1
+        assert len(authority.log("signed")) == 1
+        assert authority.rows("PRAGMA integrity_check") == [("ok",)]
+        (value,) = authority.rows("SELECT value FROM numbers WHERE name = 'serial'")[0]
+        assert value >= reply.certificate.serial_number
+    assert number > 6
+    assert len(set(serials)) == len(serials)
+
+
+def attached(process: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        status = [Path(f"/proc/{process}/task/{task.name}/status").read_text() for task in
+                  Path(f"/proc/{process}/task").iterdir()]  # fmt: skip
+        if all(re.search(r"TracerPid:\s*[1-9]", text) for text in status):
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The Caramel protocol, word for word, as a device hears it, and what is added: dates, waiting times, renewal."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import socket
+from email.utils import format_datetime, parsedate_to_datetime
+
+import authority_world
+import pytest
+import world
+from authority_world import Reply, Server, ask, at, csr, ec_key, rsa_key, sha256
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+pytest_plugins = ["authority_fixtures"]
+pytestmark = pytest.mark.usefixtures("authority_installed")
+
+NOBODYS = 64 * "a"
+
+
+def is_problem(reply: Reply, status: int, title: str, detail: object = None) -> None:
+    assert reply.status == status
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert reply.json == {"status": status, "title": title, "detail": detail}
+
+
+# --- Caramel's words ---
+
+
+def test_unknown_posted_authorized_and_rejected(server: Server) -> None:
+    request = csr("fffbeec0ffee")
+    url = {"sha256": sha256(request), "url": f"http://127.0.0.1:{server.port}/{sha256(request)}"}
+    is_problem(server.get(sha256(request)), 404, "Not Found")
+
+    for reply in (server.post(request), server.get(sha256(request))):
+        assert reply.status == 202
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.json == url
+
+    server.authority.command("authorize", "fffbeec0ffee")
+    signed = server.get(sha256(request))
+    assert signed.status == 200
+    assert signed.headers["content-type"] == "application/octet-stream"
+    assert signed.body.count(b"BEGIN") == 1
+    assert signed.certificate.public_key() == x509.load_pem_x509_csr(request).public_key()
+    assert signed.certificate.subject == x509.load_pem_x509_csr(request).subject
+
+    server.authority.command("reject", sha256(request))
+    is_problem(server.get(sha256(request)), 403, "Forbidden")
+    is_problem(server.post(request), 400, "Bad Request", "duplicate request")
+    is_problem(server.get(sha256(request)), 403, "Forbidden")
+
+
+def test_a_rejected_device_comes_with_a_new_request(server: Server) -> None:
+    first, second = csr("fffbeec0ffee"), csr("fffbeec0ffee")
+    server.post(first)
+    server.authority.command("reject", "fffbeec0ffee")
+    assert server.get(sha256(first)).status == 403
+    assert server.post(second).status == 202
+    server.authority.command("authorize", "fffbeec0ffee")
+    assert server.get(sha256(second)).status == 200
+    assert server.get(sha256(first)).status == 403
+
+
+def test_the_same_request_again(server: Server) -> None:
+    request = csr("fffbeec0ffee")
+    server.post(request)
+    is_problem(server.post(request), 400, "Bad Request", "duplicate request")
+    server.authority.command("authorize", "fffbeec0ffee")
+    is_problem(server.post(request), 400, "Bad Request", "duplicate request")
+    assert server.get(sha256(request)).status == 200
+
+
+def test_the_cas_certificate(server: Server) -> None:
+    for path in ("/root.crt", "/bundle.crt"):
+        reply = server.get(path)
+        assert reply.status == 200
+        assert reply.body == server.authority.ca.read_bytes()
+
+
+@pytest.mark.parametrize("path", ["/", "/" + 63 * "a", "/" + 64 * "A", "/" + 65 * "a", f"/{NOBODYS}/", "/root.key"])
+def test_no_other_path(server: Server, path: str) -> None:
+    is_problem(server.get(path), 404, "Not Found")
+    assert ask(server.port, "POST", path, csr("fffbeec0ffee")).status == 404
+
+
+def test_no_other_method(server: Server) -> None:
+    reply = ask(server.port, "PUT", f"/{NOBODYS}", b"x")
+    is_problem(reply, 405, "Method Not Allowed")
+    assert reply.headers["allow"] == "GET, HEAD, POST"
+
+
+def test_head_says_what_get_says(server: Server) -> None:
+    request = csr("fffbeec0ffee")
+    server.authority.command("allow", "fffbeec0ffee")
+    got = server.enroll(request)
+    head = ask(server.port, "HEAD", f"/{sha256(request)}")
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["last-modified"] == got.headers["last-modified"]
+    assert head.headers["content-length"] == str(len(got.body))
+
+
+# --- Bad input: a status, a reason, nothing stored ---
+
+
+def raw(port: int, head: str, body: bytes = b"") -> bytes:
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_no_length_and_too_long(server: Server) -> None:
+    said = raw(server.port, f"POST /{NOBODYS} HTTP/1.1\r\nHost: x")
+    assert said.startswith(b"HTTP/1.1 411 ")
+    assert said.endswith(b'{"status": 411, "title": "Length Required", "detail": null}')
+    just_too_long = csr("fffbeec0ffee").ljust(2049, b"\n")
+    is_problem(server.post(just_too_long), 413, "Request Entity Too Large")
+    is_problem(server.post(just_too_long[:2048]), 400, "Bad Request", "PEM not as OpenSSL writes it")
+    assert server.authority.rows("SELECT * FROM requests") == []
+
+
+def test_the_longest_request_that_a_device_may_have(server: Server) -> None:
+    """RSA with 4096 bits and the longest client ID fits."""
+    client_id = "d" * 60 + ".com"
+    request = csr(client_id, rsa_key(4096), names=[x509.DNSName(client_id)])
+    assert len(request) <= 2048
+    assert server.post(request).status == 202
+
+
+def other_curve() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def broken_signature() -> bytes:
+    good = csr("fffbeec0ffee", rsa_key())
+    der = bytearray(x509.load_pem_x509_csr(good).public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    return x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
+
+
+def subject(*pairs: tuple[str, str]) -> bytes:
+    return csr("", subject=pairs)
+
+
+def without_cn() -> bytes:
+    return subject(*authority_world.PREFIX, ("OU", "Devices"))
+
+
+def asks_to_be_a_ca() -> bytes:
+    name = world.name_of([*authority_world.PREFIX, ("CN", "fffbeec0ffee")])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(name)
+    builder = builder.add_extension(x509.BasicConstraints(True, None), True)
+    return builder.sign(ec_key(), hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+P = authority_world.PREFIX
+GOOD = csr("fffbeec0ffee")
+BAD = {
+    "nothing": (b"", "not a certificate request in PEM"),
+    "no PEM": (b"hello\n", "not a certificate request in PEM"),
+    "a certificate's label": (
+        GOOD.replace(b"CERTIFICATE REQUEST", b"CERTIFICATE"),
+        "not a certificate request in PEM",
+    ),
+    "the older label": (GOOD.replace(b" CERTIFICATE R", b" NEW CERTIFICATE R"), "PEM not as OpenSSL writes it"),
+    "text before": (b"hello\n" + GOOD, "PEM not as OpenSSL writes it"),
+    "text after": (GOOD + b"hello\n", "PEM not as OpenSSL writes it"),
+    "no newline at the end": (GOOD[:-1], "PEM not as OpenSSL writes it"),
+    "DOS lines": (GOOD.replace(b"\n", b"\r\n"), "PEM not as OpenSSL writes it"),
+    "bytes that are no text": (GOOD[:100] + b"\xff" + GOOD[101:], "not a certificate request in PEM"),
+    "a bad signature": (broken_signature(), "bad signature"),
+    "RSA 1024": (csr("fffbeec0ffee", rsa.generate_private_key(65537, 1024)), "Bad key: RSA of 1024 bits"),
+    "RSA with exponent 3": (csr("fffbeec0ffee", rsa.generate_private_key(3, 2048)), "Bad key: RSA with a public exp"),
+    "another curve": (csr("fffbeec0ffee", other_curve()), "Bad key: neither RSA nor P-256"),
+    "no CN": (without_cn(), "Bad subject: it has to end with the only CN"),
+    "two CNs": (subject(*P, ("CN", "a"), ("CN", "b")), "Bad subject: it has to end with the only CN"),
+    "CN not last": (subject(("CN", "a"), *P), "Bad subject: it has to end with the only CN"),
+    "no subject": (subject(), "Bad subject: it has to end with the only CN"),
+    "CN with a comma": (csr("a,DNS:ca.example.com"), "Bad subject: the CN has 1 to 64 of"),
+    "CN with a blank": (csr("a b"), "Bad subject: the CN has 1 to 64 of"),
+    "O missing": (subject(*P[:3], ("CN", "a")), "Bad subject: L=Linköping,ST=Östergötland,C=SE before OU"),
+    "another O": (subject(*P[:3], ("O", "Other AB"), ("CN", "a")), "Bad subject: O=Other AB,"),
+    "another order": (subject(P[1], P[0], *P[2:], ("CN", "a")), "Bad subject: O=Example AB,L=Link"),
+    "two OUs": (subject(*P, ("OU", "1"), ("OU", "2"), ("CN", "a")), "Bad subject: OU=1,O=Example AB"),
+    "another's name": (csr("a.example.com", names=[x509.DNSName("b.example.com")]), "Bad subjectAltName"),
+    "one name more": (
+        csr("a.example.com", names=[x509.DNSName("a.example.com"), x509.DNSName("b.example.com")]),
+        "Bad subjectAltName",
+    ),
+    "an address": (
+        csr("a.example.com", names=[x509.IPAddress(ipaddress.ip_address("10.0.0.1"))]),
+        "Bad subjectAltName",
+    ),
+    "a CA": (asks_to_be_a_ca(), "Bad extension: asks to be a CA"),
+}
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> object:
+    made = authority_world.RegistrationAuthority(tmp_path_factory.mktemp("authority"))
+    made.create_ca()
+    with made.serving() as started:
+        yield started
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(one_server: Server, what: str) -> None:
+    body, detail = BAD[what]
+    reply = one_server.post(body)
+    assert reply.status == 400
+    assert reply.json["detail"].startswith(detail)
+    is_problem(reply, 400, "Bad Request", reply.json["detail"])
+    assert one_server.authority.rows("SELECT * FROM requests") == []
+    assert one_server.get(sha256(body)).status == 404
+
+
+def test_ed25519_is_refused(one_server: Server) -> None:
+    key: object = ed25519.Ed25519PrivateKey.generate()
+    builder = x509.CertificateSigningRequestBuilder().subject_name(world.name_of([*P, ("CN", "a")]))
+    body = builder.sign(key, None).public_bytes(serialization.Encoding.PEM)  # type: ignore[arg-type]
+    assert one_server.post(body).json["detail"] == "bad signature: not made with SHA-2"
+
+
+def test_hash_mismatch(one_server: Server) -> None:
+    is_problem(one_server.post(GOOD, NOBODYS), 400, "Bad Request", "hash mismatch")
+    assert one_server.authority.rows("SELECT * FROM requests") == []
+
+
+def test_one_key_under_two_names(server: Server) -> None:
+    """Devices that make their keys without entropy make the same ones."""
+    key = ec_key()
+    assert server.post(csr("fffbeec0ffee", key)).status == 202
+    second = csr("fffbeec0ffef", key)
+    is_problem(server.post(second), 400, "Bad Request", "Bad key: another device has it")
+    assert server.get(sha256(second)).status == 404
+    assert server.post(csr("fffbeec0ffee", key, subject=[*P, ("CN", "fffbeec0ffee")])).status == 202
+
+
+# --- What is added ---
+
+
+def test_the_date_and_304(server: Server) -> None:
+    server.authority.command("allow", "fffbeec0ffee")
+    request = csr("fffbeec0ffee")
+    first = server.enroll(request)
+    date = first.headers["last-modified"]
+    path = sha256(request)
+    unchanged = server.get(path, If_Modified_Since=date)
+    assert (unchanged.status, unchanged.body) == (304, b"")
+    # Any doubt gets the certificate: another date, earlier or later, nonsense, a tag.
+    moment = parsedate_to_datetime(date)
+    for seconds in (-1, 1, 86400):
+        other = format_datetime(moment + datetime.timedelta(seconds=seconds), usegmt=True)
+        assert server.get(path, If_Modified_Since=other).body == first.body
+    not_before = format_datetime(first.certificate.not_valid_before_utc, usegmt=True)
+    for header in ("soon", "", not_before):
+        assert server.get(path, If_Modified_Since=header).status == 200
+    assert server.get(path, If_Modified_Since=date, If_None_Match='"x"').status == 200
+
+
+def test_waiting_times(server: Server) -> None:
+    request = csr("fffbeec0ffee")
+    assert server.post(request).headers["retry-after"] == "900"
+    assert server.get(sha256(request)).headers["retry-after"] == "900"
+    assert "retry-after" not in server.get(NOBODYS).headers
+
+
+@pytest.mark.parametrize(
+    "days, renewed",
+    [(0.1, False), (4.5, False), (4.7, True), (6.9, True), (7.1, True), (40, True)],
+)
+def test_renewal_when_a_third_is_left(
+    authority: authority_world.RegistrationAuthority, days: float, renewed: bool
+) -> None:
+    """The life is 167 hours, of which one has passed at the start: a third is left after 4.6 days."""
+    authority.command("allow", "fffbeec0ffee")
+    request = csr("fffbeec0ffee")
+    with authority.serving() as server:
+        first = server.enroll(request)
+    with authority.serving(before=at(days)) as server:
+        second = server.get(sha256(request), If_Modified_Since=first.headers["last-modified"])
+        assert (second.status == 200) == renewed
+        if renewed:
+            assert second.certificate.serial_number > first.certificate.serial_number
+            assert second.certificate.not_valid_after_utc > first.certificate.not_valid_after_utc
+            assert second.headers["last-modified"] != first.headers["last-modified"]
+            again = server.get(sha256(request), If_Modified_Since=second.headers["last-modified"])
+            assert again.status == 304
+
+
+def test_nobody_is_renewed_who_does_not_ask(authority: authority_world.RegistrationAuthority) -> None:
+    authority.command("allow", "fffbeec0ffee", "fffbeec0ffef")
+    requests = [csr("fffbeec0ffee"), csr("fffbeec0ffef")]
+    with authority.serving() as server:
+        for request in requests:
+            server.enroll(request)
+    with authority.serving(before=at(6)) as server:
+        assert server.get(sha256(requests[0])).status == 200
+    assert [row[3] for row in authority.log("signed")] == ["fffbeec0ffee", "fffbeec0ffef", "fffbeec0ffee"]
+
+
+def test_what_a_certificate_says(server: Server) -> None:
+    server.authority.command("allow", "fffbeec0ffee", "fffbeec0ffef.devices.example.com")
+    for client_id, key in (("fffbeec0ffee", ec_key()), ("fffbeec0ffef.devices.example.com", rsa_key())):
+        certificate = server.enroll(csr(client_id, key)).certificate
+        get = certificate.extensions.get_extension_for_class
+        life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+        assert datetime.timedelta(days=6) < life < datetime.timedelta(days=7)
+        assert not get(x509.BasicConstraints).value.ca and get(x509.BasicConstraints).critical
+        assert list(get(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+        assert get(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName) == [client_id]
+        ca = x509.load_pem_x509_certificate(server.authority.ca.read_bytes())
+        certificate.verify_directly_issued_by(ca)
+        identifier = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+        assert get(x509.AuthorityKeyIdentifier).value.key_identifier == identifier
+
+
+def test_a_database_that_fails_is_no_rejection(server: Server) -> None:
+    """Whatever breaks here must not cost a device its identity: it asks again."""
+    server.authority.state.write_bytes(b"no database any more" * 1000)
+    for suffix in ("-wal", "-shm"):
+        server.authority.state.with_name(server.authority.state.name + suffix).unlink(missing_ok=True)
+    reply = server.get(NOBODYS)
+    is_problem(reply, 503, "Service Unavailable", "the registration authority is not able to answer now")
+    assert reply.headers["retry-after"] == "60"
