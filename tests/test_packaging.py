@@ -17,7 +17,21 @@ from typing import Optional, Union
 import pytest
 from cryptography.hazmat.primitives import serialization
 from needs import needs, require
-from world import ROOT, SERVER_AUTH, Authority, environment, hours, new_key, now, private_pem, signing_request
+from world import (
+    ROOT,
+    SERVER_AUTH,
+    Authority,
+    Device,
+    Scripted,
+    environment,
+    hours,
+    interpreters,
+    new_key,
+    now,
+    private_pem,
+    signing_request,
+)
+from world.answers import NOT_MODIFIED
 
 Done = subprocess.CompletedProcess[str]
 
@@ -349,6 +363,35 @@ def test_a_folder_that_lacks_a_library_fails_the_build(tmp_path: Path, ca: Autho
     assert (done.returncode, f"PACKAGES={tmp_path}/packages" in done.stderr) == (2, True)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_its_head_is_the_starter(pyz: Path) -> None:
+    """But for where Python and the program are."""
+    mark = b"# --- where "
+    before, _, rest = (ROOT / "packaging/starter/caramel-embedded").read_bytes().partition(mark)
+    behind = rest.partition(b"# --- end of where\n")[2]
+    head = pyz.read_bytes().partition(b"\nexit\n")[0] + b"\nexit\n"
+    assert before and head.startswith(before)
+    assert len(behind) > 1000 and head.endswith(behind)
+    assert mark not in head
+
+
+@pytest.mark.parametrize(("version", "python"), interpreters(), ids=lambda value: value if "/" not in value else "")
+def test_an_unchanged_check_needs_nothing_of_the_device(
+    tmp_path: Path, ca: Authority, version: str, python: str
+) -> None:
+    """But Python itself, of any version: there are no packages at all, which the first check would need."""
+    done = run(python, "-m", "venv", "--without-pip", tmp_path / "bare")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "out.pyz"
+    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
+    device = Device(tmp_path / "device", None, ca.certificate_file, "x", command=[str(path)])
+    device.has(ca.identity("x", not_before=now() - hours(1)))
+    with Scripted(ca.server(file=f"{version}.pem"), [NOT_MODIFIED]) as server:
+        device.server = server.address
+        certified = device.run(env={"SSL_CERT_FILE": "/nonexistent"})
+    assert (certified.status, certified.err.count("\n")) == (0, 1), certified
+    assert len(server.requests) == 1
 
 
 def version(command: list[str], **env: str) -> None:
