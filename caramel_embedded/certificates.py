@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
-from .errors import NotReady, UsageError, lacking
+from .errors import NotReady, UsageError, lacking, printable
 from .identity import FILED_REQUEST, KEY, REQUEST, Identity, Issued, utc
 from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust, pem_certificates
 
@@ -235,7 +235,8 @@ def accept(
         if not any(_same(name, identity.client_id) for name in _names(certificate)):
             raise Unusable("is another device's, %s" % ", ".join(map(repr, _names(certificate))))
         clients, servers = _uses(certificate)
-        intermediates = [c for c in rest if c.issuer != c.subject]
+        # CAs only, and no root: others that a server may send are of no use to anybody.
+        intermediates = [c for c in rest if c.issuer != c.subject and _is_authority(c)]
         chain = b"".join(c.public_bytes(PEM) for c in intermediates)
         pem, begin, end = certificate.public_bytes(PEM), _begin(certificate), _end(certificate)
     except Unusable:
@@ -256,17 +257,18 @@ def verify(
     Its own dates don't count here; of the others only those count that haven't ended at `now`, seconds since 1970,
     UTC. OpenSSL looks at no dates: it would refuse what hasn't begun.
     """
-    store = crypto.X509Store()
     alive = [anchor for anchor in anchors.certificates if _end(anchor) >= now]
     if not alive:
         raise Unusable("can't be judged: the CA certificate has ended, it is %s by what this device knows" % utc(now))
-    for anchor in alive:
-        store.add_cert(crypto.X509.from_cryptography(anchor))
+    store = crypto.X509Store()
     store.set_flags(NO_CHECK_TIME | PARTIAL_CHAIN)
-    untrusted = [crypto.X509.from_cryptography(c) for c in intermediates if _end(c) >= now]
     try:
-        crypto.X509StoreContext(store, crypto.X509.from_cryptography(certificate), untrusted).verify_certificate()
-    except crypto.X509StoreContextError as error:
+        for anchor in alive:
+            store.add_cert(crypto.X509.from_cryptography(anchor))
+        untrusted = [crypto.X509.from_cryptography(c) for c in intermediates if _end(c) >= now]
+        leaf = crypto.X509.from_cryptography(certificate)
+        crypto.X509StoreContext(store, leaf, untrusted).verify_certificate()
+    except (crypto.X509StoreContextError, crypto.Error) as error:
         raise Unusable("is not by the trusted CA (%s)" % error) from None
 
 
@@ -408,7 +410,7 @@ def key_size(identity: Identity) -> tuple[str, int]:
 
 
 def _name(name: x509.Name) -> str:
-    short = dict(
-        zip((*REQUIRED, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME), ("C", "ST", "L", "O", "OU", "CN"))
-    )
-    return ", ".join("%s=%s" % (short.get(a.oid, a.oid.dotted_string), str(a.value)) for a in name)
+    oids = (*REQUIRED, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME)
+    short = dict(zip(oids, ("C", "ST", "L", "O", "OU", "CN")))
+    text = ", ".join("%s=%s" % (short.get(a.oid, a.oid.dotted_string), str(a.value)) for a in name)
+    return printable(text, len(text))

@@ -19,6 +19,7 @@ from .errors import (
     EXIT_PENDING,
     Locked,
     UsageError,
+    printable,
 )
 from .keyfile import KeyFile
 from .settings import Settings
@@ -36,27 +37,17 @@ SETTINGS = (
         "--identity-ca",
         "PATH",
         "CARAMEL_IDENTITY_CA",
-        "PEM file of the CA that signs this device, where that is not the one above",
+        "PEM file of the CA that signs this device, where that is another",
     ),
     ("--key-file", "PATH", "CARAMEL_KEY_FILE", "where key, certificate and request are kept, in one file"),
     ("--client-id", "ID", "CARAMEL_CN", "who this device is; by default the hardware says"),
-    (
-        "--interfaces",
-        "A,B",
-        "CARAMEL_INTERFACES",
-        "network interfaces whose MAC address may be the client ID",
-    ),
+    ("--interfaces", "A,B", "CARAMEL_INTERFACES", "network interfaces whose MAC address may be the client ID"),
     ("--domain", "NAME", "CARAMEL_DOMAIN", "makes a host name of an ID from the hardware"),
     ("--key-type", "TYPE", "CARAMEL_KEY_TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
     ("--owner", "USER", "CARAMEL_OWNER", "owner of the key file; by default the caller"),
     ("--group", "GROUP", "CARAMEL_GROUP", "group of the key file; by default the caller's"),
     ("--mode", "OCTAL", "CARAMEL_MODE", "mode of the key file; by default 0600"),
-    (
-        "--timeout",
-        "SECONDS",
-        "CARAMEL_TIMEOUT",
-        "limit on everything that waits on the network; by default 60",
-    ),
+    ("--timeout", "SECONDS", "CARAMEL_TIMEOUT", "limit on all that waits on the network; by default 60"),
     ("--hook", "COMMAND", "CARAMEL_HOOK", "run after a new certificate is in place"),
     ("--config", "PATH", "CARAMEL_CONFIG", "configuration file; by default /etc/caramel-embedded.conf"),
 )
@@ -144,7 +135,7 @@ class Log:
         return json.dumps({**told, **values, "message": text}) + "\n"
 
     def _write(self, priority: str, text: str) -> None:
-        text = "".join(c if c.isprintable() else "?" for c in text)
+        text = printable(text, len(text))
         if self.client_id:
             text = "%s: %s" % (self.client_id, text)
         if self.syslog:

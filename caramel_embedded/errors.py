@@ -62,6 +62,6 @@ def lacking(error: BaseException, names: str) -> str:
     return "this device lacks the Python package %s, or it is broken" % names
 
 
-def printable(text: str) -> str:
-    """Somebody else's words, fit for one line of a log."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+def printable(text: str, most: int = 200) -> str:
+    """Somebody else's words, fit for one line of a log: at most so many characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])

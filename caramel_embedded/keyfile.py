@@ -200,12 +200,8 @@ class Folder:
         return lock
 
     def sync(self, fd: Optional[int] = None) -> None:
-        """Makes the names in the folder durable, and that of the file `fd` on a FAT. Raises `StorageError`."""
+        """Makes the names in the folder durable, then that of the file `fd` on a FAT. Raises `StorageError`."""
         try:
-            if fd is not None:
-                # FAT keeps a file's size and start in its name's slot, and writes that slot for the file, not for
-                # the folder: without this the renamed file is empty after a power cut.
-                os.fsync(fd)
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
             try:
                 os.fsync(folder)
@@ -214,6 +210,11 @@ class Folder:
                     raise
             finally:
                 os.close(folder)
+            if fd is not None:
+                # FAT keeps a file's size and start in its name's slot, and writes that slot for the file, not for
+                # the folder: without this the renamed file is empty after a power cut. After the folder, because
+                # two slots with one content make fsck.fat empty one of them.
+                os.fsync(fd)
         except OSError as error:
             raise _problem("can't flush the folder of", getattr(self, "path", "the key file"), error) from None
 

@@ -51,6 +51,23 @@ class Response(NamedTuple):
     problem: dict[str, Any]
     conditional: bool
 
+    @classmethod
+    def read(cls, raw: Any, conditional: bool) -> Response:
+        """Reads a response of urllib3 to its end. Raises `Refused`, OSError, what urllib3 raises."""
+        content = b""
+        for piece in raw.stream(16384, decode_content=False):
+            content += piece
+            if len(content) > MAXIMUM_BODY:
+                raise Refused("the response is longer than %d bytes" % MAXIMUM_BODY)
+        return cls(
+            raw.status,
+            content,
+            seconds(raw.headers.get("Last-Modified")),
+            _retry_after(raw.headers.get("Retry-After"), raw.headers.get("Date")),
+            _problem(raw.headers.get("Content-Type"), content),
+            conditional,
+        )
+
     @property
     def from_caramel(self) -> bool:
         """Whether the application said it, in an RFC 9457 document that repeats the status, and no proxy's page."""
@@ -249,20 +266,9 @@ class Server:
             decode_content=False,
             enforce_content_length=True,  # the default only since urllib3 2
         )
-        content = b""
-        for piece in raw.stream(16384, decode_content=False):
-            content += piece
-            if len(content) > MAXIMUM_BODY:
-                raise Refused("the response is longer than %d bytes" % MAXIMUM_BODY)
+        response = Response.read(raw, "If-Modified-Since" in headers)
         raw.release_conn()
-        return Response(
-            raw.status,
-            content,
-            seconds(raw.headers.get("Last-Modified")),
-            _retry_after(raw.headers.get("Retry-After"), raw.headers.get("Date")),
-            _problem(raw.headers.get("Content-Type"), content),
-            "If-Modified-Since" in headers,
-        )
+        return response
 
     def _guarded(self, act: Callable[[], _T]) -> _T:
         """Does something on the connection, and says in our own terms what went wrong."""

@@ -63,7 +63,6 @@ def collect(settings: Settings) -> dict[str, Any]:
         "key": {"type": kind, "bits": bits} if identity else None,
         "request_sha256": identity.request_hash if identity else None,
         "certificate": _certificate(found),
-        "retry_after": None,
         "hook_owed": settings.hook is not None and hook.is_owed(settings.key_file),
         "remarks": found.notes,
         "clock": {
@@ -72,6 +71,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             "believed": not trust.clock_is_behind,
         },
         "next": _next(found, status, settings),
+        "retry_after": None,  # of a server, which is not asked here
     }
 
 
@@ -104,14 +104,14 @@ def _certificate(found: Stored) -> Optional[dict[str, Any]]:
     return {
         "usable": good,
         "why_not": None if good else found.notes[-1],
-        "for_servers_only": issued.servers_only if issued else None,
-        "chain": issued.chain.count(b"-----BEGIN") if issued else None,
         "subject": told and told.subject,
         "issuer": told and told.issuer,
         "serial_number": told and told.serial_number,
         "not_before": int(told.not_before) if told else None,
         "not_after": int(told.not_after) if told else None,
         "seconds_left": int(told.not_after - found.trust.now()) if told else None,
+        "for_servers_only": issued.servers_only if issued else None,
+        "chain": issued.chain.count(b"-----BEGIN") if issued else None,
     }
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The firmware's own layer of settings, checked while the firmware is built.
 
-Takes a file of NAME=value lines (the format of /etc/caramel-embedded.conf) and makes from it the two data files
-that the program reads before anything else: ``baked.conf``, with the build's own time as clock floor, and
-``baked.pem``, the certificates of the CA. Whatever is wrong in it fails the build with one line, because on the
+Takes a file of NAME=value lines (the format of /etc/caramel-embedded.conf) and makes from it the data files
+that the program reads before anything else: ``baked.conf``, with the build's own time as clock floor,
+``baked.pem``, the certificates of the CA, and ``baked-identity.pem``, those of the CA that signs the device, where
+that is another one. Whatever is wrong in it fails the build with one line, because on the
 device nobody would be there to read that line.
 
 Every way into an image comes through here: setup.py's build step, ``make zipapp`` and ``make install``. It needs
@@ -35,6 +36,9 @@ INTERFACE = re.compile(r"(?!\.\.?$)[^/:\s]{1,15}")
 #: RFC 7468, section 5.1. What stands around the blocks (text dumps, bag attributes) is no part of them.
 CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\s[A-Za-z0-9+/=\s]+?-----END CERTIFICATE-----")
 
+#: Settings that name a file here and not on the device: its certificates go into the program, its name does not.
+CA_FILES = ("CARAMEL_CA_CERT", "CARAMEL_IDENTITY_CA")
+
 #: ``#: CARAMEL_CA = WORD`` in the file: what the tool that wrote the file calls that setting.
 TERM = re.compile(r"^#:\s*([A-Z_]+)\s*=\s*(\S.*?)\s*$", re.MULTILINE)
 
@@ -48,6 +52,7 @@ class Baked(NamedTuple):
 
     conf: str
     pem: Optional[str]
+    identity_pem: Optional[str]
     remarks: tuple[str, ...]
 
     def write(self, package: Path) -> list[Path]:
@@ -55,12 +60,13 @@ class Baked(NamedTuple):
         package.mkdir(parents=True, exist_ok=True)
         written = [package / "baked.conf"]
         written[0].write_text(self.conf, encoding="utf-8")
-        pem = package / "baked.pem"
-        if self.pem is not None:
-            pem.write_text(self.pem, encoding="ascii")
-            written.append(pem)
-        elif pem.exists():
-            pem.unlink()
+        for name, content in (("baked.pem", self.pem), ("baked-identity.pem", self.identity_pem)):
+            path = package / name
+            if content is not None:
+                path.write_text(content, encoding="ascii")
+                written.append(path)
+            elif path.exists():
+                path.unlink()
         for path in written:
             # The same bits whatever the builder's umask; nothing in them is secret.
             path.chmod(0o644)
@@ -87,7 +93,7 @@ def bake(
     when: Optional[int] = None,
     require: Iterable[str] = (),
 ) -> Baked:
-    """Check the settings of ``conf``, those of ``extra`` in front of them, and turn them into the two files.
+    """Check the settings of ``conf``, those of ``extra`` in front of them, and turn them into the files.
 
     ``terms`` names settings as the person at the build knows them: "SERVER=" of make, an option of Buildroot.
     A path in ``conf`` is relative to its folder. An empty value is none. ``require`` names what may not be missing.
@@ -110,7 +116,7 @@ def bake(
                 raise BakeError(f"{name} is not set")
         if "BUILD_TIME" in values:
             raise BakeError(f"{source}: BUILD_TIME is set by the build; set SOURCE_DATE_EPOCH instead")
-        ca_cert = values.pop("CARAMEL_CA_CERT", None)
+        named = {name: values.pop(name) for name in CA_FILES if name in values}
         try:
             settings.check(values, source)
         except errors.UsageError as error:
@@ -120,12 +126,12 @@ def bake(
             if not values.get(name, "/").startswith("/"):
                 # It would depend on the folder that the device happens to start the program in.
                 raise BakeError(f"{source}: {name}: {values[name]!r} must begin with a slash")
-        pem = None
-        if ca_cert is not None:
-            path = Path(ca_cert)
-            if not (extra and "CARAMEL_CA_CERT" in extra) and conf is not None:
+        pems: dict[str, str] = {}
+        for name, value in named.items():
+            path = Path(value)
+            if not (extra and name in extra) and conf is not None:
                 path = conf.resolve().parent / path
-            pem = _certificates(path, when, remarks)
+            pems[name] = _certificates(name, path, when, remarks)
         baked = _conf(values, when)
         if settings.parse(baked, "baked.conf") != {**values, "BUILD_TIME": str(when)}:
             raise BakeError(f"{source}: a value can't be written as a NAME=value line")
@@ -133,7 +139,8 @@ def bake(
         raise BakeError(_in_terms(str(error), terms)) from error
     except BakeError as error:
         raise BakeError(_in_terms(str(error), terms)) from error
-    return Baked(baked, pem, tuple(_in_terms(remark, terms) for remark in remarks))
+    told = tuple(_in_terms(remark, terms) for remark in remarks)
+    return Baked(baked, pems.get("CARAMEL_CA_CERT"), pems.get("CARAMEL_IDENTITY_CA"), told)
 
 
 def _program() -> tuple[Any, Any]:
@@ -165,9 +172,9 @@ def _interfaces(value: Optional[str], source: str) -> None:
             raise BakeError(f"{source}: CARAMEL_INTERFACES: 'lo' has no MAC address")
 
 
-def _certificates(path: Path, when: int, remarks: list[str]) -> str:
+def _certificates(name: str, path: Path, when: int, remarks: list[str]) -> str:
     """The CA certificates of a PEM file, in the file's order, written the one way that OpenSSL writes them."""
-    source = f"CARAMEL_CA_CERT: {path}"
+    source = f"{name}: {path}"
     try:
         content = path.read_bytes()
     except OSError as error:

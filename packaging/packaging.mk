@@ -15,6 +15,10 @@ INIT ?= systemd
 TARGET_PYTHON ?= /usr/bin/python3
 OUT ?= $(BUILD)/caramel-embedded.pyz
 
+# For make zipapp: the folder with urllib3 and fasteners in it, as pip install --target makes it. By default it is made,
+# with the releases of packaging/zipapp.txt.
+PACKAGES ?= $(BUILD)/zipapp
+
 PACKAGING := $(dir $(lastword $(MAKEFILE_LIST)))
 ROOT := $(patsubst %packaging/,%,$(PACKAGING))
 ROOT := $(if $(ROOT),$(ROOT),./)
@@ -36,9 +40,17 @@ BAKE = $(PYTHON) -B "$(PACKAGING)bake.py" $(if $(CONF),--conf "$(CONF)") \
 
 .PHONY: zipapp install install-program install-extras install-systemd install-sysv install-none deb device-test
 
-zipapp: ## one executable file for an image: CA_CERT=ca.pem SERVER=host[:port] [CONF=more.conf] [OUT=file]
-	@$(PYTHON) -B "$(PACKAGING)pyz.py" --output "$(OUT)" --python "$(TARGET_PYTHON)" $(if $(CONF),--conf "$(CONF)") \
-		$(if $(SERVER),--server "$(SERVER)") $(if $(CA_CERT),--ca-cert "$(CA_CERT)")
+zipapp: $(if $(filter $(BUILD)/zipapp,$(PACKAGES)),$(BUILD)/zipapp/installed) ## one executable file for an image: CA_CERT=ca.pem SERVER=host[:port] [CONF=more.conf] [OUT=file]
+	@$(PYTHON) -B "$(PACKAGING)pyz.py" --output "$(OUT)" --python "$(TARGET_PYTHON)" --packages "$(PACKAGES)" \
+		$(if $(CONF),--conf "$(CONF)") $(if $(SERVER),--server "$(SERVER)") $(if $(CA_CERT),--ca-cert "$(CA_CERT)")
+
+# Sources only: what is compiled is compiled for the archive.
+$(BUILD)/zipapp/installed: $(PACKAGING)zipapp.txt
+	@rm -rf "$(@D)"
+	@$(PYTHON) -m venv "$(BUILD)/zipapp-pip"
+	@"$(BUILD)/zipapp-pip/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+		--only-binary :all: --target "$(@D)" -r $<
+	@touch $@
 
 install: install-program install-extras install-$(INIT) ## into an image: DESTDIR= [CONF=firmware.conf] [INIT=systemd|sysv|none]
 
@@ -68,7 +80,7 @@ install-extras:
 # The paths in the units and scripts are those of a system installation.
 install-libexec:
 	$(INSTALL) -d "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded"
-	for script in until-enrolled keep-enrolled; do \
+	for script in until-enrolled until-certified keep-enrolled; do \
 		sed 's#/usr/bin/caramel-embedded#$(PREFIX)/bin/caramel-embedded#' "$(PACKAGING)libexec/$$script" \
 			>"$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/$$script" && \
 		chmod 0755 "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/$$script" || exit 1; done
@@ -78,8 +90,9 @@ install-systemd: install-libexec
 	for unit in $(UNITS); do \
 		sed 's#/usr/\(bin\|libexec\)/#$(PREFIX)/\1/#' "$(PACKAGING)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
 		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
-	$(INSTALL) -D -m 0644 $(PACKAGING)systemd/examples/needs-certificate.conf \
-		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/needs-certificate.conf"
+	for example in needs-certificate instance-own-user; do \
+		$(INSTALL) -D -m 0644 "$(PACKAGING)systemd/examples/$$example.conf" \
+			"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/$$example.conf" || exit 1; done
 
 install-sysv: install-libexec
 	$(INSTALL) -d "$(DESTDIR)$(SYSCONFDIR)/init.d"
@@ -94,3 +107,5 @@ deb: ## the Debian package, into build/: [CARAMEL_BAKE=/path/to/firmware.conf]
 
 device-test: $(BUILD)/tests/installed $(BUILD)/caramel/installed ## a Debian armhf tree under qemu that boots the init script and enrolls (root, some minutes)
 	@BUILD="$(BUILD)" PYTHON="$(PYTHON)" "$(ROOT)tests/device/device-test.sh"
+
+-include $(PACKAGING)container/container.mk

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from needs import require
 from world import Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -27,8 +28,7 @@ FIRST_BOOT = "1970-01-01 00:00:10"
 
 
 def clock(text: str) -> Sequence[str]:
-    if not shutil.which("faketime"):
-        pytest.skip("faketime is not installed")
+    require("faketime")
     return ["env", "TZ=UTC", "faketime", "--exclude-monotonic", text]
 
 
@@ -89,7 +89,7 @@ def test_a_clock_that_is_behind_makes_nothing_good_that_has_ended(
         assert device.run(before=at(now() - hours(24 * 20))).status == 127
 
 
-def intermediate(authority: Authority, name: str, **dates: world.Moment) -> tuple[Authority, bytes]:
+def intermediate(authority: Authority, name: str, **dates: Any) -> tuple[Authority, bytes]:
     """A CA under `authority`, to sign servers with, and its certificate by `authority`."""
     below = Authority.__new__(Authority)
     below.folder = authority.folder

@@ -280,7 +280,7 @@ def test_a_lock_that_wants_a_file_that_can_be_written(path: str, monkeypatch: py
 
 
 def test_what_is_flushed_and_when(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The content before the name; then the file once more, for FAT, and the folder."""
+    """The content before the name; then the folder, and the file once more, for FAT."""
     done: list[str] = []
 
     def noted(real: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -298,7 +298,7 @@ def test_what_is_flushed_and_when(path: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(os, name, noted(getattr(os, name), name))
     file.replace(b"new", None, *OURS)
     file.close()
-    assert done == ["write", "fsync file", "rename", "fsync file", "fsync folder"]
+    assert done == ["write", "fsync file", "rename", "fsync folder", "fsync file"]
 
 
 def test_a_file_system_that_keeps_no_mode_is_said_and_nothing_is_replaced(

@@ -13,31 +13,37 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Optional, Union
 
 import pytest
-from world import ROOT, environment, until
+from needs import busybox_with_crond, needs, require
+from world import ROOT, Daemon, environment, until
 
 LIBEXEC = ROOT / "packaging/libexec"
 INIT_SCRIPT = ROOT / "buildroot/package/caramel-embedded/S95caramel-embedded"
 SCRIPTS = [
     ROOT / "packaging/starter/caramel-embedded",
     LIBEXEC / "until-enrolled",
+    LIBEXEC / "until-certified",
     LIBEXEC / "keep-enrolled",
     INIT_SCRIPT,
     ROOT / "packaging/deb.sh",
     ROOT / "tests/device/device-test.sh",
 ]
 
-#: Does what the file "plan" says, a status a line, the last one for ever; and writes down what it was asked.
+#: Does what the file "plan" says: a status a line, and how long the server wants to be left alone; the last line for
+#: ever. Writes down what it was asked.
 STAND_IN = """#!/bin/sh
 cd "{folder}" || exit
 echo "$*" >>asked
 case "$*" in
-*--json*) printf '{{"client_id": "%s"}}\\n' "$(cat id)"; exit ;;
-*--status*) exit "$(cat status)" ;;
+*--status*)
+    printf '{{\\n  "client_id": "%s",\\n  "key_file": "{folder}/identity.pem"\\n}}\\n' "$(cat id)"
+    exit "$(cat status)" ;;
 esac
-read -r status <plan
+read -r status after <plan
 [ "$(wc -l <plan)" = 1 ] || sed -i 1d plan
+printf '{{"status": %s, "client_id": "x", "retry_after": %s, "message": "..."}}\\n' "$status" "${{after:-null}}"
 exit "$status"
 """
 
@@ -63,7 +69,7 @@ class Image:
         self.bin.mkdir()
         self.program = self.script("caramel-embedded", STAND_IN.format(folder=folder))
         self.script("sleep", SLEEP.format(folder=folder))
-        for name in ("until-enrolled", "keep-enrolled"):
+        for name in ("until-enrolled", "until-certified", "keep-enrolled"):
             shutil.copy(LIBEXEC / name, self.bin)
         self.plan(0)
         self.write("status", "127\n")
@@ -82,26 +88,27 @@ class Image:
         path = self.folder / name
         return path.read_text().splitlines() if path.exists() else []
 
-    def plan(self, *statuses: int) -> None:
+    def plan(self, *statuses: Union[int, str]) -> None:
         self.write("plan", "".join(f"{status}\n" for status in statuses))
 
-    def start(self, name: str, *options: str, **env: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *options: str, stderr: Optional[int] = None, **env: str) -> subprocess.Popen[bytes]:
         environ = environment(**{"CARAMEL_EMBEDDED": str(self.program), "RETRY_FIRST": "2", "RETRY_MAX": "10", **env})
         environ["PATH"] = f"{self.bin}:{environ['PATH']}"
-        return subprocess.Popen([*self.shell, str(self.bin / name), *options], env=environ, start_new_session=True)
+        return subprocess.Popen(
+            [*self.shell, str(self.bin / name), *options], env=environ, stderr=stderr, start_new_session=True
+        )
 
     def run(self, name: str, *options: str, **env: str) -> int:
-        return self.start(name, *options, **env).wait(30)
+        return self.start(name, *options, stderr=None, **env).wait(30)
 
 
 @pytest.fixture(params=["dash", "bash", "busybox"])
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
-    if not shutil.which(request.param):
-        pytest.skip(f"{request.param} is not installed")
+    require(request.param if request.param != "busybox" else "ash")
     return Image(tmp_path, ["busybox", "sh"] if request.param == "busybox" else [request.param])
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@needs("shellcheck")
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
     assert done.stdout == ""
@@ -115,16 +122,56 @@ def test_shellcheck_has_nothing_to_say() -> None:
 def test_it_checks_until_there_is_a_certificate_in_growing_pauses(image: Image) -> None:
     image.plan(69, 1, 127, 69, 69, 0)
     assert image.run("until-enrolled", "--syslog") == 0
-    assert image.lines("asked") == ["--syslog"] * 6
+    assert image.lines("asked") == ["--json --syslog"] * 6
     slept = [int(line) for line in image.lines("slept")]
     for seconds, least in zip(slept, (2, 4, 8, 10, 10)):
         assert least <= seconds < 2 * least
     assert len(slept) == 5
 
 
+def test_it_waits_at_least_as_long_as_the_server_asks_for(image: Image) -> None:
+    image.plan("127 700", "69 1", "69 null", 0)
+    assert image.run("until-enrolled") == 0
+    slept = [int(line) for line in image.lines("slept")]
+    for seconds, least in zip(slept, (700, 4, 8)):
+        assert least <= seconds < least + 8
+    assert len(slept) == 3
+
+
+@pytest.mark.parametrize("value", ["0", "0.5", "soon", "-1", "010", "1e3", "99999999999", ""])
+def test_no_setting_makes_a_storm_or_an_end(image: Image, value: str) -> None:
+    image.plan(69, 69, 0)
+    process = image.start("until-enrolled", RETRY_FIRST=value, SPREAD=value, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, b"")
+    slept = [int(line) for line in image.lines("slept")]
+    for seconds, least in zip(slept, (15, 10)):
+        assert least <= seconds < 2 * 15
+    assert len(slept) == 2
+    image.plan(69, 69, 69, 0)
+    image.write("slept", "")
+    assert image.run("until-enrolled", RETRY_MAX=value) == 0
+    assert [int(line) >= least for line, least in zip(image.lines("slept"), (2, 4, 8))] == [True] * 3
+
+
+@needs("mounts")
+def test_pauses_differ_where_the_kernels_files_are_hidden(image: Image) -> None:
+    """As ProcSubset=pid of systemd hides them."""
+    hidden = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs tmpfs /proc/sys; exec "$@"', "hidden"]
+    image.shell = [*hidden, *image.shell]
+    for _ in range(8):
+        image.plan(69, 0)
+        process = image.start("until-enrolled", RETRY_FIRST="1700", stderr=subprocess.PIPE)
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, b"")
+    # Far apart, not process IDs that follow each other.
+    slept = sorted(int(line) for line in image.lines("slept"))
+    assert slept[-1] - slept[0] > 150
+
+
 def test_a_certificate_at_once_is_no_pause(image: Image) -> None:
     assert image.run("until-enrolled") == 0
-    assert image.lines("asked") == [""]
+    assert image.lines("asked") == ["--json"]
     assert image.lines("slept") == []
 
 
@@ -160,6 +207,50 @@ def test_it_can_be_stopped_in_a_pause_at_once(image: Image) -> None:
     assert time.monotonic() - started < 5
 
 
+def test_without_cksum_it_pauses_all_the_same(image: Image) -> None:
+    image.plan(69, 69, 0)
+    image.script("cksum", "#!/bin/sh\nexit 127\n")
+    if image.shell[0] == "busybox":  # its own comes first
+        image.shell = ["busybox", "sh", "-c", 'cksum() { return 127; }; . "$0"']
+    assert image.run("until-enrolled") == 0
+    assert len(image.lines("slept")) == 2
+
+
+# --- until-certified ------------------------------------------------------------------------------------
+
+
+def test_it_ends_as_soon_as_the_file_has_a_certificate_and_looks_no_oftener(image: Image) -> None:
+    """A stand-in for sleep that sleeps a twentieth of the time."""
+    image.script("sleep", f'#!/bin/sh\necho "$1" >>"{image.folder}/slept"\nexec /bin/sleep 0.1\n')
+    process = image.start("until-certified")
+    until("it looks at the file", lambda: len(image.lines("slept")) >= 12)
+    # After 0, 4, 12, ... of its seconds.
+    assert 2 <= len(image.lines("asked")) <= 4
+    before = len(image.lines("asked"))
+    image.write("status", "0\n")
+    image.write("identity.pem", "another\n")
+    assert process.wait(10) == 0
+    assert len(image.lines("asked")) - before <= 2
+
+
+def test_it_ends_at_once_where_there_is_one(image: Image) -> None:
+    image.write("status", "0\n")
+    assert image.run("until-certified") == 0
+    assert (image.lines("asked"), image.lines("slept")) == (["--status --json"], [])
+
+
+def test_it_ends_though_no_file_has_changed(image: Image) -> None:
+    """The driver of the network interface that the client ID is from was late, say."""
+    image.script("sleep", f'#!/bin/sh\necho "$1" >>"{image.folder}/slept"\nexec /bin/sleep 0.01\n')
+    image.script(
+        "caramel-embedded", f'#!/bin/sh\necho "$*" >>"{image.folder}/asked"\nexit "$(cat {image.folder}/status)"\n'
+    )
+    process = image.start("until-certified")
+    until("it looks again and again", lambda: len(image.lines("asked")) > 4)
+    image.write("status", "0\n")
+    assert process.wait(20) == 0
+
+
 # --- keep-enrolled --------------------------------------------------------------------------------------
 
 
@@ -185,8 +276,8 @@ def plain(tmp_path: Path) -> Image:
 def test_cron_takes_over_at_the_minute_of_the_client_id(plain: Image) -> None:
     folder = cron(plain)
     plain.plan(69, 0)
-    assert plain.run("keep-enrolled", "--syslog", CRONTABS=str(folder)) == 0
-    line = f"{minute('fffbeec0ffee')} * * * * {plain.program} --syslog # caramel-embedded"
+    assert plain.run("keep-enrolled", "--syslog", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
+    line = f"{minute('fffbeec0ffee')} * * * * /etc/x start # caramel-embedded"
     assert plain.lines("crontabs/root") == [line]
     assert plain.lines("crontabs/cron.update") == ["root"]
     assert (folder / "root").stat().st_mode & 0o777 == 0o600
@@ -196,9 +287,9 @@ def test_cron_takes_over_at_the_minute_of_the_client_id(plain: Image) -> None:
 def test_a_crontab_that_has_the_line_is_not_written(plain: Image) -> None:
     folder = cron(plain)
     for _ in range(2):
-        assert plain.run("keep-enrolled", CRONTABS=str(folder)) == 0
+        assert plain.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
     before = (folder / "root").stat()
-    assert plain.run("keep-enrolled", CRONTABS=str(folder)) == 0
+    assert plain.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
     after = (folder / "root").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
@@ -206,24 +297,25 @@ def test_a_crontab_that_has_the_line_is_not_written(plain: Image) -> None:
 def test_the_lines_of_others_stay_and_an_old_one_of_ours_goes(plain: Image) -> None:
     folder = cron(plain)
     (folder / "root").write_text("5 4 * * * backup\n7 * * * * /old/caramel-embedded # caramel-embedded\n")
-    assert plain.run("keep-enrolled", CRONTABS=str(folder)) == 0
+    assert plain.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
     assert plain.lines("crontabs/root")[0] == "5 4 * * * backup"
     assert len(plain.lines("crontabs/root")) == 2
     assert "/old/" not in plain.lines("crontabs/root")[1]
 
 
-@pytest.mark.parametrize("without", ["crond", "folder"])
+@pytest.mark.parametrize("without", ["crond", "folder", "command"])
 def test_without_cron_it_checks_every_hour_by_itself(plain: Image, without: str) -> None:
     folder = cron(plain, running=without != "crond")
     if without == "folder":
         folder.rmdir()
     plain.write("id", "unit-0001\n")
-    process = plain.start("keep-enrolled", CRONTABS=str(folder))
+    command = "" if without == "command" else "/etc/x start"
+    process = plain.start("keep-enrolled", "--hook", "a 'b' c", CRONTABS=str(folder), CRON_COMMAND=command)
     try:
         until("it waits for an hour", lambda: "3600" in plain.lines("slept"))
         # First until its own minute of the hour.
         assert plain.lines("slept")[0] == str(minute("unit-0001") * 60 + 1)
-        assert [line for line in plain.lines("asked") if "--" not in line] == ["", ""]
+        assert [line for line in plain.lines("asked") if "--status" not in line] == ["--json --hook a 'b' c"] * 2
         assert process.poll() is None
     finally:
         process.terminate()
@@ -248,8 +340,7 @@ def test_the_minutes_of_a_fleet_are_spread_evenly() -> None:
 @pytest.fixture
 def init(tmp_path: Path) -> Iterator[list[str]]:
     """The command line of the init script, with its paths in a folder of the test's own."""
-    if not shutil.which("busybox"):
-        pytest.skip("busybox is not installed")
+    require("busybox")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/start-stop-daemon").symlink_to(shutil.which("busybox") or "")
     daemon = tmp_path / "keep-enrolled"
@@ -295,6 +386,16 @@ def test_the_boot_goes_on_at_once(init: list[str], tmp_path: Path) -> None:
     until("it has its options", lambda: (tmp_path / "started").read_text() == "--syslog -q 7\n")
 
 
+def test_options_are_words_as_in_a_shell(init: list[str], tmp_path: Path) -> None:
+    (tmp_path / "keep-enrolled").write_text(
+        f"#!/bin/sh\nprintf '%s|' \"$@\" >{tmp_path}/draft; mv {tmp_path}/draft {tmp_path}/started\n"
+    )
+    (tmp_path / "default").write_text("CARAMEL_EMBEDDED_ARGS=\"--hook 'service x  restart' --syslog\"\n")
+    call(init, "start")
+    until("it has started", (tmp_path / "started").exists)
+    assert (tmp_path / "started").read_text() == "--hook|service x  restart|--syslog|"
+
+
 def test_started_twice_it_runs_once_and_stopped_it_is_gone(init: list[str], tmp_path: Path) -> None:
     call(init, "start")
     until("it has started", (tmp_path / "started").exists)
@@ -323,3 +424,81 @@ def test_another_word_is_a_usage_error(init: list[str]) -> None:
     done = call(init, "status")
     assert done.returncode == 1
     assert "{start|stop|restart|reload}" in done.stdout
+
+
+# --- A device -------------------------------------------------------------------------------------------
+
+RCS = """#!/bin/sh
+mount -t proc proc /proc
+for script in /etc/init.d/S??*; do
+    "$script" start
+done
+: >/booted
+"""
+
+#: Writes down its options, one a line, and a setting that only /etc/default has.
+RECORDER = """#!/bin/sh
+case "$*" in
+*--status*) printf '{"client_id": "%s"}\\n' "$CARAMEL_CN"; exit 127 ;;
+esac
+printf '%s\\n' "$@" "CARAMEL_CN=$CARAMEL_CN" end >>/asked
+echo '{"status": 0, "retry_after": null}'
+"""
+
+
+@needs("mounts", "busybox-crond")
+def test_busybox_boots_and_its_cron_makes_the_same_check(tmp_path: Path) -> None:
+    """init, shell, start-stop-daemon and crond are BusyBox's. Takes up to a minute: that's how often crond looks."""
+    root = tmp_path / "root"
+    for folder in (
+        "bin",
+        "dev",
+        "proc",
+        "etc/default",
+        "etc/init.d",
+        "usr/bin",
+        "usr/sbin",
+        "var/run",
+        "var/spool/cron/crontabs",
+    ):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(busybox_with_crond() or "", root / "bin/busybox")
+    subprocess.run(["chroot", str(root), "/bin/busybox", "--install", "-s", "/bin"], check=True)
+    subprocess.run(
+        ["make", "-s", "-C", str(ROOT), "-f", "packaging/packaging.mk", "install-sysv", f"DESTDIR={root}"], check=True
+    )
+    for name, text in (
+        ("etc/inittab", "::sysinit:/etc/init.d/rcS\n"),
+        ("etc/init.d/rcS", RCS),
+        ("etc/init.d/S50crond", "#!/bin/sh\ncrond\n"),
+        ("usr/bin/caramel-embedded", RECORDER),
+        ("etc/default/caramel-embedded", 'CARAMEL_EMBEDDED_ARGS="--hook \'a  \\"b\\"\' -q"\nCARAMEL_CN=unit-0001\n'),
+        ("etc/passwd", "root:x:0:0:root:/:/bin/sh\n"),
+        ("dev/urandom", os.urandom(64).hex()),
+    ):
+        (root / name).write_text(text)
+        (root / name).chmod(0o755)
+    (root / "dev/null").touch()
+
+    def asked() -> list[str]:
+        return (root / "asked").read_text().split("end\n")[:-1] if (root / "asked").exists() else []
+
+    device = Daemon(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "chroot", str(root), "/bin/busybox", "init"],
+        tmp_path / "log",
+        {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    with device:
+        until("the boot is over", (root / "booted").exists)
+        until("it checks", asked)
+        crontab = root / "var/spool/cron/crontabs/root"
+        until("cron takes over", crontab.exists)
+        made, _, rest = crontab.read_text().partition(" ")
+        assert 0 <= int(made) <= 59
+        assert rest == "* * * * /etc/init.d/S95caramel-embedded start >/dev/null 2>&1 # caramel-embedded\n"
+        # Not within the hour, but now.
+        crontab.write_text(f"* {rest}")
+        (crontab.parent / "cron.update").write_text("root\n")
+        until("cron checks", lambda: len(asked()) > 1, 130, 0.5)
+    expected = '--json\n--hook\na  "b"\n-q\nCARAMEL_CN=unit-0001\n'
+    assert asked()[:2] == [expected] * 2

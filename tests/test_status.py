@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import world
+from needs import needs
 from world import Authority, Device, Snapshot, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -38,11 +39,14 @@ FORM: dict[str, Any] = {
         "not_before": (int, type(None)),
         "not_after": (int, type(None)),
         "seconds_left": (int, type(None)),
+        "for_servers_only": (bool, type(None)),
+        "chain": (int, type(None)),
     },
     "hook_owed": bool,
     "remarks": list,
     "clock": {"now": int, "floor": int, "believed": bool},
     "next": str,
+    "retry_after": type(None),
 }
 
 
@@ -204,6 +208,7 @@ def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.Pr
     assert status(device, "--hook", "true")[1]["hook_owed"] is False
 
 
+@needs("root")
 def test_owner_and_mode_that_are_to_change(device: Device, authority: Authority, key: world.PrivateKey) -> None:
     device.has(authority.identity(ID, key=key, certified=False), 0o644)
     assert status(device)[1]["next"].startswith("set the file's owner and mode; ")
@@ -249,12 +254,18 @@ def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monke
     from caramel_embedded import hardware, settings
     from caramel_embedded import status as module
 
-    monkeypatch.setattr(hardware, "client_id", lambda interfaces: (interfaces[0], "serial number in /sys/it"))
+    class Hardware(hardware.Hardware):
+        def __init__(self, interfaces: Any) -> None:
+            self.sources = [hardware.Source("serial number in /sys/it", interfaces[0])]
+            self.ids = [interfaces[0]]
+
+    monkeypatch.setattr(hardware, "Hardware", Hardware)
     given = {"CARAMEL_CA_CERT": str(authority.certificate_file), "CARAMEL_KEY_FILE": str(device.key_file)}
     text, _ = module.report(settings.Settings({**given, "CARAMEL_INTERFACES": "eth7"}, {}), False)
     assert line(text, "client ID") == "eth7, from the serial number in /sys/it"
 
 
+@needs("faketime")
 def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.PrivateKey) -> None:
     device.has(authority.identity(ID, key=key))
     code, values, text = status(device, before=("faketime", "1970-01-02 00:00:00"))
@@ -265,6 +276,7 @@ def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.
     assert 0 < values["certificate"]["seconds_left"] <= 4 * 24 * 3600
 
 
+@needs("strace")
 def test_neither_lock_nor_network_nor_a_write(
     device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
 ) -> None:
@@ -309,9 +321,7 @@ def test_what_is_no_file_is_said_at_once(device: Device, what: str) -> None:
     assert str(device.key_file) in run.err
 
 
-@pytest.mark.parametrize(
-    "options", [("--json",), ("--status", "--ca-cert", "/nonexistent"), ("--status", "--mode", "999")]
-)
+@pytest.mark.parametrize("options", [("--status", "--ca-cert", "/nonexistent"), ("--status", "--mode", "999")])
 def test_wrong_usage_is_127_with_an_empty_output(device: Device, options: tuple[str, ...]) -> None:
     run = device.run(*options)
     assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 from torture import disk, power, report
 from torture.fleet import Fleet
-from world import Authority, Caramel, Nginx
 
 SCENARIOS = (
     "first enrollment", "first certificate", "renewal", "renewal with a hook", "rejection", "clean-up of a bad file",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
-    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -54,7 +48,7 @@ def test_a_file_system_without_nameless_files_will_do(fleet: Fleet) -> None:
 
 
 def test_the_harness_sees_a_content_that_is_not_flushed(tmp_path: Path) -> None:
-    """The model of the disk can fail: a rename without fsync, an fsync without the folder's, a write in place."""
+    """The model of the disk can fail: no fsync before the rename, none of the folder, a mode that comes late."""
     path = tmp_path / "identity.pem"
     draft = f'"{tmp_path}/draft", O_RDWR|O_CREAT|O_EXCL'
     made = [("openat", f"AT_FDCWD, {draft}, 0600", 4), ("write", '4, ""..., 9', 9)]
@@ -63,8 +57,8 @@ def test_the_harness_sees_a_content_that_is_not_flushed(tmp_path: Path) -> None:
     tell = [("sendto", '6, "", 5', 5)]
     mode = [("fchmod", "4, 0640", 0)]
 
-    def verdict(*steps: list[tuple[str, str, int]]) -> list[str]:
-        model = disk.Disk(str(path), None)
+    def verdict(*steps: list[tuple[str, str, int]], fat: bool = False) -> list[str]:
+        model = disk.Disk(str(path), None, fat=fat)
         for step in steps:
             for call, rest, result in step:
                 model.replay(call, rest, result)
@@ -76,3 +70,21 @@ def test_the_harness_sees_a_content_that_is_not_flushed(tmp_path: Path) -> None:
     assert any("before the folder" in wrong for wrong in verdict(made, flush, named, tell))
     assert any("after the first byte" in wrong for wrong in verdict(made, mode, flush, named, folder))
     assert any("before its owner" in wrong for wrong in verdict(made, flush, mode, named, folder))
+
+    # FAT: a renamed file's slot is flushed with the file, once its old slot is gone.
+    assert any("slot was flushed" in wrong for wrong in verdict(made, flush, named, folder, tell, fat=True))
+    assert any("two slots" in wrong for wrong in verdict(made, flush, named, flush, folder, tell, fat=True))
+    assert verdict(made, flush, named, folder, flush, tell, fat=True) == []
+
+
+def test_the_model_knows_names_that_are_relative_to_a_folder(tmp_path: Path) -> None:
+    """As strace -y shows them: 7</folder>, "name"."""
+    model = disk.Disk(str(tmp_path / "identity.pem"), None)
+    at = f"7<{tmp_path}>"
+    model.replay("openat", f'{at}, ".identity.pem.new", O_RDWR|O_CREAT|O_EXCL, 0600', 4)
+    model.replay("write", f'4<{tmp_path}/.identity.pem.new>, ""..., 9', 9)
+    model.replay("renameat", f'{at}, ".identity.pem.new", {at}, "identity.pem"', 0)
+    assert model.wrong == ["after renameat: the name could be there before the content"]
+    model.replay("openat", f'{at}, ".", O_RDONLY|O_DIRECTORY', 5)
+    model.replay("fsync", f"5<{tmp_path}>", 0)
+    assert model.flushes == ["folder"]

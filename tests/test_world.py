@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
-import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,12 +16,12 @@ from typing import Optional, Union
 import pytest
 import world
 from cryptography import x509
-from world import Authority, Caramel, Daemon, Nginx, Scripted, TlsFront, answer
+from needs import needs, require
+from world import Authority, Caramel, Daemon, Front, Nginx, Scripted, TlsFront, answer
 
 
 def curl(url: str, ca: Path, *options: Union[str, Path]) -> subprocess.CompletedProcess[bytes]:
-    if not shutil.which("curl"):
-        pytest.skip("curl is not installed")
+    require("curl")
     line = ["curl", "-sS", "-m", "20", "--cacert", ca, *options, url]
     return subprocess.run([str(word) for word in line], capture_output=True, timeout=30)
 
@@ -44,7 +45,8 @@ def openssl_request(folder: Path, authority: Authority, client_id: str) -> bytes
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
 
-def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel: Caramel, front: Nginx) -> None:
+@needs("curl", "openssl")
+def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel: Caramel, front: Front) -> None:
     ca = caramel.authority.certificate_file
     request = openssl_request(tmp_path, caramel.authority, "0000feedbeef")
     url = f"https://{front.address}/{hashlib.sha256(request).hexdigest()}"
@@ -72,6 +74,40 @@ def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel
     assert b'"status":403' in curl(url, ca).stdout
     assert [row.rejected for row in caramel.requests("0000feedbeef")] == [True]
     assert "0000feedbeef" not in [row.client_id for row in caramel.listed()]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("nginx", marks=needs("nginx")), "python"])
+def test_a_front_remembers_what_it_was_asked(tmp_path: Path, caramel: Caramel, kind: str) -> None:
+    authority = caramel.authority
+    certificate = authority.server(file=f"{kind}.pem")
+    (tmp_path / "identity.pem").write_bytes(authority.identity("00000000cafe"))
+    context = ssl.create_default_context(cafile=str(authority.certificate_file))
+    context.load_cert_chain(str(tmp_path / "identity.pem"))
+    front: Front = (
+        Nginx(tmp_path / "nginx", caramel, certificate)
+        if kind == "nginx"
+        else TlsFront(caramel, certificate, client_ca=authority.certificate_file)
+    )
+    with front, front.watched() as seen:
+        connection = http.client.HTTPSConnection("localhost", front.port, timeout=20, context=context)
+        bodies = []
+        for method, path, body in (("GET", "/root.crt", None), ("POST", "/" + 64 * "0", b"no request")):
+            connection.request(method, path, body, {"User-Agent": "somebody/1"})
+            bodies.append(connection.getresponse().read())
+        connection.close()
+        another = http.client.HTTPSConnection("localhost", front.port, timeout=20, context=context)
+        another.request("GET", "/root.crt")
+        bodies.append(another.getresponse().read())
+        another.close()
+    assert bodies[0] == bodies[2] == authority.pem
+    assert [(asked.method, asked.path, asked.status) for asked in seen[:2]] == [
+        ("GET", "/root.crt", 200),
+        ("POST", "/" + 64 * "0", 400),
+    ]
+    assert seen[0].connection == seen[1].connection != seen[2].connection
+    assert {asked.user_agent for asked in seen[:2]} == {"somebody/1"}
+    assert all(asked.verify == "SUCCESS" and "CN=00000000cafe" in asked.subject for asked in seen)
+    assert seen[0].sent > len(bodies[0]) and seen[1].received > len(b"no request") and seen[0].tls == "TLSv1.3"
 
 
 def test_the_front_made_of_python_passes_everything_on(caramel: Caramel) -> None:
@@ -114,6 +150,7 @@ def test_caramel_signs_uuids_by_itself(tmp_path: Path, authority: Authority) -> 
 
 
 @pytest.mark.parametrize("verify, status", [(None, b"200"), ("optional", b"400"), ("on", b"400")])
+@needs("nginx", "curl")
 def test_nginx_answers_400_to_an_expired_client_certificate(
     tmp_path: Path, caramel: Caramel, verify: Optional[str], status: bytes
 ) -> None:
@@ -129,6 +166,7 @@ def test_nginx_answers_400_to_an_expired_client_certificate(
     assert got.stdout == status
 
 
+@needs("nginx", "curl")
 def test_published_certificates_know_their_time(tmp_path: Path, caramel: Caramel) -> None:
     static = tmp_path / "static"
     static.mkdir()

@@ -4,7 +4,7 @@ _caramel_embedded() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
     COMPREPLY=()
     case $before in
-        --ca-cert | --key-file | --config)
+        --ca-cert | --identity-ca | --key-file | --config)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             ;;
@@ -26,11 +26,14 @@ _caramel_embedded() {
         --mode)
             mapfile -t COMPREPLY < <(compgen -W '0600 0640 0644' -- "$word")
             ;;
-        --client-id | --timeout) ;;
+        --key-type)
+            mapfile -t COMPREPLY < <(compgen -W 'rsa-2048 rsa-4096 ec-p256' -- "$word")
+            ;;
+        --client-id | --domain | --timeout) ;;
         *)
             mapfile -t COMPREPLY < <(compgen -W '
-                --server --ca-cert --key-file --client-id --interfaces --owner --group --mode --timeout --hook --config
-                --status --json --syslog --verbose --quiet --version --help -v -q -h
+                --server --ca-cert --identity-ca --key-file --client-id --interfaces --domain --key-type --owner --group
+                --mode --timeout --hook --config --status --json --syslog --verbose --quiet --version --help -v -q -h
             ' -- "$word")
             ;;
     esac

@@ -167,7 +167,9 @@ def main() -> int:
     lost = any(row.lost for row in found)
     if not only and not lost:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(found, seconds))
+        # What stands under a heading of its own is from elsewhere: make powercut.
+        kept = "".join(PAGE.read_text().partition("\n## ")[1:]) if PAGE.exists() else ""
+        PAGE.write_text(page(found, seconds) + kept)
         print(f"written: {PAGE.relative_to(ROOT)}")
     return 1 if lost else 0
 

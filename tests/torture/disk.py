@@ -5,6 +5,12 @@ file's bytes and owner after fsync(2) on it, a name after fsync(2) on the folder
 that. So the system calls of a traced run are replayed on a model of such a disk, and after each one everything that
 could be found at the key file's path after a power cut is looked at: the last name that was flushed, and each one
 since.
+
+A disk with FAT promises less. Where a file's content begins and how long it is stands in its name's slot in the
+folder, and the kernel writes a renamed file's new slot for the file, not for the folder: it has its content only
+after another fsync(2) on the *file* (vfat_rename() and fat_write_inode() of Linux). Until the folder is flushed, the
+old slot may be there as well; then two files share one content, and fsck.fat -a empties one of them. So the folder
+comes first, then the file. `make powercut` looks at real ones.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ from torture.fleet import DeviceUnderTest, Fleet, key_file_parts
 from torture.report import Case
 
 _LINE = re.compile(r"^(\d+) +([a-z0-9_]+)\((.*)\) += +(-?\d+)")
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+# A path, after the folder that it is relative to where the call has one, as strace -y shows it: 7</folder>, "name"
+_PATH = re.compile(r'(?:\d+<([^<>]*)>, )?"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass
@@ -31,6 +38,9 @@ class _Inode:
     dirty: bool = False  # owner, mode or time set and not flushed
     handed_over: bool = True  # nothing of owner and mode was set after the first byte
     folder: bool = False
+    #: On FAT: the slot of its newest name says where its content is; that of the name before may do so, too.
+    slot: bool = True
+    old_slot: bool = False
     #: For folders: their own name is on the disk, and so is that of every folder above.
     reachable: bool = True
 
@@ -47,6 +57,7 @@ class Disk:
     old: Optional[_Inode]
     states: int = 0
     wrong: list[str] = field(default_factory=list)
+    fat: bool = False
 
     def __post_init__(self) -> None:
         self._names: dict[str, Optional[_Inode]] = {self.key_file: self.old}
@@ -64,7 +75,7 @@ class Disk:
 
     def replay(self, call: str, rest: str, result: int) -> None:
         """One successful system call of the main thread."""
-        paths = _QUOTED.findall(rest)
+        paths = [os.path.normpath(os.path.join(*each)) for each in _PATH.findall(rest)]
         number = re.match(r"\d+", rest)
         inode = self._fds.get(int(number[0])) if number else None
         if call in ("open", "openat", "creat") and paths:
@@ -83,7 +94,10 @@ class Disk:
         elif call in ("fsync", "fdatasync") and inode:
             self._flush(inode)
         elif call in ("rename", "renameat", "renameat2") and self._mine(paths[-1]):
-            self._bind(paths[-1], self._names.get(paths[0]))
+            renamed = self._names.get(paths[0])
+            if renamed is not None:
+                renamed.slot, renamed.old_slot = False, True
+            self._bind(paths[-1], renamed)
             self._bind(paths[0], None)
         elif call in ("link", "linkat") and self._mine(paths[-1]):
             source = re.match(r"/proc/self/fd/(\d+)", paths[0])
@@ -114,10 +128,17 @@ class Disk:
     def _flush(self, inode: _Inode) -> None:
         self.flushes.append("folder" if inode.folder else "file")
         if not inode.folder:
-            inode.durable, inode.dirty = inode.written, False
+            inode.durable, inode.dirty, inode.slot = inode.written, False, True
+            if self.fat and inode.old_slot:
+                self.wrong.append("two slots could have the same content, of which fsck empties one")
             return
         self._unreachable = {path for path in self._unreachable if os.path.dirname(path) != inode.what}
-        if inode.what == self._folder and self._pending:
+        if inode.what != self._folder:
+            return
+        for named in self._names.values():
+            if named is not None:
+                named.old_slot = False
+        if self._pending:
             self._flushed, self._pending = self._pending[-1], []
 
     def _look(self, call: str) -> None:
@@ -140,6 +161,8 @@ class Disk:
     def _told(self, whom: str) -> None:
         if any(found is not None and found.written for found in self._pending):
             self.wrong.append(f"{whom} before the folder was flushed")
+        if self.fat and any(named is not None and not named.slot for named in self._names.values()):
+            self.wrong.append(f"{whom} before a renamed file's slot was flushed")
         if self._unreachable and self._names.get(self.key_file) is not None:
             self.wrong.append(f"{whom} before the new folders' names were flushed")
 
@@ -148,10 +171,10 @@ class Disk:
         self._told("the caller was told")
 
 
-def replayed(dut: DeviceUnderTest, trace: str) -> Disk:
-    """What the traced run would have done to a disk that keeps only what was flushed."""
+def replayed(dut: DeviceUnderTest, trace: str, fat: bool = False) -> Disk:
+    """What the traced run would have done to a disk that keeps only what was flushed; `fat`: to one with FAT."""
     old = _Inode("old", written=len(dut.old), durable=len(dut.old)) if dut.old is not None else None
-    disk = Disk(str(dut.device.key_file), old)
+    disk = Disk(str(dut.device.key_file), old, fat=fat)
     main = trace.split(None, 1)[0]
     for line in trace.splitlines():
         match = _LINE.match(line)
@@ -170,14 +193,14 @@ def cases(fleet: Fleet, states: Optional[dict[str, int]] = None) -> list[Case]:
 
             dut = fleet.scenarios[scenario]()
             run, trace = power.traced(dut)
-            disk = replayed(dut, trace)
-            wrong = list(dict.fromkeys(disk.wrong))
+            disk, fat = replayed(dut, trace), replayed(dut, trace, fat=True)
+            wrong = list(dict.fromkeys([*disk.wrong, *(f"on FAT: {each}" for each in fat.wrong)]))
             if run.status != dut.status or key_file_parts(dut.content or b"") is None:
                 wrong.append(f"the undisturbed run: {run}")
             if "file" not in disk.flushes or "folder" not in disk.flushes:
                 wrong.append(f"flushed was only {disk.flushes}")
             if states is not None:
-                states[scenario] = disk.states
+                states[scenario] = disk.states + fat.states
             if not wrong:
                 fleet.forget(dut)
             return wrong

@@ -26,12 +26,13 @@ from typing import Any, Callable, Optional
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from world import Authority, Caramel, Device, Nginx, Run
+from world import Authority, Caramel, Device, Front, Run, any_front
 
 #: All that may ever leave the program.
 STATUSES = (0, 1, 69, 127)
 
 _FORM = re.compile(
+    rb"(?P<line># caramel-embedded/1 id=[!-~ ]+ seal=[0-9a-f]{64}\n)?"
     rb"(?P<key>-----BEGIN PRIVATE KEY-----\n[A-Za-z0-9+/=\n]+-----END PRIVATE KEY-----\n)"
     rb"(?P<certificate>-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n)?"
     rb"(?P<request>-----BEGIN NEW CERTIFICATE REQUEST-----\n[A-Za-z0-9+/=\n]+-----END NEW CERTIFICATE REQUEST-----\n)"
@@ -108,9 +109,9 @@ class DeviceUnderTest:
 
 
 class Fleet:
-    """One Caramel server with nginx in front of it and any number of devices; lives as long as its `with` block."""
+    """One Caramel server with a TLS front and any number of devices; lives as long as its `with` block."""
 
-    def __init__(self, folder: Path, command: Sequence[str] = (world.PLAIN,)) -> None:
+    def __init__(self, folder: Path, command: Sequence[str] = world.WITHOUT_STARTER) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.command = list(command)
@@ -124,14 +125,16 @@ class Fleet:
     def __enter__(self) -> Fleet:
         self.authority = Authority(self.folder / "authority")
         self.caramel = self._stack.enter_context(Caramel(self.folder / "caramel", self.authority))
-        self.front = self._stack.enter_context(Nginx(self.folder / "nginx", self.caramel, self.authority.server()))
+        self.front = self._stack.enter_context(
+            any_front(self.folder / "front", self.caramel, self.authority.server())
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @classmethod
-    def around(cls, folder: Path, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+    def around(cls, folder: Path, authority: Authority, caramel: Caramel, front: Front) -> Fleet:
         """A fleet around servers that somebody else has started, and will end."""
         fleet = cls(folder)
         fleet.authority, fleet.caramel, fleet.front = authority, caramel, front
@@ -203,6 +206,11 @@ class Fleet:
             device.key_file.parent.mkdir()
         return device
 
+    def content(self, device: Device, request: bytes, certificate: bytes = b"") -> bytes:
+        """What a key file of this fleet holds, with its line of text."""
+        content = world.key_file_content(self.key, request, certificate)
+        return world.sealed(content, self.authority.pem, str(device.client_id))
+
     def _identity(self, device: Device) -> tuple[bytes, str]:
         request = world.signing_request(self.key, self.authority.subject_for(str(device.client_id)))
         return request, self.admit(request, str(device.client_id))
@@ -233,21 +241,21 @@ class Fleet:
         """Key and request are there, and nobody has signed yet."""
         device = self.device()
         request, _ = self._identity(device)
-        content = world.key_file_content(self.key, request)
+        content = self.content(device, request)
         return self._device_under_test(device, content, content, 69)
 
     def first_certificate(self) -> DeviceUnderTest:
         """Key and request are there, and the administrator has signed."""
         device = self.device()
         request, sha256 = self._identity(device)
-        expected = world.key_file_content(self.key, request, self.sign(sha256))
-        return self._device_under_test(device, world.key_file_content(self.key, request), expected, 0)
+        expected = self.content(device, request, self.sign(sha256))
+        return self._device_under_test(device, self.content(device, request), expected, 0)
 
     def certified(self) -> DeviceUnderTest:
         """A certificate is there, the newest that the server has."""
         device = self.device()
         request, sha256 = self._identity(device)
-        content = world.key_file_content(self.key, request, self.sign(sha256))
+        content = self.content(device, request, self.sign(sha256))
         return self._device_under_test(device, content, content, 0)
 
     def renewal(self, **more: Any) -> DeviceUnderTest:
@@ -257,7 +265,7 @@ class Fleet:
         hour = datetime.timedelta(hours=1)
         older = self.sign(sha256, not_before=world.now() - hour, not_after=world.now() + 10 * hour)
         newer = self.sign(sha256, not_before=world.now() - hour, not_after=world.now() + 40 * hour)
-        old, new = (world.key_file_content(self.key, request, pem) for pem in (older, newer))
+        old, new = (self.content(device, request, pem) for pem in (older, newer))
         return self._device_under_test(device, old, new, 0, **more)
 
     def renewal_with_hook(self) -> DeviceUnderTest:
@@ -274,7 +282,7 @@ class Fleet:
         """A certificate is there, and the administrator has rejected the device."""
         device = self.device()
         request, sha256 = self._identity(device)
-        content = world.key_file_content(self.key, request, self.sign(sha256))
+        content = self.content(device, request, self.sign(sha256))
         self.reject(sha256)
         return self._device_under_test(device, content, None, 69, owner=33, group=33, mode=0o640, expendable=True)
 

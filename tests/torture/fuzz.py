@@ -41,13 +41,13 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     """What the key file's parsers may do with any bytes, and inputs to begin with."""
     import world
 
-    from caramel_embedded import identity, trust
+    from caramel_embedded import certificates, identity, trust
     from torture.fleet import key_file_parts
 
     folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
     authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
     trusted = trust.Trust(authority.pem)
-    subjects = trusted.subjects
+    anchors = certificates.Anchors(authority.pem)
     key = world.new_key()
     certified = authority.identity(CLIENT_ID, key=key)
     parts = key_file_parts(certified)
@@ -63,29 +63,26 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     ]
 
     def oracle(data: bytes) -> None:
-        looked = identity.look(data, CLIENT_ID, subjects)
-        if looked is not None and bytes(looked) != data:
-            raise Finding("look() takes what it would not have written")
+        sealed = identity.Identity.sealed(data, trusted.digest)
+        if sealed is not None and bytes(sealed) != data:
+            raise Finding("a seal holds on what would not have been written")
         try:
-            examined = identity.examine(data, CLIENT_ID, subjects)
-        except identity.Foreign:
+            examined, _ = certificates.examine(data, CLIENT_ID, anchors, trusted, (), None)
+        except certificates.Foreign:
             pass
         else:
-            again = identity.look(bytes(examined), CLIENT_ID, subjects)
+            again = identity.Identity.sealed(bytes(examined), trusted.digest)
             if again is None or bytes(again) != bytes(examined):
-                raise Finding("examine() writes what look() doesn't take")
-            # Only a request with a signature that isn't right is made again: a look can't see that.
-            same = looked is None or looked.key != examined.key or looked.request == examined.request
-            if looked is not None and not same and _is_right(looked.request):
-                raise Finding("look() and examine() differ about a good request")
-            if examined.certificate is not None:
-                judged = trusted.judge(examined, CLIENT_ID)
-                if not isinstance(judged, (str, trust.Facts)):
-                    raise Finding("judge() says nothing")
+                raise Finding("examine() makes what has no seal")
+            if not _is_right(examined.request):
+                raise Finding("examine() keeps a request that isn't right")
+            twice, wrong = certificates.examine(bytes(examined), CLIENT_ID, anchors, trusted, (), None)
+            if wrong or bytes(twice) != bytes(examined):
+                raise Finding("what examine() keeps is not what it keeps of it")
         identity.certificate_in(data)
-        sole = identity.sole_block(data, identity.CERTIFICATE)
-        if sole is not None and not sole.startswith(b"-----BEGIN CERTIFICATE-----\n"):
-            raise Finding("sole_block() takes another label")
+        identity.remembered(data)
+        identity.only_certificates(data)
+        certificates.client_id_in(data)
 
     return oracle, seeds
 
@@ -94,9 +91,10 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     """What the answer's parser may do with any bytes, and inputs to begin with."""
     import http.client
 
+    import urllib3
     import world
 
-    from caramel_embedded import identity
+    from caramel_embedded import trust
     from caramel_embedded.errors import Refused, Unreachable
     from caramel_embedded.server import MAXIMUM_BODY
     from torture.simulation import parsed
@@ -120,7 +118,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
         try:
             answer = parsed(data)
         # What the program turns into words of its own, see Server._guarded.
-        except (Refused, Unreachable, OSError, http.client.HTTPException, ValueError):
+        except (Refused, Unreachable, OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
             return
         if len(answer.body) > MAXIMUM_BODY:
             raise Finding("a body that is too long")
@@ -128,7 +126,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
             raise Finding("a stranger's answer is taken for Caramel's")
         if not str(answer).isprintable() or len(str(answer)) > 300:
             raise Finding("an answer's words don't fit into a line")
-        identity.sole_block(answer.body, identity.CERTIFICATE)
+        trust.pem_certificates(answer.body)
 
     return oracle, seeds
 

@@ -16,6 +16,7 @@ from world.answers import Answer, HttpRequest, answer
 from world.authority import (
     ATTRIBUTES,
     CLIENT_AUTH,
+    CODE_SIGNING,
     SERVER_AUTH,
     SUBJECT,
     Authority,
@@ -28,11 +29,13 @@ from world.authority import (
     new_key,
     now,
     private_pem,
+    sealed,
     signing_request,
+    unsealed,
 )
 from world.caramel import Caramel, Request
 from world.device import Device, Run, Snapshot
-from world.nginx import Nginx
+from world.nginx import Nginx, any_front
 from world.processes import (
     PATIENCE,
     Daemon,
@@ -52,19 +55,21 @@ from world.programs import (
     PLAIN,
     ROOT,
     VERSIONS,
+    WITHOUT_STARTER,
     debian_python,
     installation,
     interpreters,
     wheel,
 )
 from world.scripted import Scripted, hang_up, reset, silence
-from world.tls_front import TlsFront
+from world.tls_front import Front, TlsFront
 
 __all__ = [
     "ATTRIBUTES",
     "BUILD",
     "CARAMEL",
     "CLIENT_AUTH",
+    "CODE_SIGNING",
     "COMMAND",
     "PATIENCE",
     "PLAIN",
@@ -72,11 +77,13 @@ __all__ = [
     "SERVER_AUTH",
     "SUBJECT",
     "VERSIONS",
+    "WITHOUT_STARTER",
     "Answer",
     "Authority",
     "Caramel",
     "Daemon",
     "Device",
+    "Front",
     "HttpRequest",
     "Moment",
     "Nginx",
@@ -90,6 +97,7 @@ __all__ = [
     "TlsFront",
     "adopt_orphans",
     "answer",
+    "any_front",
     "debian_python",
     "die_with_parent",
     "end",
@@ -105,9 +113,11 @@ __all__ = [
     "now",
     "private_pem",
     "reset",
+    "sealed",
     "signing_request",
     "silence",
     "strays",
+    "unsealed",
     "until",
     "wheel",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -41,6 +43,7 @@ ATTRIBUTES: dict[str, ObjectIdentifier] = {
 
 CLIENT_AUTH = ExtendedKeyUsageOID.CLIENT_AUTH
 SERVER_AUTH = ExtendedKeyUsageOID.SERVER_AUTH
+CODE_SIGNING = ExtendedKeyUsageOID.CODE_SIGNING
 
 
 def now() -> Moment:
@@ -76,6 +79,41 @@ def signing_request(key: PrivateKey, subject: Subject) -> bytes:
 def key_file_content(key: PrivateKey, request: bytes, certificate: bytes = b"") -> bytes:
     """The combined file in the order that the interface promises, from PEM parts."""
     return private_pem(key) + certificate + request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST")
+
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----\n[^-]*-----END CERTIFICATE-----\n")
+
+
+def sealed(
+    content: bytes,
+    ca: bytes,
+    client_id: str,
+    *,
+    identity_ca: Optional[bytes] = None,
+    key_kind: bytes = b"RSA",
+    hardware: Sequence[str] = (),
+) -> bytes:
+    """The combined file with the line of text that it gets once it was judged good under these CA texts.
+
+    `content` is the file without the line, as from `key_file_content`. `key_kind` is what new keys are: RSA or EC.
+    """
+    fields = [f"id={client_id}"]
+    found = _CERTIFICATE.search(content)
+    if found:
+        certificate = x509.load_pem_x509_certificate(found[0])
+        for name, moment in (("from", certificate.not_valid_before_utc), ("until", certificate.not_valid_after_utc)):
+            fields.append(f"{name}={moment:%Y-%m-%dT%H:%M:%SZ}")
+    if hardware:
+        fields.append("hw=" + ",".join(hardware))
+    head = "# caramel-embedded/1 " + " ".join(fields)
+    under = b"".join(hashlib.sha256(text).digest() for text in (ca, identity_ca or ca, key_kind))
+    seal = hashlib.sha256(b"\n".join((head.encode(), under, content))).hexdigest()
+    return f"{head} seal={seal}\n".encode() + content
+
+
+def unsealed(content: bytes) -> bytes:
+    """The combined file without its line of text, where it has one."""
+    return content.partition(b"\n")[2] if content.startswith(b"# caramel-embedded/") else content
 
 
 class Authority:
@@ -237,14 +275,24 @@ class Authority:
         return self.issue(fields.pop("public_key", csr.public_key()), subject, **fields)
 
     def identity(
-        self, client_id: str, *, key: Optional[PrivateKey] = None, certified: bool = True, **fields: Any
+        self,
+        client_id: str,
+        *,
+        key: Optional[PrivateKey] = None,
+        certified: bool = True,
+        line: Optional[bool] = None,
+        **fields: Any,
     ) -> bytes:
         """What a key file holds for a device that this authority knows: key, certificate (with `fields` as
-        for `issue`), request.
+        for `issue`), request; before them the line that says that they were judged good, where they are.
+
+        With `line` false it is as 1.0.0 wrote it, and somebody has to look at it.
         """
+        good = fields.keys() <= {"not_before", "not_after"}
         key = key or new_key()
         request = signing_request(key, self.subject_for(client_id))
-        return key_file_content(key, request, self.sign(request, **fields) if certified else b"")
+        content = key_file_content(key, request, self.sign(request, **fields) if certified else b"")
+        return sealed(content, self.pem, client_id) if (good if line is None else line) else content
 
 
 def _key_usage(**yes: bool) -> x509.KeyUsage:

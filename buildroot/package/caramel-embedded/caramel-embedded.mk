@@ -4,7 +4,7 @@
 #
 ################################################################################
 
-CARAMEL_EMBEDDED_VERSION = 1.0.0
+CARAMEL_EMBEDDED_VERSION = 2.0.0
 # The checkout that this tree is a folder of.
 CARAMEL_EMBEDDED_SITE = $(BR2_EXTERNAL_CARAMEL_EMBEDDED_PATH)/..
 CARAMEL_EMBEDDED_SITE_METHOD = local

@@ -11,7 +11,7 @@ from pathlib import Path
 import authority_demo
 import pytest
 import world
-from authority_needs import needs
+from needs import require
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = pytest.mark.usefixtures("authority_installed")
@@ -27,7 +27,7 @@ def demo(tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_demo_goes_as_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    needs(*authority_demo.PROGRAMS)
+    require(*authority_demo.PROGRAMS)
     done = demo(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""

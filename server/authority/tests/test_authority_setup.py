@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import world
-from authority_needs import needs
 from authority_world import BIN, DEPLOY
+from needs import needs, require
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = pytest.mark.usefixtures("authority_installed")
@@ -76,9 +76,9 @@ def installed_at_opt(folder: Path) -> None:
     program.chmod(0o755)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+@needs("root")
 def test_set_up_as_the_page_says(tmp_path: Path) -> None:
-    needs("systemd-nspawn", "nginx", "/usr/bin/python3", "curl")
+    require("nspawn", "nginx", "curl")
     installed_at_opt(tmp_path / "opt/caramel-authority")
     blocks = re.findall(r"^```sh setup\n(.*?)^```$", README.read_text(), re.M | re.S)
     assert len(blocks) == 4

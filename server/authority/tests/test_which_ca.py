@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import world
-from authority_needs import needs
 from authority_world import BIN, DEPLOY
+from needs import require
 
 PAGE = world.ROOT / "docs" / "which-ca.md"
 pytest_plugins = ["authority_fixtures"]
@@ -39,9 +39,9 @@ def steps(walk: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("walk", ["caramel", "ca", "acme"])
 def test_a_walk(walk: str, tmp_path: Path) -> None:
-    needs("unshare", "ip", "nginx", "curl", "openssl")
+    require("mounts", "iproute2", "nginx", "curl", "openssl")
     if walk == "acme":
-        needs("pebble", "knotd")
+        require("pebble", "knotd")
     blocks = steps(walk)
     assert len(blocks) == {"caramel": 4, "ca": 4, "acme": 6}[walk]
     script = "ip link set lo up\n" + "echo '--- next ---'\n".join(text for text, _ in blocks)

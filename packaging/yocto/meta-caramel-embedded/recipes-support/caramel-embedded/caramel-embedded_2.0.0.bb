@@ -92,10 +92,17 @@ RDEPENDS:${PN} += " \
     python3-codecs \
     python3-core \
     python3-cryptography \
+    python3-datetime \
+    python3-email \
+    python3-fasteners \
     python3-fcntl \
     python3-io \
     python3-json \
+    python3-logging \
     python3-netclient \
+    python3-pyopenssl \
     python3-shell \
     python3-syslog \
+    python3-threading \
+    python3-urllib3 \
 "
