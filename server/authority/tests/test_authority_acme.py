@@ -35,11 +35,11 @@ from authority_world import (
     sha256,
 )
 from cryptography import x509
-from needs import require
+from needs import needs, require, slow
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 RULES = f'[rules]\nzone = "{ZONE}"\n'
 
@@ -537,6 +537,7 @@ def made_by(pebble: Pebble) -> list[str]:
 SENDS = "write,sendto,fdatasync"
 
 
+@slow
 def test_killed_at_every_step(tmp_path: Path, knot: Knot) -> None:
     """The worker dies at its first system call that sends something or makes it durable, at the second, and so on.
 

@@ -13,9 +13,10 @@ from authority_world import SUBJECT, RegistrationAuthority, at, csr, rsa_key, sh
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from needs import needs
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 
 def openssl(*arguments: object) -> str:
