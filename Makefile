@@ -4,20 +4,23 @@
 PYTHON ?= python3
 BUILD := build
 
-# Names of tests for `make test`, and options for pytest: make test TESTS=tests/test_world.py PYTEST=-x
+# Names of tests for `make test`, options for pytest, and how many run at a time:
+# make test TESTS=tests/test_world.py PYTEST=-x JOBS=1
 TESTS ?= tests server
 PYTEST ?=
+JOBS ?= 2
 
-SOURCES := $(wildcard setup.py setup.cfg packaging/bake.py packaging/starter/*) \
+SOURCES := $(wildcard pyproject.toml setup.py setup.cfg packaging/bake.py packaging/starter/*) \
 	$(shell find caramel_embedded -type f -not -name '*.py[co]' 2>/dev/null)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-warn-script-location
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-server test style clean
+.PHONY: help demo demo-server test test-all style clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+	@sed -e ':a' -e '/\\$$/{N;s/\\\n//;ba' -e '}' $(MAKEFILE_LIST) | \
+	sed -nE 's/^([a-z-]+):.*## /\1|/p' | LC_ALL=C sort | \
 	while IFS='|' read -r target what; do printf '  make %-14s %s\n' "$$target" "$$what"; done
 
 demo: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## the life of a device, run by run, against a real Caramel server
@@ -26,16 +29,21 @@ demo: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## the life of a device
 demo-server: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## a Caramel server to play with by hand
 	@cd tests && $(CURDIR)/$(BUILD)/venv/bin/python -Es -m demo.life --stay
 
-test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and all tests
+# The command under test is the one beside pytest, because coverage is there as well: it says which lines ran in all of the
+# command's runs. Its report comes before pytest's last line, which says how the tests went.
+test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and the tests that this machine can do (4 min)
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
 	$(BUILD)/tests/bin/mypy caramel_embedded packaging server tests examples
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
-	@# The command under test is the one beside pytest, because coverage is there as well: it says which lines ran in
-	@# all of the command's runs. Its report comes before pytest's last line, which says how the tests went.
 	COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_FILE="$(CURDIR)/$(BUILD)/coverage/data" \
 	CARAMEL_TESTS_COMMAND="$(CURDIR)/$(BUILD)/tests/bin/caramel-embedded" \
-	$(BUILD)/tests/bin/python -I -m pytest $(PYTEST) $(TESTS)
+	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST) $(TESTS)
+
+# What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
+# the last lines are those of the tests.
+test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, and nothing is skipped (root, 30 min)
+	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test
 
 style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
 	$(BUILD)/tests/bin/ruff check --fix .
@@ -49,7 +57,7 @@ clean: ## removes everything made
 $(BUILD)/wheel/built: $(SOURCES)
 	@rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D) && mkdir -p $(@D)
 	$(PYTHON) -m venv $(BUILD)/builder
-	$(BUILD)/builder/bin/python -m pip wheel --use-pep517 --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
+	$(BUILD)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
 	@touch $@
 
 # The program by itself, with nothing beside it but what it needs.
@@ -79,4 +87,5 @@ $(BUILD)/caramel/installed:
 	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
 	@touch $@
 
--include $(wildcard packaging/*.mk packaging/*/*.mk tests/*/*.mk server/*/*.mk)
+# packaging.mk, which also works by itself, brings what stands in its folders.
+-include $(wildcard packaging/*.mk tests/*/*.mk server/*/*.mk)

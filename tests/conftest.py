@@ -1,8 +1,7 @@
-"""What scenarios share: one Caramel server with nginx in front, a device for each test, and two promises
-about the run.
+"""What scenarios share: one Caramel server with a TLS front, a device for each test, and two promises about the run.
 
-Where `CARAMEL_TESTS_NO_SKIP` is set, as in CI, nothing is skipped: a skip is a failure. And no test leaves
-a process behind.
+In `make test-all` nothing is skipped: a skip is a failure. In `make test` what wasn't run is accounted for at the end
+(see `needs.py`). And no test leaves a process behind.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 
 import pytest
 import world
-from world import Authority, Caramel, Device, Nginx
-
-NO_SKIP = os.environ.get("CARAMEL_TESTS_NO_SKIP", "") not in ("", "0")
+from needs import EVERYTHING, account, require
+from torture.fleet import Fleet
+from world import Authority, Caramel, Device, Front, Nginx, any_front
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if NO_SKIP and report.skipped and not hasattr(report, "wasxfail"):
+    if EVERYTHING and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped, where nothing may be skipped: {report.longrepr}"
     return report
@@ -41,32 +40,45 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    if NO_SKIP and report.outcome == "skipped":
+    if EVERYTHING and report.outcome == "skipped":
         report.outcome = "failed"
         report.longrepr = f"skipped, where nothing may be skipped: {report.longrepr}"
     return report
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's processes: the first one reports
+        if "COVERAGE_PROCESS_START" in os.environ:
+            save_coverage()
+        return
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
-        terminalreporter.section(f"{len(skipped)} skipped")
-        for report in skipped:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-            terminalreporter.write_line(f"{report.nodeid}: {reason}")
+        reasons = [
+            str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr) for report in skipped
+        ]
+        known = sum(len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped"))
+        terminalreporter.section(f"{len(skipped)} of {known} tests were not run")
+        terminalreporter.write("".join(f"{line}\n" for line in account(reasons)))
     if "COVERAGE_PROCESS_START" in os.environ:
         terminalreporter.section("lines of the program that no run and no unit reached")
         terminalreporter.write(covered())
 
 
-def covered() -> str:
-    """The coverage report on this process and all runs of the command so far."""
+def save_coverage() -> None:
+    """What was covered in this process becomes a file beside those of the command's runs."""
     import coverage
 
     here = coverage.Coverage.current()
     if here:
         here.stop()
         here.save()
+
+
+def covered() -> str:
+    """The coverage report on the tests' processes and all runs of the command so far."""
+    import coverage
+
+    save_coverage()
     report = io.StringIO()
     everything = coverage.Coverage(
         data_file=os.environ["COVERAGE_FILE"], config_file=os.environ["COVERAGE_PROCESS_START"]
@@ -106,16 +118,29 @@ def caramel(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> I
 
 
 @pytest.fixture(scope="session")
-def front(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel) -> Iterator[Nginx]:
-    """nginx in front of it, as the interface expects it: client certificates are welcome, but optional."""
-    if not Nginx.program():
-        pytest.skip("nginx is not installed")
-    with Nginx(tmp_path_factory.mktemp("nginx"), caramel, caramel.authority.server()) as server:
+def front(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel) -> Iterator[Front]:
+    """What stands in front of it, as the interface expects it: client certificates are welcome, but optional."""
+    with any_front(tmp_path_factory.mktemp("front"), caramel, caramel.authority.server()) as server:
         yield server
 
 
+@pytest.fixture(scope="session")
+def nginx(front: Front) -> Nginx:
+    """The same, for tests of what nginx does."""
+    require("nginx")
+    assert isinstance(front, Nginx)
+    return front
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Front) -> Fleet:
+    """Devices of any owner, with all that is done to them."""
+    require("mounts", "strace", "faketime", "e2fsprogs", "iproute2")
+    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
+
+
 @pytest.fixture
-def device(tmp_path: Path, front: Nginx, authority: Authority, request: pytest.FixtureRequest) -> Device:
+def device(tmp_path: Path, front: Front, authority: Authority, request: pytest.FixtureRequest) -> Device:
     """A new device with nothing on its disk and a client ID that no other test uses."""
     unique = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:10]
     return Device(tmp_path / "device", front.address, authority.certificate_file, f"fe{unique}")

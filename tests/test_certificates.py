@@ -11,6 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from needs import needs
 from world import CLIENT_AUTH, SERVER_AUTH, Authority, Device, Run, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -351,6 +352,7 @@ def test_a_file_without_its_line_is_looked_at_and_gets_it_once(
     assert device.snapshot() == before
 
 
+@needs("mounts")
 def test_where_the_line_can_not_be_written_all_goes_on(device: Device, pem: Path, authority: Authority) -> None:
     leaf = authority.sign(device.request, not_before=now() - hours(1))
     device.has((device.block("PRIVATE KEY") or b"") + leaf + device.request)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import world
 from cryptography import x509
-from world import Authority, Caramel, Device, Nginx, Scripted, TlsFront, answers, hours, now
+from needs import needs
+from world import Authority, Caramel, Device, Front, Nginx, Scripted, TlsFront, answers, hours, now
 
 import caramel_embedded
 
@@ -36,6 +37,7 @@ def gives(device: Device, certificate: bytes) -> None:
 
 
 @pytest.mark.parametrize("protocols", ["TLSv1.2", "TLSv1.3"])
+@needs("nginx")
 def test_a_server_that_demands_one_sees_ours_once_we_have_it(
     signed: Device, caramel: Caramel, pem: Path, tmp_path: Path, protocols: str
 ) -> None:
@@ -51,6 +53,7 @@ def test_a_server_that_demands_one_sees_ours_once_we_have_it(
     assert signed.snapshot() == before
 
 
+@needs("nginx")
 def test_a_server_that_demands_one_before_there_is_any_is_no_reason_to_lose_anything(
     signed: Device, caramel: Caramel, pem: Path, tmp_path: Path
 ) -> None:
@@ -64,7 +67,7 @@ def test_a_server_that_demands_one_before_there_is_any_is_no_reason_to_lose_anyt
 
 
 def test_with_an_expired_one_in_the_file_the_new_one_comes(
-    signed: Device, authority: Authority, front: Nginx, caramel: Caramel
+    signed: Device, authority: Authority, front: Front, caramel: Caramel
 ) -> None:
     gives(signed, authority.sign(signed.request, not_after=now() - hours(1)))
     with front.watched() as seen:
@@ -73,12 +76,11 @@ def test_with_an_expired_one_in_the_file_the_new_one_comes(
     assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
 
 
+@needs("faketime", "nginx")
 def test_with_one_that_has_ended_but_not_by_our_clock_the_new_one_comes(
-    signed: Device, authority: Authority, front: Nginx, caramel: Caramel, tmp_path: Path
+    signed: Device, authority: Authority, nginx: Nginx, caramel: Caramel, tmp_path: Path
 ) -> None:
     """It slept through its certificate's life and woke up in 1970: nginx answers 400 to that for ever."""
-    if not shutil.which("faketime"):
-        pytest.skip("faketime is not installed")
     gives(signed, authority.sign(signed.request, not_before=now() - hours(4), not_after=now() - hours(1)))
     # Of a firmware without its build's time, which could tell that this end has passed.
     source = Path(caramel_embedded.__file__).parent
@@ -88,7 +90,7 @@ def test_with_one_that_has_ended_but_not_by_our_clock_the_new_one_comes(
         "main(sys.argv[1:])"
     )
     signed.command = [str(Path(world.PLAIN).parent / "python"), "-I", "-B", "-c", code]
-    with front.watched() as seen:
+    with nginx.watched() as seen:
         run = signed.run(before=["faketime", "--exclude-monotonic", "1970-01-01 00:00:10"])
     assert run.status == 0, run.err
     assert [asked.status for asked in seen] == [400, 200]
@@ -96,6 +98,7 @@ def test_with_one_that_has_ended_but_not_by_our_clock_the_new_one_comes(
     assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
 
 
+@needs("nginx")
 def test_with_one_that_is_foreign_to_the_front_end_the_new_one_comes(
     signed: Device, authority: Authority, caramel: Caramel, pem: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +189,7 @@ def test_what_is_shown_is_what_is_in_the_file(tmp_path: Path, authority: Authori
     assert shown and x509.load_der_x509_certificate(shown) == device.certificate
 
 
+@needs("nginx")
 def test_a_server_that_wants_none_gets_none(signed: Device, caramel: Caramel, pem: Path, tmp_path: Path) -> None:
     assert signed.run().status == 0
     with Nginx(tmp_path / "nginx", caramel, pem, verify_client=None) as front:

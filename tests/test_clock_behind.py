@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from needs import require
 from world import Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -28,8 +28,7 @@ FIRST_BOOT = "1970-01-01 00:00:10"
 
 
 def clock(text: str) -> Sequence[str]:
-    if not shutil.which("faketime"):
-        pytest.skip("faketime is not installed")
+    require("faketime")
     return ["env", "TZ=UTC", "faketime", "--exclude-monotonic", text]
 
 

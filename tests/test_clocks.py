@@ -5,12 +5,6 @@ from __future__ import annotations
 import pytest
 from torture import clocks, report
 from torture.fleet import Fleet
-from world import Authority, Caramel, Nginx
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
-    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
 @pytest.mark.parametrize(

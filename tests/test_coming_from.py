@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import world
+from needs import require
 from world import Caramel, TlsFront
 
 from caramel_embedded import cli
@@ -100,8 +101,7 @@ class Moving:
 @pytest.fixture
 def moving(tmp_path: Path, caramel: Caramel, request: pytest.FixtureRequest) -> Iterator[Moving]:
     """A device whose request is at the server, sent by the Python client, and not signed yet."""
-    if not (CLIENT / "caramel-client").exists():
-        pytest.skip("the Python client is not installed (make build/bench/client/installed)")
+    require("caramel-client")
     client_id = "fc" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:10]
     with TlsFront(caramel, caramel.authority.server(file="coming.pem")) as front:
         made = Moving(tmp_path, front.address, client_id)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-from world import Authority, Caramel, Device, Nginx, Scripted, answers, hours, now
+from needs import needs
+from world import Authority, Caramel, Device, Front, Nginx, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -44,6 +45,7 @@ def asked_since(device: Device, pem: Path) -> Optional[str]:
     return server.requests[0].if_modified_since or None
 
 
+@needs("nginx")
 def test_a_server_that_knows_304(
     tmp_path: Path, device: Device, caramel: Caramel, authority: Authority, pem: Path
 ) -> None:
@@ -75,7 +77,7 @@ def test_a_server_that_knows_304(
 
 
 def test_caramel_itself_is_asked_the_same_and_answers_with_the_body(
-    device: Device, caramel: Caramel, front: Nginx
+    device: Device, caramel: Caramel, front: Front
 ) -> None:
     assert device.run().status == 69
     caramel.sign(str(device.client_id))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import world
+from needs import needs
 from world import Authority, Caramel, Device, Nginx, Scripted, answer, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -28,6 +29,7 @@ def new(tmp_path: Path, authority: Authority) -> Device:
     return Device(tmp_path / "device", None, authority.certificate_file, ID)
 
 
+@needs("nginx", "strace")
 def test_a_server_that_closes_between_get_and_post(
     new: Device, tmp_path: Path, caramel: Caramel, authority: Authority
 ) -> None:
@@ -204,7 +206,9 @@ def test_a_403_in_other_words_wipes_nothing(new: Device, pem: Path, authority: A
 # --- A certificate that can't be loaded into TLS ---
 
 
-@pytest.mark.parametrize("lacks", ["memfd_create", "/proc"])
+@pytest.mark.parametrize(
+    "lacks", [pytest.param("memfd_create", marks=needs("strace")), pytest.param("/proc", marks=needs("mounts"))]
+)
 def test_a_system_without_files_in_memory_does_without_client_certificate(
     new: Device, pem: Path, authority: Authority, lacks: str
 ) -> None:
@@ -219,6 +223,7 @@ def test_a_system_without_files_in_memory_does_without_client_certificate(
     assert server.requests[0].client_certificate is None
 
 
+@needs("mounts")
 def test_a_first_boot_without_proc(new: Device, pem: Path) -> None:
     with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
         new.server = server.address

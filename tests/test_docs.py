@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import ssl
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from xml.etree import ElementTree
 
 import pytest
 import world
-from world import Authority, Caramel, Device, Nginx
+from needs import needs, require
+from world import Authority, Caramel, Device, Front, Nginx
 
 import caramel_embedded
 from caramel_embedded import cli, enrollment, settings
@@ -243,9 +243,8 @@ def follow(
     return text
 
 
+@needs("nginx", "openssl", "curl", "sqlite3")
 def test_the_page_for_server_administrators(tmp_path: Path) -> None:
-    if not Nginx.program():
-        pytest.skip("nginx is not installed")
     page = DOCS / "server-administrators.md"
     said = follow(page, tmp_path)
     assert said.count("waits to be signed") == 4 and said.count("new certificate") == 4
@@ -263,7 +262,7 @@ def test_the_page_for_server_administrators(tmp_path: Path) -> None:
     assert "'caramel==1.9.6' 'pyOpenSSL<24.3'" in makefile and "'caramel==1.9.6' 'pyOpenSSL<24.3'" in page.read_text()
 
 
-def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Nginx, authority: Authority) -> None:
+def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Front, authority: Authority) -> None:
     page = DOCS / "device-makers.md"
     files = [text for kind, text, _ in blocks(page) if kind == "ini"]
     for text in (*files, re.findall(r"`(CARAMEL_HOOK=.*)`", page.read_text())[0]):
@@ -296,7 +295,7 @@ def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Ngi
 
 
 def test_the_page_for_application_authors(
-    tmp_path: Path, caramel: Caramel, front: Nginx, authority: Authority
+    tmp_path: Path, caramel: Caramel, front: Front, authority: Authority
 ) -> None:
     page = DOCS / "application-authors.md"
     more = (
@@ -377,23 +376,22 @@ def test_the_page_on_monitoring(tmp_path: Path, authority: Authority) -> None:
 
 
 @pytest.mark.parametrize("status, does", [(0, "started"), (1, ""), (69, ""), (127, ""), (5, "")])
-def test_the_idiom_for_an_init_script(status: int, does: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh"])
+def test_the_idiom_for_an_init_script(shell: str, status: int, does: str, tmp_path: Path) -> None:
     idiom = next(text for kind, text, _ in blocks(world.ROOT / "README.md") if kind == "sh")
     fake = tmp_path / "caramel-embedded"
     fake.write_text(f"#!/bin/sh\nexit {status}\n")
     fake.chmod(0o755)
-    for shell in (["sh"], ["bash"], ["busybox", "sh"]):
-        if not shutil.which(shell[0]):
-            continue
-        script = f"PATH={tmp_path}:$PATH; start_what_needs_the_certificate() {{ printf started; }}\n{idiom}"
-        done = subprocess.run([*shell, "-euc" if status == 0 else "-uc", script], capture_output=True, text=True)
-        assert (done.returncode, done.stdout, done.stderr) == (0, does, "")
+    require(shell.partition(" ")[0])
+    script = f"PATH={tmp_path}:$PATH; start_what_needs_the_certificate() {{ printf started; }}\n{idiom}"
+    line = [*shell.split(), "-euc" if status == 0 else "-uc", script]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, does, "")
 
 
+@needs("nginx", "curl", "openssl")
 def test_how_other_programs_use_the_file(tmp_path: Path, authority: Authority) -> None:
     """Each line of that table, as it stands there, against a server that demands a certificate."""
-    if not Nginx.program():
-        pytest.skip("nginx is not installed")
     table = section(world.ROOT / "README.md", "## How other programs use the file")
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
     identity = tmp_path / "identity.pem"

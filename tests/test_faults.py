@@ -10,12 +10,7 @@ import pytest
 from torture import machine, power, report
 from torture.fleet import Fleet, key_file_parts
 from torture.report import Case
-from world import Authority, Caramel, Device, Nginx
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
-    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
+from world import Device
 
 
 def survived(cases: Sequence[Case], least: int) -> None:

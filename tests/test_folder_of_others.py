@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import world
+from needs import needs
 from world import Authority, Device, Scripted, Snapshot, answers, hours, now
 
 ID = "fffbeec0ffee"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: who else could be led by the nose")
+pytestmark = needs("root")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Optional
 
 import pytest
+from needs import require
 from world import PLAIN, Device
 
 from caramel_embedded.errors import UsageError
@@ -212,8 +212,7 @@ def test_which_addresses_are_permanent() -> None:
 
 def on(root: Path) -> list[str]:
     """Starts a command with these hardware files in the place of this machine's own."""
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespace here")
+    require("mounts")
     # An empty tree in the place of each source first, so that nothing of this machine is left.
     script = """
         set -e; root=$1; shift

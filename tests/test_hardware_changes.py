@@ -6,18 +6,18 @@ The real program in a mount namespace of its own whose /sys says what the test w
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
 import pytest
+from needs import needs
 from world import Answer, Authority, Device, Run, Scripted, answers
 
 ETH0, ETH1, WLAN0 = "0050c2a1b2c3", "0050c2d4e5f6", "0050c2778899"
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root and unshare(1)")
+pytestmark = needs("mounts")
 
 
 @pytest.fixture(scope="module")

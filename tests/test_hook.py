@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import world
+from needs import needs
 from world import Authority, Device, HttpRequest, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -284,6 +285,7 @@ def test_a_power_cut_while_it_is_at_work_calls_it_again(hooked: Hooked, victim: 
     "cut",
     [f"{call}:when={number}" for call, count in (("fsync", 6), ("renameat", 2)) for number in range(1, count + 1)],
 )
+@needs("strace")
 def test_a_power_cut_around_the_storing_calls_it_once(hooked: Hooked, cut: str) -> None:
     """The note is flushed (1 to 3) before the certificate is (4 to 6): at no moment is it forgotten."""
     hooked.sign()
@@ -330,6 +332,7 @@ def test_a_note_that_cannot_be_read_is_no_reason_to_forget_it(hooked: Hooked) ->
     assert (run.status, f"can't read {note}" in run.err, len(hooked.calls)) == (127, True, 1)
 
 
+@needs("strace")
 def test_a_note_that_cannot_be_removed_is_said(hooked: Hooked) -> None:
     hooked.sign()
     note = hooked.device.folder / ".identity.pem.hook"
@@ -367,6 +370,7 @@ def test_of_many_runs_at_once_one_calls_it(hooked: Hooked) -> None:
     assert hooked.litter == []
 
 
+@needs("strace")
 def test_a_run_that_comes_too_late_to_the_note_does_not_call_it(hooked: Hooked) -> None:
     hooked.hook("exit 1")
     hooked.sign()
@@ -412,6 +416,7 @@ def test_a_slow_hooks_success_does_not_pay_for_the_next_certificate(hooked: Hook
     assert (hooked.run().status, len(hooked.calls)) == (0, 3)
 
 
+@needs("strace")
 def test_what_is_owed_stays_owed_while_a_newer_certificate_cannot_be_stored(hooked: Hooked) -> None:
     hooked.hook("exit 1")
     hooked.sign()
@@ -426,6 +431,7 @@ def test_what_is_owed_stays_owed_while_a_newer_certificate_cannot_be_stored(hook
     assert (hooked.run().status, len(hooked.calls)) == (0, 3)
 
 
+@needs("strace")
 def test_a_certificate_that_could_not_be_stored_is_no_news(hooked: Hooked) -> None:
     hooked.sign()
     assert (hooked.run().status, len(hooked.calls)) == (0, 1)

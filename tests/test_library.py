@@ -19,7 +19,8 @@ from typing import Any, Optional
 
 import pytest
 import world
-from world import Answer, Authority, Caramel, Device, HttpRequest, Nginx, Scripted, answers, hours, now
+from needs import needs
+from world import Answer, Authority, Caramel, Device, Front, HttpRequest, Scripted, answers, hours, now
 
 import caramel_embedded
 from caramel_embedded import (
@@ -127,7 +128,7 @@ def test_from_nothing_to_a_certificate_and_on(application: Application, server: 
     assert 48 * 3600 <= newer.not_after - outcome.not_after < 48 * 3600 + 60
 
 
-def test_it_speaks_with_the_real_server(caramel: Caramel, front: Nginx, authority: Authority) -> None:
+def test_it_speaks_with_the_real_server(caramel: Caramel, front: Front, authority: Authority) -> None:
     application = Application(authority, front.address, str(uuid.uuid4()))
     outcome = application.check()
     assert (outcome.certified, outcome.new, outcome.not_after) == (False, False, None)
@@ -431,6 +432,7 @@ def alone(server: str, ca: Path, *before: str, **env: str) -> subprocess.Complet
     return subprocess.run(command, env=world.environment(**env), capture_output=True, text=True, timeout=60)
 
 
+@needs("strace")
 def test_it_writes_no_file_and_takes_no_lock(server: Signing, authority: Authority, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     done = alone(server.address, authority.certificate_file, "strace", "-f", "-qq", "-o", str(trace))
@@ -530,7 +532,7 @@ def until_signed(caramel: Caramel, name: str, *arguments: object, **env: str) ->
     return printed
 
 
-def test_the_complete_example(caramel: Caramel, front: Nginx, authority: Authority, tmp_path: Path) -> None:
+def test_the_complete_example(caramel: Caramel, front: Front, authority: Authority, tmp_path: Path) -> None:
     arguments = (tmp_path / "app.sqlite", front.address, authority.certificate_file)
     with caramel.autosign():
         printed = until_signed(caramel, "application.py", *arguments)
@@ -572,7 +574,7 @@ class KeyChain(KeyringBackend):
 """
 
 
-def test_the_example_with_a_key_chain(caramel: Caramel, front: Nginx, authority: Authority, tmp_path: Path) -> None:
+def test_the_example_with_a_key_chain(caramel: Caramel, front: Front, authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "keychain.py").write_text(KEY_CHAIN)
     env = {
         "PYTHONPATH": str(tmp_path),

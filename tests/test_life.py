@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import world
 from cryptography import x509
-from world import Authority, Caramel, Device, Nginx, Snapshot
+from world import Authority, Caramel, Device, Front, Snapshot, any_front
 
 REQUEST = "NEW CERTIFICATE REQUEST"
 WITHOUT, WITH = ["PRIVATE KEY", REQUEST], ["PRIVATE KEY", "CERTIFICATE", REQUEST]
@@ -28,7 +28,7 @@ def of(device: Device) -> tuple[Snapshot, x509.Certificate]:
 
 
 def test_from_nothing_to_a_certificate_a_newer_one_a_rejection_and_a_new_life(
-    device: Device, caramel: Caramel, front: Nginx
+    device: Device, caramel: Caramel, front: Front
 ) -> None:
     me = str(device.client_id)
 
@@ -107,7 +107,7 @@ def test_from_nothing_to_a_certificate_a_newer_one_a_rejection_and_a_new_life(
 def test_a_uuid_is_certified_as_soon_as_the_server_signs_by_itself(tmp_path: Path, authority: Authority) -> None:
     client_id = str(uuid.uuid4())
     with Caramel(tmp_path / "caramel", authority) as server, server.autosign():
-        with Nginx(tmp_path / "nginx", server, authority.server(file="autosign.pem")) as front:
+        with any_front(tmp_path / "front", server, authority.server(file="autosign.pem")) as front:
             device = Device(tmp_path / "device", front.address, authority.certificate_file, client_id)
             first = device.run()
             # caramel_autosign looks into the database from time to time only: that is why it isn't 0 at once.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import world
-from world import PLAIN, Answer, Authority, Caramel, Device, HttpRequest, Nginx, Scripted, answers
+from needs import needs
+from world import PLAIN, Answer, Authority, Caramel, Device, Front, HttpRequest, Scripted, answers
 
 from caramel_embedded.errors import Locked
 from caramel_embedded.keyfile import KeyFile
@@ -97,9 +98,8 @@ def test_after_the_lock_the_next_run_works(device: Device) -> None:
     assert is_free(device.key_file)
 
 
+@needs("strace")
 def test_a_run_that_is_locked_out_loads_nothing_that_it_does_not_need(tmp_path: Path, authority: Authority) -> None:
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
     device = Device(tmp_path / "device", "localhost:9", authority.certificate_file, ID, command=[PLAIN])
     device.has(b"")
     trace = tmp_path / "trace"
@@ -211,7 +211,7 @@ def test_a_lock_on_what_no_longer_has_the_name_is_none(
 
 
 def test_fifty_first_boots_at_once_make_one_key_and_one_request(
-    device: Device, front: Nginx, caramel: Caramel
+    device: Device, front: Front, caramel: Caramel
 ) -> None:
     device.command = [PLAIN]
     with front.watched() as seen:

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import world
 from torture import concurrency, report
 from torture.fleet import Fleet
-from world import Authority, Caramel, Nginx
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
-    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
 def test_many_starts_at_once_make_one_key_and_one_request_and_readers_see_whole_files(fleet: Fleet) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 
 import pytest
+from needs import needs
 from world import PLAIN, Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
-ROOT = os.geteuid() == 0
-
-needs_root = pytest.mark.skipif(not ROOT, reason="only root can give files away")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ def test_the_callers_own_and_nobody_elses_by_default(device: Device, umask: int)
     assert state(device.key_file) == (os.geteuid(), os.getegid(), 0o600)
 
 
-@needs_root
+@needs("root")
 @pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_as_set(device: Device, umask: int) -> None:
     device.command = ["sh", "-c", f'umask {umask:04o}; exec "$@"', "sh", PLAIN]
@@ -52,14 +49,14 @@ def test_as_set(device: Device, umask: int) -> None:
     assert state(device.key_file) == AS_SET
 
 
-@needs_root
+@needs("root")
 def test_by_name(device: Device) -> None:
     assert device.run("--owner", "nobody", "--group", "daemon", "--mode", "440").status == 127
     assert state(device.key_file)[2] == 0o440
     assert (device.key_file.owner(), device.key_file.group()) == ("nobody", "daemon")
 
 
-@needs_root
+@needs("root", "strace")
 @pytest.mark.parametrize("life", ["empty", "pending", "certified"])
 @pytest.mark.parametrize("mode", [0o644, 0o600, 0o000])
 def test_a_file_that_stood_there_with_others_gets_them(
@@ -79,7 +76,7 @@ def test_a_file_that_stood_there_with_others_gets_them(
         assert device.snapshot() == before
 
 
-@needs_root
+@needs("root")
 def test_a_certificates_time_outlives_another_owner(device: Device, authority: Authority, pem: Path) -> None:
     device.has(authority.identity(ID, not_before=now() - hours(1)))
     os.utime(device.key_file, (5000, 5000))
@@ -89,14 +86,12 @@ def test_a_certificates_time_outlives_another_owner(device: Device, authority: A
     assert state(device.key_file) == AS_SET and device.key_file.stat().st_mtime == 5000
 
 
-@needs_root
+@needs("root", "strace")
 @pytest.mark.parametrize("life", ["new", "readable by all", "renewed"])
 def test_no_secret_byte_is_in_a_file_that_others_can_read(
     device: Device, authority: Authority, pem: Path, tmp_path: Path, life: str
 ) -> None:
     """From the trace: a file that gets content has its owner, group and mode before, and never loses them."""
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
     device.command = [PLAIN]
     if life != "new":
         device.has(authority.identity(ID, certified=False), 0o644 if "all" in life else 0o600)
@@ -127,7 +122,7 @@ def test_no_secret_byte_is_in_a_file_that_others_can_read(
     assert state(device.key_file) == AS_SET
 
 
-@pytest.mark.skipif(not ROOT, reason="others may not give files away in the first place")
+@needs("root")
 def test_an_owner_that_cannot_be_had(device: Device) -> None:
     device.command = [PLAIN]
     run = device.run(*SET, before=["setpriv", "--bounding-set=-all", "--inh-caps=-all"])

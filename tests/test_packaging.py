@@ -15,6 +15,7 @@ from typing import Optional, Union
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from needs import needs, require
 from world import ROOT, SERVER_AUTH, Authority, environment, hours, new_key, now, private_pem, signing_request
 
 Done = subprocess.CompletedProcess[str]
@@ -228,6 +229,7 @@ def copy_of_the_sources(folder: Path) -> Path:
     return folder
 
 
+@needs("faketime")
 def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Path, ca: Authority) -> None:
     root = copy_of_the_sources(tmp_path / "caramel server" / "identity")
     for path in root.rglob("*"):
@@ -238,8 +240,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
         sys.executable, "packaging/pyz.py", "--server", "localhost:1", "--ca-cert", str(ca.certificate_file),
         "--output", str(other), "--python", sys.executable,
     ]  # fmt: skip
-    if shutil.which("faketime"):
-        command = ["faketime", "2031-05-05", *command]
+    command = ["faketime", "2031-05-05", *command]
     old = os.umask(0o077)
     try:
         done = run(*command, env=surroundings(**environ), cwd=root)
@@ -291,9 +292,12 @@ def test_it_starts_by_every_way(tmp_path: Path, pyz: Path) -> None:
     link.symlink_to(pyz)
     version([str(link)])
     version(["caramel-embedded"], PATH=f"{pyz.parent}:/usr/bin:/bin")
-    for shell in (["bash"], ["busybox", "sh"]):
-        if shutil.which(shell[0]):
-            version([*shell, str(pyz)])
+
+
+@pytest.mark.parametrize("shell", ["bash", "busybox sh"])
+def test_a_shell_starts_it(shell: str, pyz: Path) -> None:
+    require(shell.partition(" ")[0])
+    version([*shell.split(), str(pyz)])
 
 
 def test_another_version_of_python_takes_the_sources(tmp_path: Path, ca: Authority) -> None:
@@ -389,8 +393,7 @@ def test_a_bad_option_fails_make_zipapp(tmp_path: Path, ca: Authority, words: li
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
 def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+    require(shell)
     launcher = tmp_path / "caramel-embedded"
     shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
     command = [shell, "sh"] if shell == "busybox" else [shell]
@@ -558,10 +561,7 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
         assert b"CARAMEL" not in archive.read("caramel_embedded/baked.conf")
 
 
-DEBIAN_TOOLS = all(shutil.which(program) for program in ("dpkg-buildpackage", "dh", "dh_python3"))
-
-
-@pytest.mark.skipif(not DEBIAN_TOOLS, reason="Debian's packaging tools are not installed")
+@needs("debian-tools")
 def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     def build(folder: Path, **env: str) -> bytes:
         folder.mkdir()

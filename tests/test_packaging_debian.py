@@ -5,19 +5,13 @@ The copy is an overlay in a mount namespace of its own: what is installed and re
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from needs import needs
 from world import ROOT, environment
 
-TOOLS = ("dpkg-buildpackage", "dh", "dh_python3", "deb-systemd-helper", "systemctl", "unshare")
-
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not all(map(shutil.which, TOOLS)), reason="needs root and the tools of Debian's packages"
-)
+pytestmark = needs("mounts", "debian-tools", "deb-systemd-helper", "systemctl")
 
 COPY = """
 mount -t tmpfs tmpfs /mnt

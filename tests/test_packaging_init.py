@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Optional, Union
 
 import pytest
-from world import BUILD, ROOT, Daemon, environment, until
+from needs import busybox_with_crond, needs, require
+from world import ROOT, Daemon, environment, until
 
 LIBEXEC = ROOT / "packaging/libexec"
 INIT_SCRIPT = ROOT / "buildroot/package/caramel-embedded/S95caramel-embedded"
@@ -103,12 +104,11 @@ class Image:
 
 @pytest.fixture(params=["dash", "bash", "busybox"])
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
-    if not shutil.which(request.param):
-        pytest.skip(f"{request.param} is not installed")
+    require(request.param if request.param != "busybox" else "ash")
     return Image(tmp_path, ["busybox", "sh"] if request.param == "busybox" else [request.param])
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@needs("shellcheck")
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
     assert done.stdout == ""
@@ -154,7 +154,7 @@ def test_no_setting_makes_a_storm_or_an_end(image: Image, value: str) -> None:
     assert [int(line) >= least for line, least in zip(image.lines("slept"), (2, 4, 8))] == [True] * 3
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@needs("mounts")
 def test_pauses_differ_where_the_kernels_files_are_hidden(image: Image) -> None:
     """As ProcSubset=pid of systemd hides them."""
     hidden = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs tmpfs /proc/sys; exec "$@"', "hidden"]
@@ -340,8 +340,7 @@ def test_the_minutes_of_a_fleet_are_spread_evenly() -> None:
 @pytest.fixture
 def init(tmp_path: Path) -> Iterator[list[str]]:
     """The command line of the init script, with its paths in a folder of the test's own."""
-    if not shutil.which("busybox"):
-        pytest.skip("busybox is not installed")
+    require("busybox")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/start-stop-daemon").symlink_to(shutil.which("busybox") or "")
     daemon = tmp_path / "keep-enrolled"
@@ -447,19 +446,7 @@ echo '{"status": 0, "retry_after": null}'
 """
 
 
-def busybox_with_crond() -> Optional[str]:
-    """Debian's busybox has none, its busybox-static has; the two can't both be installed."""
-    for program in (shutil.which("busybox"), str(BUILD / "busybox-static/bin/busybox")):
-        if program and Path(program).exists():
-            applets = subprocess.run([program, "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout
-            # ldd(1) fails on what needs nothing beside it.
-            static = subprocess.run(["ldd", program], capture_output=True).returncode != 0
-            if static and {"crond", "init", "start-stop-daemon", "pidof"} <= set(applets.split()):
-                return program
-    return None
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or busybox_with_crond() is None, reason="needs root and a BusyBox with crond")
+@needs("mounts", "busybox-crond")
 def test_busybox_boots_and_its_cron_makes_the_same_check(tmp_path: Path) -> None:
     """init, shell, start-stop-daemon and crond are BusyBox's. Takes up to a minute: that's how often crond looks."""
     root = tmp_path / "root"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
-import pytest
+from needs import needs
 from world import ROOT, environment
 
 from caramel_embedded import cli, errors
@@ -49,7 +48,7 @@ def test_the_page_has_the_defaults_and_statuses() -> None:
     assert statuses == [errors.EXIT_CERTIFIED, errors.EXIT_LOCKED, errors.EXIT_PENDING, errors.EXIT_FAILED]
 
 
-@pytest.mark.skipif(not shutil.which("mandoc"), reason="mandoc is not installed")
+@needs("mandoc")
 def test_the_page_is_well_formed() -> None:
     done = subprocess.run(["mandoc", "-T", "lint", "-W", "style", str(PAGE)], capture_output=True, text=True)
     # It compares cross references with the pages of this machine.

@@ -19,13 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from needs import needs
 from world import (
     BUILD,
     ROOT,
     Authority,
     Caramel,
     Daemon,
-    Nginx,
+    Front,
     environment,
     free_port,
     new_key,
@@ -39,11 +40,6 @@ PATIENCE = 40.0
 
 #: Whose systemd: this machine's, or that of a tree of another release (with Python and what the program needs).
 TREE = os.environ.get("CARAMEL_TESTS_TREE", "/")
-
-SYSTEMD = shutil.which("systemd-analyze") is not None
-NSPAWN = os.geteuid() == 0 and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists()
-needs_systemd = pytest.mark.skipif(not SYSTEMD, reason="systemd is not installed")
-needs_nspawn = pytest.mark.skipif(not NSPAWN, reason="needs root, systemd-nspawn and the system's Python")
 
 
 def make(*words: str) -> None:
@@ -64,7 +60,7 @@ def documented(language: str, word: str) -> str:
     return str(found[0])
 
 
-@needs_systemd
+@needs("systemd")
 def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     root = tmp_path / "root"
     make("install-systemd", f"DESTDIR={root}", "PREFIX=/usr")
@@ -96,7 +92,7 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@needs_systemd
+@needs("systemd")
 @pytest.mark.parametrize("name", [*SERVICES, "own user", "server"])
 def test_a_unit_has_what_it_needs_and_no_more(tmp_path: Path, name: str) -> None:
     """systemd-analyze's exposure level: 10 is everything open, 3 is where "OK" ends for most who ask."""
@@ -279,7 +275,7 @@ echo restarted >>/control/hook.log
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory, front: Nginx, authority: Authority) -> Iterator[Machine]:
+def machine(tmp_path_factory: pytest.TempPathFactory, front: Front, authority: Authority) -> Iterator[Machine]:
     machine = Machine(tmp_path_factory.mktemp("machine"), front.address, authority.certificate_file)
     hook = machine.opt / "hook"
     hook.write_text(HOOK)
@@ -300,7 +296,7 @@ def start(machine: Machine, *units: str) -> None:
     assert machine.inside("systemctl", "start", "--no-block", *units) == ""
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_a_unit_that_needs_the_certificate_waits_and_nobody_else(machine: Machine, caramel: Caramel) -> None:
     until("the server has the request", lambda: caramel.requests(OWN), PATIENCE)
     machine.becomes("multi-user.target")
@@ -322,7 +318,7 @@ def test_a_unit_that_needs_the_certificate_waits_and_nobody_else(machine: Machin
     assert machine.state_of("kept.service") == "active"
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_the_group_can_read_what_the_unit_made(machine: Machine, caramel: Caramel) -> None:
     key_file = "/var/lib/caramel/identity.pem"
     until("the server has the request", lambda: caramel.requests(OWN), PATIENCE)
@@ -341,7 +337,7 @@ def user_of(machine: Machine, service: str) -> int:
     return int(machine.inside("stat", "-c", "%u", f"/proc/{process}"))
 
 
-@needs_nspawn
+@needs("nspawn")
 @pytest.mark.parametrize(
     ("instance", "hook"),
     [("fails", "false"), ("hangs", "sleep 1000003"), ("again", "/opt/bin/caramel-embedded -v")],
@@ -365,7 +361,7 @@ def test_whatever_the_hook_does_the_unit_that_needs_the_certificate_starts(
         assert machine.inside("systemctl", "stop", f"caramel-embedded@{instance}.service") == ""
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, caramel: Caramel) -> None:
     """The waiting unit looks into another file, where no certificate will ever be."""
     machine.unit(
@@ -386,7 +382,7 @@ def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, cara
     machine.inside("systemctl", "stop", "needs-own.service", "caramel-embedded-certificate@own.service")
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_an_instance_has_readers_and_restarts_services(machine: Machine, caramel: Caramel) -> None:
     instance, key_file = "web", "/var/lib/caramel/web/identity.pem"
     machine.unit("app.service", "[Service]\nExecStart=/bin/sleep infinity\n")
@@ -401,7 +397,7 @@ def test_an_instance_has_readers_and_restarts_services(machine: Machine, caramel
     assert "PRIVATE KEY" in as_a_reader(machine, key_file)
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_an_instance_with_a_user_of_its_own(machine: Machine, caramel: Caramel) -> None:
     """And there and back, with what it has."""
     instance, key_file = "alone", "/var/lib/caramel/alone/identity.pem"
@@ -444,7 +440,7 @@ def server_program() -> Path:
     return folder
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_the_documented_server_works_confined(tmp_path: Path, server_program: Path, authority: Authority) -> None:
     """The page's own commands, files and unit; a request, and a signature by root while the server runs."""
     machine = Machine(tmp_path, "localhost", authority.certificate_file)
@@ -472,7 +468,7 @@ def test_the_documented_server_works_confined(tmp_path: Path, server_program: Pa
         assert "BEGIN CERTIFICATE-" in machine.inside("curl", "-sS", "--fail", f"{url}/{sha256}")
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_machines_with_one_machine_id_are_not_in_step(machine: Machine) -> None:
     """Each start of the timer draws another moment of the hour, on one machine as on two of one ID."""
     moments = set()
@@ -482,7 +478,7 @@ def test_machines_with_one_machine_id_are_not_in_step(machine: Machine) -> None:
     assert len(moments) > 1, moments
 
 
-@needs_nspawn
+@needs("nspawn")
 def test_with_a_stored_certificate_nobody_waits_for_the_network(tmp_path: Path, authority: Authority) -> None:
     client_id = "systemd-offline"
     machine = Machine(tmp_path, f"localhost:{free_port()}", authority.certificate_file)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs
 from world import ROOT, Authority, environment
 
 from caramel_embedded import __version__, settings
@@ -85,7 +86,7 @@ def test_the_config_keeps_to_buildroots_format() -> None:
             assert len(line) <= 2 + 63  # a tab, two spaces, and no more than 62 characters
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@needs("make")
 class TestBuildroot:
     def build(self, folder: Path, target: str, **options: str) -> subprocess.CompletedProcess[str]:
         (folder / "host/bin").mkdir(parents=True, exist_ok=True)

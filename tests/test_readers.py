@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
 import subprocess
@@ -12,13 +11,14 @@ from typing import Union
 
 import pytest
 import world
-from world import Authority, Caramel, Daemon, Device, Nginx
+from needs import needs, require
+from world import Authority, Caramel, Daemon, Device, Front, Nginx, any_front
 
 ID = "localhost"  # so that it can be a server's certificate as well
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel, front: Nginx) -> Device:
+def device(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel, front: Front) -> Device:
     """A device that has its certificate."""
     ours = Device(tmp_path_factory.mktemp("device"), front.address, caramel.authority.certificate_file, ID)
     assert ours.run().status == 69
@@ -28,21 +28,20 @@ def device(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel, front: Ng
 
 
 @pytest.fixture(scope="module")
-def strict(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel, authority: Authority) -> Iterator[Nginx]:
+def strict(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel, authority: Authority) -> Iterator[Front]:
     """A server that lets nobody in without a certificate by the CA."""
     certificate = authority.server(file="strict.pem")
-    with Nginx(tmp_path_factory.mktemp("strict"), caramel, certificate, verify_client="on") as server:
+    with any_front(tmp_path_factory.mktemp("strict"), caramel, certificate, demand=True) as server:
         yield server
 
 
 def run(*line: Union[str, Path], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    if not shutil.which(str(line[0])):
-        pytest.skip(f"{line[0]} is not installed")
+    require(str(line[0]))
     words = [str(word) for word in line]
     return subprocess.run(words, input=stdin, capture_output=True, env=world.environment(), timeout=60)
 
 
-def test_curl(device: Device, strict: Nginx, authority: Authority) -> None:
+def test_curl(device: Device, strict: Front, authority: Authority) -> None:
     url, ca = f"https://{strict.address}/root.crt", authority.certificate_file
     assert run("curl", "-sSf", "--cacert", ca, url).returncode != 0, "without one it is not let in"
     got = run("curl", "-sSf", "--cacert", ca, "--cert", device.key_file, url)
@@ -51,7 +50,7 @@ def test_curl(device: Device, strict: Nginx, authority: Authority) -> None:
     assert both.stdout == authority.pem
 
 
-def test_wget(device: Device, strict: Nginx, authority: Authority) -> None:
+def test_wget(device: Device, strict: Front, authority: Authority) -> None:
     """Debian's is built with GnuTLS."""
     ca = f"--ca-certificate={authority.certificate_file}"
     pair = [f"--certificate={device.key_file}", f"--private-key={device.key_file}"]
@@ -59,7 +58,7 @@ def test_wget(device: Device, strict: Nginx, authority: Authority) -> None:
     assert got.stdout == authority.pem, got.stderr
 
 
-def test_gnutls(device: Device, strict: Nginx, authority: Authority) -> None:
+def test_gnutls(device: Device, strict: Front, authority: Authority) -> None:
     got = run(
         "gnutls-cli",
         *("--x509cafile", authority.certificate_file, "--port", str(strict.port), "localhost"),
@@ -69,13 +68,15 @@ def test_gnutls(device: Device, strict: Nginx, authority: Authority) -> None:
     assert authority.pem in got.stdout.replace(b"\r\n", b"\n"), got
 
 
+@needs("nginx", "curl")
 def test_nginx_as_a_server(device: Device, caramel: Caramel, authority: Authority, tmp_path: Path) -> None:
     with Nginx(tmp_path, caramel, device.key_file) as server:
         got = run("curl", "-sSf", "--cacert", authority.certificate_file, f"https://{server.address}/root.crt")
     assert got.stdout == authority.pem, got.stderr
 
 
-def test_nginx_as_a_client(device: Device, strict: Nginx, authority: Authority, tmp_path: Path) -> None:
+@needs("nginx", "curl")
+def test_nginx_as_a_client(device: Device, strict: Front, authority: Authority, tmp_path: Path) -> None:
     """proxy_ssl_certificate: a gateway on the device that speaks to its server."""
     lines = (
         f"location /upstream/ {{ proxy_pass https://{strict.address}/; proxy_ssl_certificate {device.key_file};"
@@ -102,7 +103,7 @@ def test_openssl_reads_every_part(device: Device, authority: Authority) -> None:
     assert run("openssl", "x509", "-checkend", "3600", "-noout", "-in", file).returncode == 0
 
 
-def test_openssl_s_client(device: Device, strict: Nginx, authority: Authority) -> None:
+def test_openssl_s_client(device: Device, strict: Front, authority: Authority) -> None:
     got = run(
         *("openssl", "s_client", "-quiet", "-verify_return_error", "-connect", strict.address),
         *("-CAfile", authority.certificate_file, "-cert", device.key_file, "-key", device.key_file),
@@ -111,6 +112,7 @@ def test_openssl_s_client(device: Device, strict: Nginx, authority: Authority) -
     assert authority.pem in got.stdout, got.stderr
 
 
+@needs("openssl", "curl")
 def test_openssl_s_server(device: Device, authority: Authority, tmp_path: Path) -> None:
     port = world.free_port()
     line: list[Union[str, Path]] = [
@@ -131,7 +133,7 @@ def test_openssl_s_server(device: Device, authority: Authority, tmp_path: Path) 
         assert server.alive, server.text()
 
 
-def test_python(device: Device, strict: Nginx, authority: Authority) -> None:
+def test_python(device: Device, strict: Front, authority: Authority) -> None:
     context = ssl.create_default_context(cafile=str(authority.certificate_file))
     context.load_cert_chain(str(device.key_file))
     plain = socket.create_connection(("localhost", strict.port), 30)

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from needs import needs
 from world import Authority, Device
 
 from caramel_embedded import settings as module
@@ -133,7 +134,7 @@ def test_a_shell_reads_the_same(file: Path) -> None:
     assert ours["CARAMEL_CA"] == "last.example.com" and len(ours) == 7
 
 
-@pytest.mark.skipif(not shutil.which("busybox"), reason="busybox is not installed")
+@needs("busybox")
 def test_busyboxs_shell_reads_the_same(file: Path) -> None:
     file.write_text(SAME_TO_ALL)
     script = '. "$1"; printf "%s|%s" "$CARAMEL_HOOK" "$CARAMEL_KEY_FILE"'

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import world
+from needs import needs
 from world import Authority, Device, Snapshot, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -207,6 +208,7 @@ def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.Pr
     assert status(device, "--hook", "true")[1]["hook_owed"] is False
 
 
+@needs("root")
 def test_owner_and_mode_that_are_to_change(device: Device, authority: Authority, key: world.PrivateKey) -> None:
     device.has(authority.identity(ID, key=key, certified=False), 0o644)
     assert status(device)[1]["next"].startswith("set the file's owner and mode; ")
@@ -263,6 +265,7 @@ def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monke
     assert line(text, "client ID") == "eth7, from the serial number in /sys/it"
 
 
+@needs("faketime")
 def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.PrivateKey) -> None:
     device.has(authority.identity(ID, key=key))
     code, values, text = status(device, before=("faketime", "1970-01-02 00:00:00"))
@@ -273,6 +276,7 @@ def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.
     assert 0 < values["certificate"]["seconds_left"] <= 4 * 24 * 3600
 
 
+@needs("strace")
 def test_neither_lock_nor_network_nor_a_write(
     device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
 ) -> None:

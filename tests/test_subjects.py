@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import world
 from cryptography import x509
-from world import ATTRIBUTES, Authority, Caramel, Device, Nginx, Scripted, answers, hours, now
+from world import ATTRIBUTES, Authority, Caramel, Device, Front, Scripted, answers, any_front, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -48,7 +48,7 @@ def test_a_ca_whose_name_has_its_own_order(tmp_path: Path, order: str) -> None:
     authority = Authority(tmp_path / "ca", SUBJECTS[order])
     with (
         Caramel(tmp_path / "caramel", authority) as caramel,
-        Nginx(tmp_path / "nginx", caramel, authority.server()) as front,
+        any_front(tmp_path / "front", caramel, authority.server()) as front,
     ):
         lives(Device(tmp_path / "device", front.address, authority.certificate_file, ID), caramel)
 
@@ -58,7 +58,7 @@ def test_a_ca_that_caramels_own_program_made(tmp_path: Path) -> None:
     authority = Authority.by_caramel(tmp_path / "ca")
     with (
         Caramel(tmp_path / "caramel", authority) as caramel,
-        Nginx(tmp_path / "nginx", caramel, authority.server()) as front,
+        any_front(tmp_path / "front", caramel, authority.server()) as front,
     ):
         lives(Device(tmp_path / "device", front.address, authority.certificate_file, ID), caramel)
 
@@ -92,7 +92,7 @@ def both(request: pytest.FixtureRequest, tmp_path: Path, authority: Authority, n
 
 
 def test_a_device_lives_through_a_roll_over_of_the_ca(
-    tmp_path: Path, both: Path, authority: Authority, new: Authority, caramel: Caramel, front: Nginx
+    tmp_path: Path, both: Path, authority: Authority, new: Authority, caramel: Caramel, front: Front
 ) -> None:
     device = Device(tmp_path / "device", front.address, both, "fe" + tmp_path.name[-10:].replace("_", "-"))
     assert device.run().status == 69

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Optional
 
 import pytest
 import world
+from needs import needs, require
 from world import Answer, Authority, Device, Run, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -98,8 +98,7 @@ def key() -> world.PrivateKey:
 
 @pytest.fixture
 def logged(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> Iterator[Logged]:
-    if not shutil.which("unshare"):
-        pytest.skip("unshare(1) is not installed")
+    require("mounts")
     logged = Logged(tmp_path, authority)
     logged.device.has(authority.identity(ID, key=key, certified=False))
     with logged.socket:
@@ -192,6 +191,7 @@ def test_without_a_daemon_it_is_standard_error(logged: Logged, what: str) -> Non
     assert what != "no socket" or (logged.dev / "log").read_text() == ""
 
 
+@needs("mounts")
 def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> None:
     logged = Logged(tmp_path, authority, socket.SOCK_STREAM)
     logged.device.has(authority.identity(ID, key=key, certified=False))
@@ -215,9 +215,8 @@ def test_a_line_of_the_log_is_one_line_and_not_too_long(logged: Logged) -> None:
         assert "\n" not in text and "\x1b" not in text and len(text) < 1024
 
 
+@needs("mounts", "busybox")
 def test_busybox_syslogd_understands_it(logged: Logged, tmp_path: Path) -> None:
-    if not shutil.which("busybox"):
-        pytest.skip("busybox is not installed")
     logged.socket.close()
     (logged.dev / "log").unlink()
     daemon = world.Daemon([*logged.before, "busybox", "syslogd", "-n", "-O", tmp_path / "messages"], tmp_path / "out")

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 from torture import disk, power, report
 from torture.fleet import Fleet
-from world import Authority, Caramel, Nginx
 
 SCENARIOS = (
     "first enrollment", "first certificate", "renewal", "renewal with a hook", "rejection", "clean-up of a bad file",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
-    return Fleet.around(tmp_path_factory.mktemp("fleet"), authority, caramel, front)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -14,7 +14,8 @@ import pytest
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from world import PLAIN, Answer, Authority, Caramel, Device, HttpRequest, Nginx, Scripted, answers, hours, now
+from needs import needs, require
+from world import PLAIN, Answer, Authority, Caramel, Device, Front, HttpRequest, Scripted, answers, hours, now
 
 import caramel_embedded
 from caramel_embedded import certificates
@@ -48,8 +49,7 @@ def pending(tmp_path: Path, authority: Authority) -> Device:
 
 def clock(moment: object) -> Sequence[str]:
     """Starts a command with its clock at this moment (UTC); how fast time goes by stays as it is."""
-    if not shutil.which("faketime"):
-        pytest.skip("faketime is not installed")
+    require("faketime")
     text = moment.strftime("%Y-%m-%d %H:%M:%S") if isinstance(moment, datetime.datetime) else str(moment)
     return ["env", "TZ=UTC", "faketime", "--exclude-monotonic", text]
 
@@ -86,13 +86,12 @@ def test_no_variable_keeps_a_device_from_trusting_its_own_ca(device: Device, var
     assert device.run(env={variable: "/nonexistent"}).status == 69
 
 
+@needs("mounts", "openssl", "ca-certificates")
 def test_the_systems_own_certificates_do_not_count(pending: Device, other: Authority, tmp_path: Path) -> None:
     """Somebody has put a CA of their own into the system's bundle, where every other program believes in it."""
     python = str(Path(PLAIN).parent / "python")
     show = "import ssl; p = ssl.get_default_verify_paths(); print(p.openssl_cafile); print(p.openssl_capath)"
     file, folder = subprocess.run([python, "-c", show], stdout=subprocess.PIPE, check=True, text=True).stdout.split()
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode or not Path(folder).is_dir():
-        pytest.skip("no mount namespace, or no folder of system certificates here")
     system = tmp_path / "system"
     system.mkdir()
     shutil.copy(other.certificate_file, system / "ca.pem")
@@ -236,7 +235,7 @@ def old(pending: Device) -> Device:
 
 
 def test_a_first_boot_in_1970_enrolls_and_gets_its_certificate(
-    device: Device, caramel: Caramel, front: Nginx
+    device: Device, caramel: Caramel, front: Front
 ) -> None:
     """Nothing is valid yet by its clock: neither the CA nor the server nor what is signed for it."""
     before = clock(FIRST_BOOT)

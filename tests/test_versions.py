@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import world
-from world import Authority, Caramel, Device, Nginx
-
-INTERPRETERS = world.interpreters()
+from needs import needs, require, slow
+from world import Authority, Caramel, Device, Front
 
 
 def lives(device: Device, caramel: Caramel) -> None:
@@ -23,19 +22,20 @@ def lives(device: Device, caramel: Caramel) -> None:
     assert "warning" not in run.err.lower()
 
 
+@slow
 @pytest.mark.parametrize("version", world.VERSIONS)
 def test_on_every_python_that_is_promised(device: Device, caramel: Caramel, version: str) -> None:
-    program = dict(INTERPRETERS).get(version)
-    if not program:
-        pytest.skip(f"Python {version} is not on this machine")
+    require(f"python{version}")
+    program = dict(world.interpreters())[version]
     device.command = [world.installation(version, program)]
     lives(device, caramel)
 
 
+@slow
+@needs("debian-python")
 def test_on_debians_own_python_and_libraries(device: Device, caramel: Caramel) -> None:
     python = world.debian_python()
-    if not python:
-        pytest.skip("this is no Debian with python3-cryptography and python3-venv")
+    assert python
     command = world.installation("debian", python, system=True)
     where = subprocess.run(
         [str(Path(command).parent / "python"), "-I", "-c", "import cryptography; print(cryptography.__file__)"],
@@ -48,12 +48,13 @@ def test_on_debians_own_python_and_libraries(device: Device, caramel: Caramel) -
     lives(device, caramel)
 
 
+@slow
 def test_no_warning_comes_from_our_own_calls_on_the_newest(
-    device: Device, caramel: Caramel, front: Nginx, authority: Authority
+    device: Device, caramel: Caramel, front: Front, authority: Authority
 ) -> None:
     """Whatever is going to be taken away is an error here, on the newest Python and the newest libraries."""
-    version, program = INTERPRETERS[-1]
-    python = Path(world.installation(version, program)).parent / "python"
+    installed = world.interpreters()
+    python = Path(world.installation(*installed[-1]) if installed else world.PLAIN).parent / "python"
     start = "import sys; from caramel_embedded.__main__ import main; main(sys.argv[1:])"
     device.command = [str(python), "-I", "-W", "error", "-c", start]
     lives(device, caramel)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from typing import Optional, Union
 import pytest
 import world
 from cryptography import x509
-from world import Authority, Caramel, Daemon, Nginx, Scripted, TlsFront, answer
+from needs import needs, require
+from world import Authority, Caramel, Daemon, Front, Nginx, Scripted, TlsFront, answer
 
 
 def curl(url: str, ca: Path, *options: Union[str, Path]) -> subprocess.CompletedProcess[bytes]:
-    if not shutil.which("curl"):
-        pytest.skip("curl is not installed")
+    require("curl")
     line = ["curl", "-sS", "-m", "20", "--cacert", ca, *options, url]
     return subprocess.run([str(word) for word in line], capture_output=True, timeout=30)
 
@@ -44,7 +43,8 @@ def openssl_request(folder: Path, authority: Authority, client_id: str) -> bytes
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
 
-def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel: Caramel, front: Nginx) -> None:
+@needs("curl", "openssl")
+def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel: Caramel, front: Front) -> None:
     ca = caramel.authority.certificate_file
     request = openssl_request(tmp_path, caramel.authority, "0000feedbeef")
     url = f"https://{front.address}/{hashlib.sha256(request).hexdigest()}"
@@ -114,6 +114,7 @@ def test_caramel_signs_uuids_by_itself(tmp_path: Path, authority: Authority) -> 
 
 
 @pytest.mark.parametrize("verify, status", [(None, b"200"), ("optional", b"400"), ("on", b"400")])
+@needs("nginx", "curl")
 def test_nginx_answers_400_to_an_expired_client_certificate(
     tmp_path: Path, caramel: Caramel, verify: Optional[str], status: bytes
 ) -> None:
@@ -129,6 +130,7 @@ def test_nginx_answers_400_to_an_expired_client_certificate(
     assert got.stdout == status
 
 
+@needs("nginx", "curl")
 def test_published_certificates_know_their_time(tmp_path: Path, caramel: Caramel) -> None:
     static = tmp_path / "static"
     static.mkdir()

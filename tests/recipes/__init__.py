@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Optional, Union
 
-import pytest
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -31,13 +30,6 @@ ID = "fffbeec0ffee"
 
 #: Debian keeps servers out of ordinary users' search path.
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-
-def needs(*programs: str) -> None:
-    """Skips the test where one of these programs isn't installed."""
-    for program in programs:
-        if not shutil.which(program, path=PATH):
-            pytest.skip(f"{program} is not installed")
 
 
 class Section:

@@ -26,7 +26,7 @@ from typing import Any, Callable, Optional
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from world import Authority, Caramel, Device, Nginx, Run
+from world import Authority, Caramel, Device, Front, Run, any_front
 
 #: All that may ever leave the program.
 STATUSES = (0, 1, 69, 127)
@@ -109,7 +109,7 @@ class DeviceUnderTest:
 
 
 class Fleet:
-    """One Caramel server with nginx in front of it and any number of devices; lives as long as its `with` block."""
+    """One Caramel server with a TLS front and any number of devices; lives as long as its `with` block."""
 
     def __init__(self, folder: Path, command: Sequence[str] = (world.PLAIN,)) -> None:
         self.folder = Path(folder)
@@ -125,14 +125,16 @@ class Fleet:
     def __enter__(self) -> Fleet:
         self.authority = Authority(self.folder / "authority")
         self.caramel = self._stack.enter_context(Caramel(self.folder / "caramel", self.authority))
-        self.front = self._stack.enter_context(Nginx(self.folder / "nginx", self.caramel, self.authority.server()))
+        self.front = self._stack.enter_context(
+            any_front(self.folder / "front", self.caramel, self.authority.server())
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @classmethod
-    def around(cls, folder: Path, authority: Authority, caramel: Caramel, front: Nginx) -> Fleet:
+    def around(cls, folder: Path, authority: Authority, caramel: Caramel, front: Front) -> Fleet:
         """A fleet around servers that somebody else has started, and will end."""
         fleet = cls(folder)
         fleet.authority, fleet.caramel, fleet.front = authority, caramel, front

@@ -35,7 +35,7 @@ from world.authority import (
 )
 from world.caramel import Caramel, Request
 from world.device import Device, Run, Snapshot
-from world.nginx import Nginx
+from world.nginx import Nginx, any_front
 from world.processes import (
     PATIENCE,
     Daemon,
@@ -61,7 +61,7 @@ from world.programs import (
     wheel,
 )
 from world.scripted import Scripted, hang_up, reset, silence
-from world.tls_front import TlsFront
+from world.tls_front import Front, TlsFront
 
 __all__ = [
     "ATTRIBUTES",
@@ -81,6 +81,7 @@ __all__ = [
     "Caramel",
     "Daemon",
     "Device",
+    "Front",
     "HttpRequest",
     "Moment",
     "Nginx",
@@ -94,6 +95,7 @@ __all__ = [
     "TlsFront",
     "adopt_orphans",
     "answer",
+    "any_front",
     "debian_python",
     "die_with_parent",
     "end",

@@ -6,18 +6,17 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
 from world.answers import HttpRequest
 from world.authority import Moment, now
 from world.caramel import Caramel
-from world.processes import Daemon, Service, free_port, until
+from world.processes import Daemon, free_port, until
+from world.tls_front import Front, TlsFront
 
 
-class Nginx(Service):
+class Nginx(Front):
     """A real nginx as TLS front of Caramel, or of files that hold certificates, or both (files first).
 
     `certificate` is a file with certificate and key. `verify_client` is None (no client certificate asked
@@ -57,7 +56,6 @@ class Nginx(Service):
         self.session_tickets = session_tickets
         self.static = static
         self.server_lines = server_lines
-        self.port = 0
         self._mark = 0
         self._daemon: Optional[Daemon] = None
 
@@ -65,10 +63,6 @@ class Nginx(Service):
     def program() -> Optional[str]:
         """Where nginx is, if it is: Debian keeps it out of ordinary users' search path."""
         return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-
-    @property
-    def address(self) -> str:
-        return f"localhost:{self.port}"
 
     def _configuration(self) -> str:
         verify = ""
@@ -147,7 +141,6 @@ http {{
             return False
 
     def seen(self) -> list[HttpRequest]:
-        """All requests so far. Nothing that was answered before this call is missing."""
         # nginx writes its log after the answer. It is a single process that does one thing after the other:
         # when it has answered this, it has finished with what it did before.
         self._answers()
@@ -170,13 +163,6 @@ http {{
             for entry in entries
         ]
 
-    @contextmanager
-    def watched(self) -> Iterator[list[HttpRequest]]:
-        """A list that has, when the block is over, the requests made during it."""
-        before, during = len(self.seen()), []  # type: int, list[HttpRequest]
-        yield during
-        during += self.seen()[before:]
-
     def publish(self, sha256: str, certificate: bytes, modified: Optional[Moment] = None) -> None:
         """Puts a certificate into the folder `static`, whole at once, with this modification time
         (Last-Modified).
@@ -188,3 +174,12 @@ http {{
         moment = (modified or now()).timestamp()
         os.utime(temporary, (moment, moment))
         temporary.replace(path)
+
+
+def any_front(folder: Path, caramel: Caramel, certificate: Path, *, demand: bool = False) -> Front:
+    """nginx where it is installed, else one made of Python: for tests that only want to reach Caramel. Client
+    certificates are welcome, with `demand` nobody gets in without.
+    """
+    if Nginx.program():
+        return Nginx(folder, caramel, certificate, verify_client="on" if demand else "optional")
+    return TlsFront(caramel, certificate, client_ca=caramel.authority.certificate_file, demand=demand)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -34,6 +35,7 @@ def _version(python: str) -> Optional[str]:
     return done.stdout.decode().strip() if done.returncode == 0 else None
 
 
+@functools.cache
 def interpreters() -> list[tuple[str, str]]:
     """The Python versions that the project promises and this machine has: version and program."""
     installed: list[Path] = []

@@ -1,20 +1,48 @@
-"""A TLS front of Caramel that needs no other program."""
+"""What stands in front of Caramel and speaks TLS: what all such servers have in common, and one that needs no other
+program."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import threading
-from contextlib import suppress
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Optional
 
+from cryptography import x509
+
+from world.answers import HttpRequest
 from world.caramel import Caramel
 from world.processes import PATIENCE, Service
 
 
-class TlsFront(Service):
-    """A TLS front made of nothing but Python, which passes bytes on to Caramel as they are.
+class Front(Service):
+    """A TLS server in front of Caramel that remembers what it was asked."""
+
+    port = 0
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.port}"
+
+    @abstractmethod
+    def seen(self) -> list[HttpRequest]:
+        """All requests so far. Nothing that was answered before this call is missing."""
+
+    @contextmanager
+    def watched(self) -> Iterator[list[HttpRequest]]:
+        """A list that has, when the block is over, the requests made during it."""
+        before, during = len(self.seen()), []  # type: int, list[HttpRequest]
+        yield during
+        during += self.seen()[before:]
+
+
+class TlsFront(Front):
+    """A TLS front made of nothing but Python, which passes requests and answers on as they are, byte for byte.
 
     `certificate` is a file with certificate and key. With `client_ca`, clients are asked for a certificate,
     and one that is not good ends the connection with an alert; with `demand` as well, so does none.
@@ -29,14 +57,13 @@ class TlsFront(Service):
         if client_ca:
             self.context.load_verify_locations(str(client_ca))
             self.context.verify_mode = ssl.CERT_REQUIRED if demand else ssl.CERT_OPTIONAL
-        self.port = 0
         self.connections = 0
+        self._seen: list[HttpRequest] = []
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._thread: Optional[threading.Thread] = None
 
-    @property
-    def address(self) -> str:
-        return f"localhost:{self.port}"
+    def seen(self) -> list[HttpRequest]:
+        return list(self._seen)
 
     def start(self) -> None:
         ready = threading.Event()
@@ -51,7 +78,7 @@ class TlsFront(Service):
     def _run(self, loop: asyncio.AbstractEventLoop, ready: threading.Event) -> None:
         asyncio.set_event_loop(loop)
 
-        listening = asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.context)
+        listening = asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.context, backlog=256)
         server = loop.run_until_complete(listening)
         self.port = server.sockets[0].getsockname()[1]
         ready.set()
@@ -71,30 +98,68 @@ class TlsFront(Service):
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        number = self.connections
         try:
             behind, to_behind = await asyncio.open_connection("127.0.0.1", self.caramel.port)
         except OSError:
             writer.close()
             return
+        # The end of either connection is the end of both: TLS has no half-closed ones that are of use here.
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            while await self._exchange(number, reader, writer, behind, to_behind):
+                pass
+        for stream in (writer, to_behind):
+            stream.close()
 
-        async def pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            with suppress(OSError):
-                while True:
-                    piece = await source.read(65536)
-                    if not piece:
-                        break
-                    target.write(piece)
-                    await target.drain()
+    async def _exchange(
+        self,
+        number: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        behind: asyncio.StreamReader,
+        to_behind: asyncio.StreamWriter,
+    ) -> bool:
+        """One request and its answer; false where nothing can follow on this connection."""
+        asked = await reader.readuntil(b"\r\n\r\n")
+        length, _ = _framing(asked)
+        asked += await reader.readexactly(length or 0)
+        to_behind.write(asked)
+        await to_behind.drain()
+        method, path, _ = asked.partition(b"\r\n")[0].decode("latin-1").split(" ", 2)
 
-        # TLS has no half-closed connections that are of use here: the first end is the end.
-        both = [
-            asyncio.ensure_future(pass_on(reader, to_behind)),
-            asyncio.ensure_future(pass_on(behind, writer)),
-        ]
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in both:
-                task.cancel()
-            for stream in (writer, to_behind):
-                stream.close()
+        said = await behind.readuntil(b"\r\n\r\n")
+        status = int(said.split(b" ", 2)[1])
+        length, goes_on = _framing(said)
+        if method != "HEAD" and status not in (204, 304):
+            # Without a length the answer ends with the connection. (Caramel's answers have one.)
+            said += await (behind.read() if length is None else behind.readexactly(length))
+            goes_on = goes_on and length is not None
+        client = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        head, _, body = asked.partition(b"\r\n\r\n")
+        lines = [line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:]]
+        self._seen.append(
+            HttpRequest(
+                connection=number,
+                method=method,
+                path=path,
+                headers={name.strip().lower(): value.strip() for name, _, value in lines},
+                body=body,
+                client_certificate=client,
+                status=status,
+                verify="SUCCESS" if client else "NONE",
+                subject=x509.load_der_x509_certificate(client).subject.rfc4514_string() if client else "",
+                received=len(asked),
+                sent=len(said),
+                tls=writer.get_extra_info("ssl_object").version() or "",
+            )
+        )
+        writer.write(said)
+        await writer.drain()
+        return goes_on
+
+
+def _framing(head: bytes) -> tuple[Optional[int], bool]:
+    """What a message's header lines say: the length of its body, and whether the connection goes on."""
+    length = re.search(rb"^content-length: *([0-9]+)", head, re.IGNORECASE | re.MULTILINE)
+    close = re.search(rb"^connection: *close", head, re.IGNORECASE | re.MULTILINE)
+    return int(length[1]) if length else None, close is None

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from authority_needs import needs
-from authority_world import COMMAND, Postgres, RegistrationAuthority, Server
+from authority_world import Postgres, RegistrationAuthority, Server
+from needs import require
 
 
 @pytest.fixture(scope="session")
 def authority_installed() -> None:
     """`make` leaves the authority out where Python is too old for it."""
-    needs(str(COMMAND), "faketime", "openssl")
+    require("authority", "faketime", "openssl")
 
 
 @pytest.fixture
@@ -33,7 +33,6 @@ def server(authority: RegistrationAuthority) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    if not Postgres.program("initdb"):
-        needs("initdb")
+    require("postgresql")
     with Postgres(tmp_path_factory.mktemp("postgres")) as started:
         yield started

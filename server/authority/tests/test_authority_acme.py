@@ -20,7 +20,6 @@ from typing import Any, Optional
 
 import pytest
 import world
-from authority_needs import needs
 from authority_world import (
     COMMAND,
     ZONE,
@@ -36,6 +35,7 @@ from authority_world import (
     sha256,
 )
 from cryptography import x509
+from needs import require
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
@@ -55,7 +55,7 @@ def request_for(client_id: str, key: Any = None) -> bytes:
 
 @pytest.fixture(scope="module")
 def knot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knot]:
-    needs("knotd", "kdig", "knsupdate", "pebble")
+    require("knotd", "kdig", "knsupdate", "pebble")
     with Knot(tmp_path_factory.mktemp("knot")) as started:
         yield started
 
@@ -543,7 +543,7 @@ def test_killed_at_every_step(tmp_path: Path, knot: Knot) -> None:
     Another one goes on when the lease has ended. The CA has one order and one certificate for each device all the
     same.
     """
-    needs("strace")
+    require("strace")
     with Pebble(tmp_path / "pebble", knot, PEBBLE_WFE_NONCEREJECT="0") as pebble:
         authority = made(tmp_path / "authority", pebble, knot)
         with authority.serving() as server:

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from authority_needs import needs
 from authority_world import RegistrationAuthority, Server, ask, at, csr, sha256
+from needs import require
 from world import Daemon
 
 pytest_plugins = ["authority_fixtures"]
@@ -176,7 +176,7 @@ def test_killed_at_every_write(tmp_path: Path) -> None:
     """SQLite: the process dies at its first system call that writes, at the second, and so on, until one enrollment
     needs no more of them. Afterwards the device has one certificate, and no serial number was used twice.
     """
-    needs("strace")
+    require("strace")
     serials: list[int] = []
     number, died = 0, True
     while died:

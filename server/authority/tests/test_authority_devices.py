@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import world
-from authority_needs import needs
 from authority_world import (
     BIN,
     DEPLOY,
@@ -24,6 +23,7 @@ from authority_world import (
     behind_tls,
 )
 from cryptography import x509
+from needs import require
 from world import Device
 
 pytest_plugins = ["authority_fixtures"]
@@ -34,7 +34,7 @@ EC = ("--key-type", "ec-p256")
 
 @pytest.fixture(scope="session")
 def nginx_installed() -> None:
-    needs("nginx")
+    require("nginx")
 
 
 def device_of(tmp_path: Path, front: Front, ca: Path, client_id: str = "fffbeec0ffee") -> Device:
@@ -139,7 +139,7 @@ def test_under_an_intermediate(tmp_path: Path) -> None:
 
 def test_a_public_ca(tmp_path: Path) -> None:
     """Two CAs: the maker's own signs the front, the ACME CA signs the device."""
-    needs("pebble", "knotd", "kdig")
+    require("pebble", "knotd", "kdig")
     own = world.Authority(tmp_path / "own")
     client_id = f"fffbeec0ffee.{ZONE}"
     with Knot(tmp_path / "knot") as knot, Pebble(tmp_path / "pebble", knot, PEBBLE_CHAIN_LENGTH="2") as pebble:
@@ -202,7 +202,7 @@ def test_a_certificate_that_is_no_longer_accepted(authority: RegistrationAuthori
 
 @pytest.mark.parametrize("unit", sorted(path.name for path in DEPLOY.glob("*.service")))
 def test_hardened(unit: str) -> None:
-    needs("systemd-analyze")
+    require("systemd")
     command = ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=20", str(DEPLOY / unit)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stdout
@@ -210,7 +210,7 @@ def test_hardened(unit: str) -> None:
 
 
 def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
-    needs("systemd-analyze")
+    require("systemd")
     folder = tmp_path / "usr/lib/systemd/system"
     folder.mkdir(parents=True)
     program = tmp_path / "opt/caramel-authority/bin/caramel-authority"

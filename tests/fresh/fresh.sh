@@ -1,0 +1,71 @@
+#!/bin/bash
+# The first hour of somebody new: `make demo` and `make test`, as an ordinary user, on a Debian that has nothing but what
+# debootstrap puts there and python3, python3-venv, make and git.
+#
+#     tests/fresh/fresh.sh [SUITE]     bookworm (Debian 12) unless it is given; others: trixie, forky
+#
+# Needs root and mmdebstrap(1). The tree stays in build/fresh/ for the next time. Its last lines are those of the tests.
+set -eu
+
+cd "$(dirname "$0")/../.."
+suite=${1:-bookworm}
+mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+folder=$PWD/${BUILD:-build}/fresh
+tree=$folder/$suite
+packages=python3,python3-venv,make,git
+
+fail() {
+    echo "fresh: $*" >&2
+    exit 1
+}
+
+[ "$(id -u)" = 0 ] || fail "has to run as root: it mounts, and changes its root folder"
+command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing: apt-get install mmdebstrap"
+
+# One at a time: the second would take the first one's clone away.
+mkdir -p "$folder"
+exec 9>"$folder/lock"
+flock --nonblock 9 || fail "another one is at work in $folder"
+
+# Made by another version of this script, it is made again.
+recipe=$(cksum <tests/fresh/fresh.sh)
+if [ "$(cat "$tree/.complete" 2>/dev/null)" != "$recipe" ]; then
+    rm -rf "$tree"
+    mkdir -p "$tree"
+    echo "fresh: fetching Debian $suite (once)"
+    mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$tree" "$mirror"
+    chroot "$tree" useradd --create-home --shell /bin/bash somebody
+    echo "$recipe" >"$tree/.complete"
+fi
+
+# The way to the package index is this machine's: its names, and the authorities that it believes.
+cp -L /etc/resolv.conf /etc/hosts "$tree/etc/"
+certificates=/etc/ssl/certs/ca-certificates.crt
+if [ -e $certificates ]; then
+    mkdir -p "$tree/etc/ssl/certs"
+    cp -L $certificates "$tree$certificates"
+fi
+
+# A clone, with what isn't committed yet.
+home=$tree/home/somebody
+rm -rf "$home"
+mkdir -p "$home/caramel-embedded"
+git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -c |
+    tar -x -C "$home/caramel-embedded" --no-same-owner
+chroot "$tree" chown -R somebody: /home/somebody
+
+# Everything that is mounted or started ends with the process that unshare(1) starts.
+# shellcheck disable=SC2016 # expanded by the shell that is started
+exec unshare --mount --pid --fork --kill-child bash -c '
+    set -eu
+    tree=$1
+    mount --rbind /dev "$tree/dev"
+    mount --rbind /sys "$tree/sys"
+    mount -t proc proc "$tree/proc"
+    mount -t tmpfs -o mode=1777 tmpfs "$tree/tmp"
+    certificates=/etc/ssl/certs/ca-certificates.crt
+    exec chroot --userspec=somebody:somebody --groups= "$tree" /usr/bin/env -i \
+        HOME=/home/somebody USER=somebody PATH=/usr/local/bin:/usr/bin:/bin LC_ALL=C.UTF-8 \
+        PIP_CERT=$certificates SSL_CERT_FILE=$certificates ${https_proxy:+https_proxy="$https_proxy"} ${PYTEST:+PYTEST="$PYTEST"} \
+        bash -c "cd ~/caramel-embedded && time make demo && time make test"
+' bash "$tree"

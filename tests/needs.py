@@ -1,0 +1,219 @@
+"""What a test needs of its machine beside Python, and what becomes of it where that is missing.
+
+`needs("nginx")` marks a test, a class or a parameter; `require("nginx")` says the same in the middle of a fixture or
+a test; `slow` marks what `make test` leaves to `make test-all`. Whatever wasn't run is counted and named at the end
+of the run, with the one line that installs what was missing. There is no other way to skip a test here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+import pytest
+from world import BUILD, VERSIONS, Nginx, debian_python, interpreters
+
+#: `make test-all`: everything runs, and what can't fails.
+EVERYTHING = os.environ.get("CARAMEL_TESTS_NO_SKIP", "") not in ("", "0")
+
+_SLOW = "slow"
+#: Debian keeps some programs out of ordinary users' search path.
+_SBIN = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+_REASON = re.compile(r"needs (.*?)(?: \(apt-get install (.*)\))?")
+
+
+class Need(NamedTuple):
+    """Something that a machine has or hasn't."""
+
+    there: Callable[[], bool]
+    #: Names of the Debian packages that bring it; none where it isn't a matter of packages.
+    packages: tuple[str, ...] = ()
+    #: What to call it, if not by its name.
+    what: Optional[str] = None
+
+
+def program(name: str, *packages: str) -> Need:
+    """A program on the path; in a package of the same name unless others are given."""
+    return Need(lambda: shutil.which(name, path=_SBIN) is not None, packages or (name,))
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _succeeds(*command: str) -> bool:
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+def _python(version: str) -> Need:
+    return Need(lambda: version in dict(interpreters()), what=f"Python {version}")
+
+
+def _ash() -> bool:
+    """BusyBox with a shell that takes programs from the path; that of `busybox-static` prefers its own."""
+    return _succeeds("busybox", "sh", "-c", "test \"$(PATH=/nonexistent; sleep 0 2>&1)\" != ''")
+
+
+def busybox_with_crond() -> Optional[str]:
+    """Debian's busybox has none, its busybox-static has; the two can't both be installed."""
+    for program in (shutil.which("busybox"), str(BUILD / "busybox-static/bin/busybox")):
+        if program and Path(program).exists():
+            applets = subprocess.run([program, "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout
+            # ldd(1) fails on what needs nothing beside it.
+            static = subprocess.run(["ldd", program], capture_output=True).returncode != 0
+            if static and {"crond", "init", "start-stop-daemon", "pidof"} <= set(applets.split()):
+                return program
+    return None
+
+
+NEEDS: dict[str, Need] = {
+    "root": Need(_is_root, what="root"),
+    "mounts": Need(
+        lambda: _is_root() and _succeeds("unshare", "--mount", "true"),
+        what="root, and mounts of its own (unshare(1))",
+    ),
+    "ash": Need(_ash, ("busybox",), "BusyBox's shell (busybox, not busybox-static)"),
+    "bash": program("bash"),
+    "buildah": program("buildah"),
+    "busybox": program("busybox"),
+    "ca-certificates": Need(lambda: Path("/etc/ssl/certs").is_dir(), ("ca-certificates",)),
+    "caramel-client": Need(
+        lambda: (BUILD / "bench/client/bin/caramel-client").exists(),
+        what="the Python client (make build/bench/client/installed)",
+    ),
+    "curl": program("curl"),
+    "dash": program("dash"),
+    "deb-systemd-helper": program("deb-systemd-helper", "init-system-helpers"),
+    "debian-tools": Need(
+        lambda: all(shutil.which(name) for name in ("dpkg-buildpackage", "dh", "dh_python3")),
+        ("dpkg-dev", "debhelper", "dh-python"),
+        "Debian's packaging tools",
+    ),
+    "debian-python": Need(
+        lambda: debian_python() is not None,
+        ("python3-venv", "python3-cryptography", "python3-fasteners", "python3-openssl", "python3-urllib3"),
+        "Debian's own Python with the libraries of a device",
+    ),
+    "e2fsprogs": program("mke2fs", "e2fsprogs"),
+    "faketime": program("faketime"),
+    "flock": program("flock", "util-linux"),
+    "git": program("git"),
+    "gnutls-cli": program("gnutls-cli", "gnutls-bin"),
+    "go": program("go", "golang-go"),
+    "haproxy": program("haproxy"),
+    "iproute2": program("ip", "iproute2"),
+    "kdig": program("kdig", "knot-dnsutils"),
+    "knotd": program("knotd", "knot"),
+    "knsupdate": program("knsupdate", "knot-dnsutils"),
+    "logger": program("logger", "bsdutils"),
+    "make": program("make"),
+    "mandoc": program("mandoc"),
+    "mariadb": program("mariadb", "mariadb-client"),
+    "mariadb-install-db": program("mariadb-install-db", "mariadb-server"),
+    "mariadbd": program("mariadbd", "mariadb-server"),
+    "mmdebstrap": program("mmdebstrap"),
+    "mosquitto": program("mosquitto"),
+    "mosquitto_pub": program("mosquitto_pub", "mosquitto-clients"),
+    "mosquitto_sub": program("mosquitto_sub", "mosquitto-clients"),
+    "nginx": Need(lambda: Nginx.program() is not None, ("nginx-light",)),
+    "nspawn": Need(
+        lambda: _is_root() and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists(),
+        ("systemd-container", "python3"),
+        "root, and systemd-nspawn(1)",
+    ),
+    "node": program("node", "nodejs"),
+    "openssl": program("openssl"),
+    "pebble": program("pebble"),
+    "podman": program("podman"),
+    # Debian keeps it on nobody's path.
+    "postgresql": Need(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), ("postgresql",)),
+    "psql": program("psql", "postgresql-client"),
+    "rsyslogd": Need(
+        lambda: (
+            shutil.which("rsyslogd", path=_SBIN) is not None and any(Path("/usr/lib").glob("*/rsyslog/imrelp.so"))
+        ),
+        ("rsyslog", "rsyslog-relp"),
+    ),
+    "shellcheck": program("shellcheck"),
+    "sqlite3": program("sqlite3"),
+    "ssh": program("ssh", "openssh-client"),
+    "ssh-keygen": program("ssh-keygen", "openssh-client"),
+    "sshd": program("sshd", "openssh-server"),
+    "strace": program("strace"),
+    "stunnel4": program("stunnel4"),
+    "systemctl": program("systemctl", "systemd"),
+    "systemd": program("systemd-analyze", "systemd"),
+    "wg": program("wg", "wireguard-tools"),
+    "wget": program("wget"),
+    "zabbix_agent2": program("zabbix_agent2", "zabbix-agent2"),
+    "zabbix_get": program("zabbix_get", "zabbix-proxy-sqlite3"),
+    **{f"python{version}": _python(version) for version in VERSIONS},
+    "busybox-crond": Need(
+        lambda: busybox_with_crond() is not None,
+        what="a BusyBox with crond (busybox-static, unpacked into build/busybox-static)",
+    ),
+    "authority": Need(
+        lambda: (BUILD / "authority/bin/caramel-authority").exists(),
+        what="the registration authority, which needs Python 3.11",
+    ),
+}
+
+
+@functools.cache
+def has(name: str) -> bool:
+    """Whether this machine has it."""
+    return NEEDS[name].there()
+
+
+def _reason(missing: Iterable[str]) -> str:
+    needed = [NEEDS[name] for name in missing]
+    packages = [package for need in needed for package in need.packages]
+    what = ", ".join(need.what or name for need, name in zip(needed, missing))
+    return f"needs {what}" + (f" (apt-get install {' '.join(packages)})" if packages else "")
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Marks what runs only where the machine has all of these."""
+    missing = [name for name in names if not has(name)]
+    return pytest.mark.skipif(bool(missing), reason=_reason(missing) if missing else "")
+
+
+def require(*names: str) -> None:
+    """Goes on only where the machine has all of these; for fixtures, and where a parameter decides."""
+    missing = [name for name in names if not has(name)]
+    if missing:
+        pytest.skip(_reason(missing))
+
+
+#: Marks what takes too long for `make test`.
+slow = pytest.mark.skipif(not EVERYTHING, reason=_SLOW)
+
+
+def account(reasons: Iterable[str]) -> list[str]:
+    """The lines that say what wasn't run and why, most frequent first, and how to have it run."""
+    counts = Counter(reason.removeprefix("Skipped: ") for reason in reasons)
+    lines: list[str] = []
+    packages: set[str] = set()
+    root = False
+    for reason, count in counts.most_common():
+        match = _REASON.fullmatch(reason)
+        if match:
+            packages.update((match[2] or "").split())
+            root = root or re.search(r"\broot\b", match[1]) is not None
+        what = "too slow for `make test`" if reason == _SLOW else match[0].partition(" (apt")[0] if match else reason
+        lines.append(f"{count:6} {what}")
+    how = [f"apt-get install {' '.join(sorted(packages))}"] if packages else []
+    if counts:
+        lines.append(f"All of it: {' && '.join([*how, 'make test-all'])}{' (as root)' if root or how else ''}")
+    return lines
