@@ -76,7 +76,10 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
             "starved": ("too few file descriptors, too little memory, no file may grow", machine.starved),
             "outputs": ("standard input, output and error closed, full or broken", machine.outputs),
             "signals": ("a signal at a system call", machine.signals),
-            "missing": ("a dependency missing or broken", machine.missing),
+            "starter": ("a signal to the starter, at its system calls and at moments of the run", machine.starter),
+            "ignored": ("signals that the caller ignores", machine.ignored),
+            "missing": ("a package or another part missing or broken", machine.missing),
+            "cannot start": ("an interpreter that can't start", machine.cannot_start),
             "environments": ("a hostile environment", machine.environments),
         }
         for name, (what, make) in kinds.items():

@@ -100,6 +100,14 @@ class DeviceUnderTest:
     def run(self, *more: str, **how: Any) -> Run:
         return self.device.run(*self.options, *more, **how)
 
+    def run_alone(self, *more: str, **how: Any) -> Run:
+        """A run without the starter: one process, which can be traced, or killed at one of its own calls."""
+        command, self.device.command = self.device.command, list(world.WITHOUT_STARTER)
+        try:
+            return self.run(*more, **how)
+        finally:
+            self.device.command = command
+
     @property
     def content(self) -> Optional[bytes]:
         try:

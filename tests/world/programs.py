@@ -22,6 +22,15 @@ COMMAND = os.environ.get("CARAMEL_TESTS_COMMAND", str(BUILD / "venv" / "bin" / "
 #: timed, traced, starved, or run as a user who can't write into build/.
 PLAIN = str(BUILD / "venv" / "bin" / "caramel-embedded")
 
+#: The same without the starter that stays as its parent: for what is traced, or killed, as one process.
+WITHOUT_STARTER = (
+    str(Path(PLAIN).with_name("python3")),
+    "-I",
+    "-B",
+    "-c",
+    "from caramel_embedded.__main__ import main\nmain()",
+)
+
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
 
 
