@@ -97,6 +97,9 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
             yield tried("hardware that comes, goes, and can't be read", hardware.cases(fleet))
         if wanted("clocks"):
             yield tried("clocks: 1970, behind, ahead, 2080, jumping", clocks.cases(fleet))
+            yield tried(
+                "each certificate of each chain begins late or has ended, by each clock", clocks.chains(fleet)
+            )
         if wanted("concurrency"):
             counts: Counter[str] = Counter()
             row = tried(

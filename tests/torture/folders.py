@@ -2,7 +2,8 @@
 changed or handed over.
 
 Root runs the program for a user who owns the folder. What is planted there is a table; each is tried in every moment
-of a device's life. A second kind of case has that user exchange the file for a link all the time while runs come and go.
+of a device's life. A second kind of case has that user exchange the file for a link all the time
+while runs come and go.
 """
 
 from __future__ import annotations

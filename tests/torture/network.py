@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import socket
 import ssl
 import struct
@@ -23,7 +24,7 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from world import Authority, Device, HttpRequest, Run, Scripted
+from world import Authority, Device, HttpRequest, Run, Scripted, answers
 
 from torture.fleet import STATUSES, key_file_parts
 from torture.namespaces import cover, isolated
@@ -606,6 +607,152 @@ def certificates(stage: Stage) -> list[Case]:
     return cases
 
 
+# --- Connections that break
+
+#: Ways to break a connection: what happens to the answer, and how the connection ends. "before" is once the answer
+#: before it has gone out; the others come in place of the answer, when the request has been carried out.
+BREAKS = (
+    "closed before it",
+    "cut before it",
+    "reset before it",
+    "closed in place of the answer",
+    "cut in place of the answer",
+    "reset in place of the answer",
+    "cut in the middle of the answer",
+)
+
+
+class _Breaking(Scripted):
+    """A server that behaves as Caramel does, and breaks its connections at the requests that it was told."""
+
+    def __init__(self, pem: Path, way: str, at: Sequence[int], known: Sequence[str], rejected: Sequence[str]) -> None:
+        super().__init__(pem, self._answered)
+        self.way, self.at = way, list(at)
+        #: Hashes of requests.
+        self.known, self.rejected = set(known), set(rejected)
+
+    def _answered(self, asked: HttpRequest) -> Answer:
+        sha256 = asked.path.strip("/")
+        if asked.method == "POST":
+            if sha256 in self.known:
+                return answers.DUPLICATE
+            self.known.add(sha256)
+            return answers.PENDING
+        if sha256 in self.rejected:
+            return answers.REJECTED
+        return answers.PENDING if sha256 in self.known else answers.UNKNOWN
+
+    def _say(self, connection: ssl.SSLSocket, says: Any) -> bool:
+        number = len(self.requests)
+        place = number + 1 if "before" in self.way else number
+        if place not in self.at:
+            return super()._say(connection, says)
+        if "before" in self.way:
+            connection.sendall(says)
+            self._over.wait(0.05)  # so that a reset doesn't overtake the answer
+        if "middle" in self.way:
+            connection.sendall(says[: len(says) // 2])
+        if "closed" in self.way:
+            return False
+        if "reset" in self.way:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raise ConnectionAbortedError
+
+
+def broken_off(stage: Stage, state: str, way: str, at: Sequence[int]) -> Case:
+    """A run whose connection breaks at its requests `at`, counted from 1: GET, POST, GET."""
+
+    def act() -> list[str]:
+        device, old = stage.device("certified" if state == "rejected" else "pending")
+        request = device.request_hash()
+        if state == "new":
+            device.key_file.unlink()
+        rejected = [request] if state == "rejected" else []
+        with _Breaking(stage.pem, way, at, rejected, rejected) as there:
+            device.server = there.address
+            run = device.run("--timeout=10")
+            tries = len(there.requests)
+            content = device.key_file.read_bytes() if device.key_file.exists() else None
+            parts = key_file_parts(content or b"")
+            live = there.known - there.rejected
+            wrong = []
+            # The first request of a connection is made once (here no client certificate was asked for that could be
+            # the reason), one after it once more; an answer that has begun is never asked for again.
+            again = at == [1] and state == "rejected" and "middle" not in way
+            expected = {69} if (1 not in at or again) and len(at) == 1 and "middle" not in way else {127}
+            if (state, at) == ("rejected", [2]) and "in place" in way:
+                expected.add(127)  # the second time the server says that it has it: the next run asks
+            if run.status not in expected:
+                wrong.append(f"exit status {run.status}, not {expected}: {run.err[-300:]!r}")
+            if tries > 5:
+                wrong.append(f"asked {tries} times")
+            if len(live) > 1 or (live and (parts is None or parts.sha256 not in live)):
+                wrong.append("a key whose request reached the server is gone")
+            if state == "forgotten" and content != old and world.unsealed(content or b"") != world.unsealed(old):
+                wrong.append("the identity was changed")
+            there.at.clear()
+            for _ in range(2):
+                run = device.run("--timeout=10")
+            parts = key_file_parts(device.key_file.read_bytes())
+            if run.status != 69 or parts is None or {parts.sha256} != there.known - there.rejected:
+                wrong.append(f"undisturbed: exit status {run.status}: {run.err[-300:]!r}")
+        if sorted(path.name for path in device.folder.iterdir()) != ["empty.conf", "identity.pem"]:
+            wrong.append("litter")
+        return wrong
+
+    places = " and ".join(map(str, at))
+    return Case(f"{state}: the connection is {way}, at request {places}", act)
+
+
+def breaks(stage: Stage) -> list[Case]:
+    """Each way, at each request, in each state that has three of them; and twice in a row."""
+    return [
+        broken_off(stage, state, way, at)
+        for state in ("new", "forgotten", "rejected")
+        for way in BREAKS
+        for at in ([1], [2], [3], [2, 3])
+        if not ("before" in way and 1 in at)
+    ]
+
+
+# --- 403 in other words than Caramel's
+
+_FORBIDDEN: dict[str, Any] = {"status": 403, "title": "Forbidden", "detail": None}
+WORDS: dict[str, tuple[str, Any]] = {
+    "Spring's": ("application/problem+json", {**_FORBIDDEN, "type": "about:blank", "instance": "/x"}),
+    "ASP.NET's": ("application/problem+json", {"type": "x", "title": "Forbidden", "status": 403, "traceId": "0"}),
+    "a CDN's": ("application/problem+json", {"title": "Error 1020", "status": 403, "detail": "Access denied"}),
+    "without a detail": ("application/problem+json", {"title": "Forbidden", "status": 403}),
+    "another title": ("application/problem+json", {**_FORBIDDEN, "title": "forbidden"}),
+    "a status as text": ("application/problem+json", {**_FORBIDDEN, "status": "403"}),
+    "a status of another": ("application/problem+json", {**_FORBIDDEN, "status": 401}),
+    "a list": ("application/problem+json", [_FORBIDDEN]),
+    "nested": ("application/problem+json", {"error": _FORBIDDEN}),
+    "as JSON": ("application/json", _FORBIDDEN),
+    "as HTML": ("text/html", _FORBIDDEN),
+    "of no type": ("", _FORBIDDEN),
+}
+
+
+def other_words(stage: Stage) -> list[Case]:
+    """Whoever says 403 in other words is somebody in between: nothing is wiped."""
+    cases = []
+    for name, (kind, document) in WORDS.items():
+        said = world.answer(403, json.dumps(document).encode(), *([f"Content-Type: {kind}"] if kind else []))
+        for state in ("certified", "pending"):
+            cases.append(says(stage, f"a 403 in other words, {name}", [said], state=state))
+        cases.append(
+            says(
+                stage,
+                f"a 403 in other words after the request was posted, {name}",
+                [answers.UNKNOWN, answers.PENDING, said],
+                state="pending",
+                asked=range(3, 4),
+            )
+        )
+    return cases
+
+
 # --- A server that is down
 
 
@@ -660,6 +807,8 @@ def everything(stage: Stage, full: bool = True) -> dict[str, list[Case]]:
         "slow and silent servers": slow(stage),
         "name look-up that doesn't answer": look_ups(stage),
         "a certificate with each field wrong in turn": certificates(stage),
+        "connections that break at each request": breaks(stage),
+        "a 403 in others' words": other_words(stage),
         "a server that is down": down(stage),
     }
     return found if full else {name: sample(cases, 9) for name, cases in found.items()}
