@@ -260,7 +260,7 @@ def malformed(stage: Stage) -> list[Case]:
         "100 Continue without end": lambda c: forever(b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
         "no body": lambda c: sized(b"", 0),
         "a body that is cut": lambda c: sized(c[:-30], len(c)),
-        "the certificate twice": lambda c: sized(c + c, len(c) * 2),
+        "the certificate six times": lambda c: sized(c * 6, len(c) * 6),
         "text around it": lambda c: sized(b"here: " + c, len(c) + 6),
         "text after it": lambda c: sized(c + b"bye\n", len(c) + 4),
         "another label": lambda c: sized(c.replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE"), len(c) + 16),
@@ -277,14 +277,11 @@ def malformed(stage: Stage) -> list[Case]:
         "two lengths": lambda c: ok + b"Content-Length: %d\r\nContent-Length: 5\r\n\r\n" % len(c) + c,
         "two lengths in one line": lambda c: sized(c, f"{len(c)}, {len(c)}"),
         "a negative length": lambda c: sized(c, -5),
-        "a length with a sign": lambda c: sized(c, f"+{len(c)}"),
         "a length that is none": lambda c: sized(c, "many"),
         "a length of 5000 digits": lambda c: sized(c, "9" * 5000),
         "gzip": lambda c: (
             ok + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(gzip.compress(c)) + gzip.compress(c)
         ),
-        "gzip that isn't": lambda c: ok + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
-        "br": lambda c: ok + b"Content-Encoding: br\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
         "gzip unannounced": lambda c: sized(gzip.compress(c), len(gzip.compress(c))),
         "chunks of a size that is none": lambda c: chunked(b"zz\r\n" + c),
         "chunks of a negative size": lambda c: chunked(b"-5\r\n" + c),
@@ -313,6 +310,12 @@ def malformed(stage: Stage) -> list[Case]:
         "without a length": lambda c: ok + b"Connection: close\r\n\r\n" + c,
         "after 100 Continue": lambda c: b"HTTP/1.1 100 Continue\r\n\r\n" + sized(c, len(c)),
         "with Windows line ends": lambda c: sized(c.replace(b"\n", b"\r\n"), len(c) + c.count(b"\n")),
+        # Whatever the headers say of it, what comes is the certificate, and judged as one.
+        "with a sign before its length": lambda c: sized(c, f"+{len(c)}"),
+        "that says it is gzip": lambda c: ok + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
+        "that says it is br": lambda c: ok + b"Content-Encoding: br\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
+        "twice": lambda c: sized(c + c, len(c) * 2),
+        "with the root in its chain": lambda c: sized(c + stage.authority.pem, len(c + stage.authority.pem)),
         "with Last-Modified nonsense": lambda c: (
             ok + b"Last-Modified: Blursday, 99 Foo -1 25:61\r\nContent-Length: %d\r\n\r\n" % len(c) + c
         ),
@@ -573,15 +576,21 @@ def certificates(stage: Stage) -> list[Case]:
         "the client ID and more": lambda d: sign(d.request, subject=subject(d, cn=f"{d.client_id}0")),
         "a space after the client ID": lambda d: sign(d.request, subject=subject(d, cn=f"{d.client_id} ")),
         "two client IDs": lambda d: sign(d.request, subject=subject(d, ("CN", "fffffffffff0"))),
-        "no client ID": lambda d: sign(d.request, subject=subject(d)[:-1]),
-        "no subject": lambda d: sign(d.request, subject=[]),
+        "no client ID": lambda d: sign(d.request, subject=subject(d)[:-1], names=[]),
+        "no subject": lambda d: sign(d.request, subject=[], names=[]),
+        "another DNS name and no client ID": lambda d: sign(d.request, subject=[], names=["fffffffffff0"]),
+        "the client ID as DNS name below another's": lambda d: sign(
+            d.request, subject=subject(d, cn="fffffffffff0"), names=[str(d.client_id)]
+        ),
         "another authority": lambda d: other.sign(d.request),
         "another authority of the same name": lambda d: twin.sign(d.request),
         "signed by itself": self_signed,
         "an issuer of another name": lambda d: sign(d.request, issuer=world.name_of([("CN", "Somebody")])),
         "ended": lambda d: sign(d.request, not_before=world.now() - 9 * hour, not_after=world.now() - hour),
-        "not begun": lambda d: sign(d.request, not_before=world.now() + hour, not_after=world.now() + 9 * hour),
-        "for servers only": lambda d: sign(d.request, usage=[world.SERVER_AUTH]),
+        "begun after the server's own has ended": lambda d: sign(
+            d.request, not_before=world.now() + hour * 72, not_after=world.now() + hour * 99
+        ),
+        "for programs only": lambda d: sign(d.request, usage=[world.CODE_SIGNING]),
         "the authority's own": lambda d: stage.authority.pem,
         "a broken signature": lambda d: der(sign(d.request), flip(-9)),
         "a broken serial number": lambda d: der(sign(d.request), flip(20)),
@@ -599,11 +608,17 @@ def certificates(stage: Stage) -> list[Case]:
         for name, make in wrong.items()
         for state in ("certified", "pending")
     ]
-    cases.append(
-        says(
-            stage, "a good certificate", lambda device, asked: world.answer(200, stage.good(device)), (0,), store=True
-        )
-    )
+    good: dict[str, Callable[[Device], bytes]] = {
+        "as it should be": stage.good,
+        "not begun": lambda d: sign(d.request, not_before=world.now() + hour, not_after=world.now() + 9 * hour),
+        "for servers only": lambda d: sign(d.request, usage=[world.SERVER_AUTH]),
+        "the client ID as DNS name only": lambda d: sign(d.request, subject=[], names=[str(d.client_id)]),
+    }
+    cases += [
+        says(stage, f"a good certificate, {name}", answering(make), (0,), state, store=True)
+        for name, make in good.items()
+        for state in ("certified", "pending")
+    ]
     return cases
 
 
