@@ -44,8 +44,9 @@ def rest() -> None:
     _at_work = False
 
 
-def _on_signal(number: int, _frame: object) -> None:
+def _on_signal(_number: int, _frame: object) -> None:
     if not _at_work:
         os._exit(EXIT_FAILED)
-    rest()  # the next one ends the clean-up too
-    raise Interrupted("ended by signal %d" % number)
+    rest()  # the next one ends the clean-up too, but for the starter's: it passes on what the whole group has got
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    raise Interrupted("ended by a signal")

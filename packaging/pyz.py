@@ -155,9 +155,12 @@ def libraries(folder: Path) -> dict[str, bytes]:
     """The files of LIBRARIES in `folder`, as pip lays them: modules, what a package says of itself, its licence."""
     found = {}
     for library in LIBRARIES:
-        about = next(iter(sorted(folder.glob(f"{library}-*.dist-info"))), None)
-        if about is None or not (folder / library / "__init__.py").exists():
-            raise BakeError(f"PACKAGES={folder}: there is no {library} in it, as pip install --target puts it there")
+        abouts = list(folder.glob(f"{library}-*.dist-info"))
+        if len(abouts) != 1 or not (folder / library / "__init__.py").exists():
+            raise BakeError(
+                f"PACKAGES={folder}: there is not one {library} in it, as pip install --target puts it there"
+            )
+        about = abouts[0]
         licences = [path for path in about.rglob("*") if re.match("LICEN[CS]E|COPYING|NOTICE|AUTHORS", path.name)]
         if not licences:
             raise BakeError(f"PACKAGES={folder}: {about.name} has no licence, without which it may not be handed on")
@@ -181,9 +184,9 @@ def head(values: dict[str, str]) -> bytes:
 
 def write(output: Path, python: str, baked: Baked, packages: Path) -> None:
     data = {f"{PACKAGE}/baked.conf": baked.conf.encode()}
-    for name, content in (("baked.pem", baked.pem), ("baked-identity.pem", baked.identity_pem)):
-        if content is not None:
-            data[f"{PACKAGE}/{name}"] = content.encode()
+    for name, pem in (("baked.pem", baked.pem), ("baked-identity.pem", baked.identity_pem)):
+        if pem is not None:
+            data[f"{PACKAGE}/{name}"] = pem.encode()
     files = {f"{PACKAGE}/{path.name}": path.read_bytes() for path in (ROOT / PACKAGE).glob("*.py")}
     files.update(libraries(packages))
     code = {name: compiled(source, name) for name, source in sorted(files.items()) if name.endswith(".py")}

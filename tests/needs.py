@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -117,6 +118,10 @@ NEEDS: dict[str, Need] = {
     "knotd": program("knotd", "knot"),
     "knsupdate": program("knsupdate", "knot-dnsutils"),
     "logger": program("logger", "bsdutils"),
+    "login": Need(
+        lambda: not re.search(r"/(nologin|false)$", pwd.getpwuid(os.getuid()).pw_shell),
+        what="a user who may log in",
+    ),
     "make": program("make"),
     "mandoc": program("mandoc"),
     "mariadb": program("mariadb", "mariadb-client"),

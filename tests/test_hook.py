@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -272,6 +273,7 @@ def test_it_is_not_called_for_an_identity_that_is_wiped(hooked: Hooked) -> None:
 
 @pytest.mark.parametrize("victim", ["hook", "run"])
 def test_a_power_cut_while_it_is_at_work_calls_it_again(hooked: Hooked, victim: str) -> None:
+    hooked.device.command = [*world.WITHOUT_STARTER]
     hooked.hook("kill -9 $PPID" + (" $$" if victim == "hook" else ""))
     hooked.sign()
     assert hooked.run().status == -9
@@ -289,7 +291,7 @@ def test_a_power_cut_while_it_is_at_work_calls_it_again(hooked: Hooked, victim: 
 def test_a_power_cut_around_the_storing_calls_it_once(hooked: Hooked, cut: str) -> None:
     """The note is flushed (1 to 3) before the certificate is (4 to 6): at no moment is it forgotten."""
     hooked.sign()
-    hooked.device.command = [world.PLAIN]
+    hooked.device.command = [*world.WITHOUT_STARTER]
     call, when = cut.split(":")
     killed = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", f"inject={call}:signal=KILL:{when}"))
     assert (killed.status, hooked.calls) == (-9, [])
@@ -305,9 +307,26 @@ def test_a_signal_to_the_run_ends_the_hook_which_stays_owed(hooked: Hooked) -> N
         world.until("the hook is at work", lambda: (hooked.folder / "pid").exists())
         process.send_signal(signal.SIGTERM)
         run = hooked.device.finish(process, 20)
-    assert (run.status, "ended by signal 15" in run.err) == (127, True)
+    assert (run.status, "ended by a signal" in run.err) == (127, True)
     hooked.hook()
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+
+
+def test_a_caller_that_ignores_the_end_of_its_children_hides_no_failure(hooked: Hooked) -> None:
+    """Where SIGCHLD is ignored the kernel keeps no exit status (wait(2)): 1.0.0 took a failure for success."""
+    hooked.hook("exit 3")
+    hooked.sign()
+    ignoring = (sys.executable, "-c", IGNORING)
+    run = hooked.run(before=ignoring)
+    assert (run.status, "failed with status 3" in run.err) == (127, True), run.err
+    hooked.hook()
+    assert (hooked.run(before=ignoring).status, len(hooked.calls)) == (0, 2)
+
+
+#: Becomes the command of its arguments, with SIGCHLD ignored.
+IGNORING = (
+    "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 def test_its_time_limit_ends_all_of_it(hooked: Hooked) -> None:
@@ -337,6 +356,7 @@ def test_a_note_that_cannot_be_removed_is_said(hooked: Hooked) -> None:
     hooked.sign()
     note = hooked.device.folder / ".identity.pem.hook"
     # After the clean-up and the removal of two drafts that aren't there.
+    hooked.device.command = [*world.WITHOUT_STARTER]
     fault = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=unlinkat:error=EROFS:when=4")
     run = hooked.run(before=fault)
     assert (run.status, len(hooked.calls)) == (127, 1)
@@ -422,7 +442,7 @@ def test_what_is_owed_stays_owed_while_a_newer_certificate_cannot_be_stored(hook
     hooked.sign()
     assert hooked.run().status == 127
     hooked.sign(72)
-    hooked.device.command = [world.PLAIN]
+    hooked.device.command = [*world.WITHOUT_STARTER]
     # The fourth flush is that of the newer certificate; the note that names it is in place already.
     fault = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=4")
     hooked.hook()
@@ -436,7 +456,7 @@ def test_a_certificate_that_could_not_be_stored_is_no_news(hooked: Hooked) -> No
     hooked.sign()
     assert (hooked.run().status, len(hooked.calls)) == (0, 1)
     hooked.sign(72)
-    hooked.device.command = [world.PLAIN]
+    hooked.device.command = [*world.WITHOUT_STARTER]
     run = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=3"))
     assert (run.status, len(hooked.calls)) == (127, 1)
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)

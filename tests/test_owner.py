@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from needs import needs
-from world import PLAIN, Authority, Device, Scripted, answers, hours, now
+from world import PLAIN, WITHOUT_STARTER, Authority, Device, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -92,7 +92,7 @@ def test_no_secret_byte_is_in_a_file_that_others_can_read(
     device: Device, authority: Authority, pem: Path, tmp_path: Path, life: str
 ) -> None:
     """From the trace: a file that gets content has its owner, group and mode before, and never loses them."""
-    device.command = [PLAIN]
+    device.command = [*WITHOUT_STARTER]
     if life != "new":
         device.has(authority.identity(ID, certified=False), 0o644 if "all" in life else 0o600)
     trace = tmp_path / "trace"

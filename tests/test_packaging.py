@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import stat
@@ -107,6 +108,21 @@ def test_what_an_earlier_build_has_baked_in_is_gone(tmp_path: Path, ca: Authorit
     assert "old" not in (tmp_path / "out/baked.conf").read_text()
 
 
+def test_the_ca_of_the_identity_is_baked_in_beside_that_of_the_server(tmp_path: Path, ca: Authority) -> None:
+    other = Authority(tmp_path / "other")
+    (tmp_path / "identity.pem").write_bytes(other.pem)
+    conf = f'CARAMEL_CA_CERT="{ca.certificate_file}"\nCARAMEL_IDENTITY_CA=identity.pem\n'
+    assert bake(tmp_path, conf + "CARAMEL_DOMAIN=d.example\nCARAMEL_KEY_TYPE=ec-p256\n").returncode == 0
+    assert (tmp_path / "out/baked.pem").read_bytes() == ca.pem
+    assert (tmp_path / "out/baked-identity.pem").read_bytes() == other.pem
+    text = (tmp_path / "out/baked.conf").read_text()
+    assert "IDENTITY_CA" not in text
+    assert "CARAMEL_DOMAIN=d.example\nCARAMEL_KEY_TYPE=ec-p256\n" in text
+    bake(tmp_path, "")
+    assert not (tmp_path / "out/baked-identity.pem").exists()
+    assert "CARAMEL_IDENTITY_CA: " in refused(bake(tmp_path, "CARAMEL_IDENTITY_CA=missing.pem\n"))
+
+
 def test_two_roots_and_text_around_them(tmp_path: Path, ca: Authority) -> None:
     other = Authority(tmp_path / "other")
     text = b"our old root\n" + ca.pem + b"\nour new root\n" + other.pem + ca.pem
@@ -142,6 +158,8 @@ def test_windows_line_ends_in_the_ca_certificate_are_converted_and_the_build_say
         ("CARAMEL_INTERFACES=eth0:1", "can't be the name of a network interface"),
         ("CARAMEL_INTERFACES=lo", "'lo' has no MAC address"),
         ("CARAMEL_KEY_FILE=identity.pem", "must begin with a slash"),
+        ("CARAMEL_KEY_TYPE=dsa", "CARAMEL_KEY_TYPE"),
+        ("CARAMEL_DOMAIN=a..b", "CARAMEL_DOMAIN"),
         ("CARAMEL_HOOK=two words", "quotes"),
         ("CARAMEL_CA_CERT=missing.pem", "No such file"),
     ],
@@ -206,12 +224,25 @@ def test_a_source_date_epoch_that_is_none_fails_the_build(tmp_path: Path) -> Non
 # --- The one-file program -------------------------------------------------------------------------------
 
 
+@functools.lru_cache
+def libraries() -> Path:
+    """The pure Python that goes into the archive, as make zipapp fetches it."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    folder = ROOT / "build/tests-zipapp"
+    done = run(
+        "make", "-s", "-f", "packaging/packaging.mk", f"BUILD={folder}", f"PYTHON={sys.executable}",
+        f"{folder}/zipapp/installed", env=surroundings(**kept),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "zipapp"
+
+
 def zipapp(output: Path, ca: Authority, *words: str, root: Path = ROOT, **env: str) -> Done:
     environ = surroundings(**{"SOURCE_DATE_EPOCH": EPOCH, **env})
     return run(
         "make", "-s", "-C", root, "-f", "packaging/packaging.mk", "zipapp", "SERVER=localhost:1",
         f"CA_CERT={ca.certificate_file}", f"OUT={output}", f"PYTHON={sys.executable}",
-        f"TARGET_PYTHON={sys.executable}", *words, env=environ,
+        f"TARGET_PYTHON={sys.executable}", f"PACKAGES={libraries()}", *words, env=environ,
     )  # fmt: skip
 
 
@@ -238,7 +269,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
     environ = {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo", "LC_ALL": "C", "LANG": "sv_SE", "SOURCE_DATE_EPOCH": EPOCH}
     command = [
         sys.executable, "packaging/pyz.py", "--server", "localhost:1", "--ca-cert", str(ca.certificate_file),
-        "--output", str(other), "--python", sys.executable,
+        "--output", str(other), "--python", sys.executable, "--packages", str(libraries()),
     ]  # fmt: skip
     command = ["faketime", "2031-05-05", *command]
     old = os.umask(0o077)
@@ -275,8 +306,49 @@ def test_it_is_also_a_zip_file_with_the_sources(pyz: Path) -> None:
         names = set(archive.namelist())
         sources = {f"caramel_embedded/{path.name}" for path in (ROOT / "caramel_embedded").glob("*.py")}
         data = {"__main__.py", "caramel_embedded/baked.conf", "caramel_embedded/baked.pem"}
-        assert names == sources | data
+        theirs = names - sources - data
+        assert sources | data <= names
+        assert {name.split("/")[0].partition("-")[0] for name in theirs} == {"urllib3", "fasteners"}
+        # Whoever hands the archive on hands on its parts, and their licences say: not without us.
+        for library in ("urllib3", "fasteners"):
+            assert [name for name in theirs if name.startswith(f"{library}-") and "LICENSE" in name]
+            assert f"{library}/__init__.py" in theirs
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Authority) -> None:
+    """Of a Python that has nothing: the libraries come from the archive, compiled and as sources."""
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    path = tmp_path / "out.pyz"
+    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
+    content = path.read_bytes()
+    start, end = content.index(b"from caramel_embedded.__main__ import"), content.index(b"main(locked=75)\n")
+    # In the place of the program, and of the same length, so that what lies behind it stays in its place.
+    asked = (
+        b"import urllib3; from importlib.metadata import version\n"
+        b'    os.write(1, (urllib3.__file__ + " " + version("urllib3")).encode()); os._exit(0)\n'
+        b"except OSError: pass\n"
+    )
+    content = content[:start] + asked.ljust(end - start - 1, b"#") + b"\n" + content[end:]
+    tag = sys.implementation.cache_tag.encode()
+    for known in (tag, b"x" * len(tag)):
+        path.write_bytes(content.replace(tag, known, 1))
+        done = run(path, env=surroundings())
+        assert (done.returncode, done.stdout) == (0, f"{path}/urllib3/__init__.py 2.6.3"), done.stderr
+
+
+@pytest.mark.parametrize("lacking", ["urllib3", "fasteners", "a licence"])
+def test_a_folder_that_lacks_a_library_fails_the_build(tmp_path: Path, ca: Authority, lacking: str) -> None:
+    shutil.copytree(libraries(), tmp_path / "packages")
+    if lacking == "a licence":
+        (licence,) = (tmp_path / "packages").glob("fasteners-*/licenses/LICENSE")
+        licence.unlink()
+    else:
+        shutil.rmtree(tmp_path / "packages" / lacking)
+    done = zipapp(tmp_path / "out", ca, f"PACKAGES={tmp_path}/packages")
+    assert (done.returncode, f"PACKAGES={tmp_path}/packages" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def version(command: list[str], **env: str) -> None:
@@ -354,7 +426,7 @@ def test_what_cannot_start_is_127(tmp_path: Path, pyz: Path, damage: str) -> Non
     content = pyz.read_bytes()
     broken = tmp_path / "broken"
     if damage == "half a file":
-        content = content[: content.index(b"exit 127\n") + 500]
+        content = content[: content.index(b"\nexit\n") + 500]
     else:
         python = "/etc/passwd" if "run" in damage else "/nonexistent/python3"
         content = content.replace(sys.executable.encode(), python.encode(), 1)
@@ -386,47 +458,6 @@ def test_a_bad_option_fails_make_zipapp(tmp_path: Path, ca: Authority, words: li
     assert word in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-# --- The launcher ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
-def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) -> None:
-    require(shell)
-    launcher = tmp_path / "caramel-embedded"
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    command = [shell, "sh"] if shell == "busybox" else [shell]
-    python = tmp_path / "python3"
-    python.write_bytes(b"\x7fELF, of some other processor")
-    python.chmod(0o755)
-    done = run(*command, launcher, env=surroundings())
-    assert (done.returncode, done.stdout) == (127, "")
-    assert done.stderr
-
-
-def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
-    launcher = tmp_path / "bin/caramel-embedded"
-    venv.create(tmp_path, with_pip=False, symlinks=True)
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    done = run(launcher, env=surroundings())
-    assert (done.returncode, done.stdout) == (127, "")
-    assert "No module named 'caramel_embedded'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_launcher_takes_the_python_beside_it_also_by_way_of_a_link(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    launcher = tmp_path / "bin/caramel-embedded"
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    python = tmp_path / "bin/python3"
-    python.write_text('#!/bin/sh\nprintf "%s|" "$1" "$2" "$3" "$5" "$6"\n')
-    python.chmod(0o755)
-    link = tmp_path / "elsewhere"
-    link.symlink_to(launcher)
-    for path in (launcher, link):
-        done = run(path, "--client-id", "two words", env=surroundings())
-        assert (done.returncode, done.stdout) == (0, "-I|-B|-c|--client-id|two words|")
 
 
 # --- make install ---------------------------------------------------------------------------------------
@@ -581,7 +612,17 @@ def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
         assert "./" + compressed.get(name, name.replace("/lib/p/", "/lib/python3/dist-packages/")) in names
     for name in UNITS:
         assert "./" + name[len("usr/") :] in names
-    assert run("dpkg-deb", "--field", package, "Depends").stdout.strip().endswith("python3-cryptography (>= 38)")
+    depends = run("dpkg-deb", "--field", package, "Depends").stdout
+    for needed in (
+        "python3-cryptography (>= 38)",
+        "python3-fasteners (>= 0.17.3)",
+        "python3-openssl (>= 23)",
+        "python3-urllib3 (>= 1.26.12)",
+    ):
+        assert needed in depends
+    if shutil.which("lintian"):
+        found = run("lintian", "--fail-on", "error", package)
+        assert found.returncode == 0, found.stdout
 
     def postinst(package: Path) -> str:
         return run("dpkg-deb", "--info", package, "postinst").stdout

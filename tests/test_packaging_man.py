@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 
 from needs import needs
 from world import ROOT, environment
 
-from caramel_embedded import cli, errors
+from caramel_embedded import cli, errors, settings
 
 PAGE = ROOT / "packaging/man/caramel-embedded.8"
 COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
@@ -39,13 +40,20 @@ def test_the_page_has_the_options_of_the_program_and_no_others() -> None:
 
 def test_the_page_has_the_defaults_and_statuses() -> None:
     text = PAGE.read_text()
-    from caramel_embedded import settings
-
     assert settings.KEY_FILE in text
     assert settings.CONFIG_FILE in text
     section = text[text.index(".Sh EXIT STATUS") : text.index(".Sh EXAMPLES")]
     statuses = [int(number) for number in re.findall(r"^\.It (\d+)$", section, re.MULTILINE)]
     assert statuses == [errors.EXIT_CERTIFIED, errors.EXIT_LOCKED, errors.EXIT_PENDING, errors.EXIT_FAILED]
+
+
+def test_the_page_has_all_of_a_checks_json() -> None:
+    told = cli.Log()
+    told.json = told.quiet = True
+    outcome = told.result(errors.EXIT_CERTIFIED, "text")
+    assert outcome
+    section = re.sub(r"\s+", " ", PAGE.read_text().partition(".It Fl -json\n")[2].partition(".It ")[0])
+    assert set(re.findall(r"\.Va (\w+)", section)) == set(json.loads(outcome))
 
 
 @needs("mandoc")
@@ -75,10 +83,11 @@ def complete(*words: str) -> list[str]:
 
 def test_the_completion_offers_the_options_of_the_program_and_no_others() -> None:
     assert sorted(complete("-")) == sorted(options())
-    assert complete("--key") == ["--key-file"]
+    assert complete("--key") == ["--key-file", "--key-type"]
 
 
 def test_the_completion_knows_what_an_option_takes() -> None:
+    assert tuple(complete("--key-type", "")) == settings.KEY_TYPES
     assert "root" in complete("--owner", "ro")
     assert "lo" in complete("--interfaces", "l")
     assert complete("--config", "setup.c") == ["setup.cfg"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kconfiglib  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from needs import needs
 from world import ROOT, Authority, environment
@@ -72,8 +73,62 @@ def test_what_python_needs_is_asked_of_buildroot() -> None:
         "select BR2_PACKAGE_PYTHON3_SSL",
         "select BR2_PACKAGE_PYTHON3_UNICODEDATA",
         "select BR2_PACKAGE_PYTHON_CRYPTOGRAPHY",
+        "select BR2_PACKAGE_PYTHON_FASTENERS",
+        "select BR2_PACKAGE_PYTHON_PYOPENSSL",
+        "select BR2_PACKAGE_PYTHON_URLLIB3",
     ):
         assert re.search(rf"^\t{line}( # .*)?$", CONFIG, re.MULTILINE), line
+
+
+#: What Buildroot's own files define, as far as ours ask for it; each is set by the test.
+KNOWN = (
+    *("USE_WCHAR", "USE_MMU", "TOOLCHAIN_HAS_THREADS", "STATIC_LIBS", "INSTALL_LIBSTDCPP", "RISCV_64"),
+    *("TOOLCHAIN_USES_GLIBC", "TOOLCHAIN_USES_MUSL", "TOOLCHAIN_USES_UCLIBC", "INIT_SYSTEMD", "INIT_NONE"),
+    *("PACKAGE_HOST_RUSTC_ARCH_SUPPORTS", "PACKAGE_HOST_RUSTC_TARGET_ARCH_SUPPORTS"),
+    *("PACKAGE_HOST_RUSTC_TARGET_TIER2_HOST_TOOLS_PLATFORMS", "PACKAGE_PYTHON3"),
+    *("PACKAGE_HOST_PYTHON3_SSL", "PACKAGE_PYTHON3_SSL", "PACKAGE_PYTHON3_UNICODEDATA"),
+    *("PACKAGE_PYTHON_CRYPTOGRAPHY", "PACKAGE_PYTHON_PYOPENSSL", "PACKAGE_PYTHON_URLLIB3"),
+)
+USUAL = "USE_WCHAR USE_MMU TOOLCHAIN_HAS_THREADS PACKAGE_HOST_RUSTC_ARCH_SUPPORTS "
+RUST = "PACKAGE_HOST_RUSTC_TARGET_ARCH_SUPPORTS "
+TIER2 = "PACKAGE_HOST_RUSTC_TARGET_TIER2_HOST_TOOLS_PLATFORMS "
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (USUAL + RUST + "TOOLCHAIN_USES_GLIBC", []),
+        (USUAL + TIER2 + "TOOLCHAIN_USES_MUSL", ["C++ in a toolchain w/ musl"]),
+        (USUAL + TIER2 + RUST + "TOOLCHAIN_USES_MUSL INSTALL_LIBSTDCPP", []),
+        (USUAL + "RISCV_64 TOOLCHAIN_USES_GLIBC", ["RISC-V extensions M, A, F, D, C"]),
+        (USUAL + TIER2 + RUST + "RISCV_64 TOOLCHAIN_USES_GLIBC", []),
+        (USUAL + "TOOLCHAIN_USES_GLIBC", ["Rust for this architecture and C library"]),
+        (USUAL + "TOOLCHAIN_USES_UCLIBC", ["Rust for this architecture and C library"]),
+        (USUAL.replace("USE_WCHAR ", "") + RUST + "TOOLCHAIN_USES_GLIBC", ["wchar, threads, dynamic library"]),
+    ],
+)
+def test_where_the_option_cannot_be_had_the_menu_says_why(tmp_path: Path, machine: str, words: list[str]) -> None:
+    tree = ROOT / "buildroot/package"
+    lines = [f"config BR2_{name}\n\tbool\n\tdefault {'y' if name in machine.split() else 'n'}\n" for name in KNOWN]
+    sources = [f'source "{tree}/{name}/Config.in"\n' for name in ("caramel-embedded", "python-fasteners")]
+    (tmp_path / "Config.in").write_text("".join(lines + sources))
+    menu = kconfiglib.Kconfig(str(tmp_path / "Config.in"), warn_to_stderr=False)
+    assert menu.warnings == []
+    said = [node.prompt[0] for node in menu.comments if kconfiglib.expr_value(node.prompt[1])]
+    assert len(said) == len(words), said
+    assert all(word in text for word, text in zip(words, said))
+    assert bool(menu.syms["BR2_PACKAGE_CARAMEL_EMBEDDED"].visibility) == (not words)
+
+
+def test_fasteners_is_a_package_of_the_tree() -> None:
+    folder = ROOT / "buildroot/package/python-fasteners"
+    rules = (folder / "python-fasteners.mk").read_text()
+    (release,) = re.findall(r"^PYTHON_FASTENERS_VERSION = (\S+)$", rules, re.MULTILINE)
+    hashes = (folder / "python-fasteners.hash").read_text()
+    assert re.search(rf"^sha256  [0-9a-f]{{64}}  fasteners-{re.escape(release)}\.tar\.gz$", hashes, re.MULTILINE)
+    for name in re.findall(r"^PYTHON_FASTENERS_LICENSE_FILES = (.*)$", rules, re.MULTILINE)[0].split():
+        assert re.search(rf"^sha256  [0-9a-f]{{64}}  {name}$", hashes, re.MULTILINE)
+    assert f"fasteners=={release}" in (ROOT / "packaging/zipapp.txt").read_text().splitlines()
 
 
 def test_the_config_keeps_to_buildroots_format() -> None:
@@ -178,6 +233,15 @@ def test_the_recipe_of_yocto_fetches_what_is_there_and_all_that_is_installed() -
     assert (recipe.parent / "../../../../..").resolve() == ROOT
     for setting in re.findall(r'"(CARAMEL_[A-Z_]+)"\),$', text, re.MULTILINE):
         assert setting in settings.VALUES
+
+
+def test_the_recipe_of_yocto_depends_on_what_the_program_stands_on() -> None:
+    (recipe,) = RECIPES
+    depends = recipe.read_text().partition("RDEPENDS:${PN} += ")[2].split()
+    for name in ("cryptography", "fasteners", "pyopenssl", "urllib3"):
+        assert f"python3-{name}" in depends
+    layer = (recipe.parents[2] / "conf/layer.conf").read_text()
+    assert 'LAYERDEPENDS_caramel-embedded = "core meta-python"' in layer  # which has fasteners
 
 
 def test_the_layer_names_the_long_term_releases() -> None:

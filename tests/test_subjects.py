@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import world
 from cryptography import x509
-from world import ATTRIBUTES, Authority, Caramel, Device, Front, Scripted, answers, any_front, hours, now
+from world import ATTRIBUTES, Authority, Caramel, Device, Front, Scripted, TlsFront, answers, any_front, hours, now
 
 ID = "fffbeec0ffee"
 
@@ -171,3 +171,30 @@ def test_an_ended_root_of_two_does_no_harm(tmp_path: Path, authority: Authority)
         run = device.run()
     assert run.status == 69 and "not by the trusted CA" in run.err
     assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
+
+
+@pytest.mark.parametrize("anchors", ["old", "new", "both"])
+def test_a_ca_that_was_renewed_with_the_same_key(tmp_path: Path, anchors: str) -> None:
+    """Caramel's certificates name their issuer's serial number too (RFC 5280, 4.2.1.1): it has a new one.
+
+    So the renewed CA certificate alone doesn't vouch for what was signed before. Both together do.
+    """
+    old = Authority.by_caramel(tmp_path / "old")
+    renewed = Authority(tmp_path / "new", [(s, str(v)) for s, v in subject_of(old)], key=old.key)
+    pems = {"old": old.pem, "new": renewed.pem, "both": old.pem + renewed.pem}
+    file = tmp_path / "ca.crt"
+    file.write_bytes(pems[anchors])
+    device = Device(tmp_path / "device", None, file, ID)
+    with Caramel(tmp_path / "caramel", old) as caramel, TlsFront(caramel, old.server()) as front:
+        device.ca, device.server = old.certificate_file, front.address
+        assert device.run().status == 69
+        caramel.sign(ID)
+        assert device.run().status == 0
+        device.ca = file
+        run = device.run()
+    assert run.status == (127 if anchors == "new" else 0), run.err
+
+
+def subject_of(authority: Authority) -> list[tuple[str, object]]:
+    short = {oid: name for name, oid in world.ATTRIBUTES.items()}
+    return [(short[attribute.oid], attribute.value) for attribute in authority.certificate.subject]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -72,6 +74,40 @@ def test_a_request_is_posted_signed_fetched_and_rejected(tmp_path: Path, caramel
     assert b'"status":403' in curl(url, ca).stdout
     assert [row.rejected for row in caramel.requests("0000feedbeef")] == [True]
     assert "0000feedbeef" not in [row.client_id for row in caramel.listed()]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("nginx", marks=needs("nginx")), "python"])
+def test_a_front_remembers_what_it_was_asked(tmp_path: Path, caramel: Caramel, kind: str) -> None:
+    authority = caramel.authority
+    certificate = authority.server(file=f"{kind}.pem")
+    (tmp_path / "identity.pem").write_bytes(authority.identity("00000000cafe"))
+    context = ssl.create_default_context(cafile=str(authority.certificate_file))
+    context.load_cert_chain(str(tmp_path / "identity.pem"))
+    front: Front = (
+        Nginx(tmp_path / "nginx", caramel, certificate)
+        if kind == "nginx"
+        else TlsFront(caramel, certificate, client_ca=authority.certificate_file)
+    )
+    with front, front.watched() as seen:
+        connection = http.client.HTTPSConnection("localhost", front.port, timeout=20, context=context)
+        bodies = []
+        for method, path, body in (("GET", "/root.crt", None), ("POST", "/" + 64 * "0", b"no request")):
+            connection.request(method, path, body, {"User-Agent": "somebody/1"})
+            bodies.append(connection.getresponse().read())
+        connection.close()
+        another = http.client.HTTPSConnection("localhost", front.port, timeout=20, context=context)
+        another.request("GET", "/root.crt")
+        bodies.append(another.getresponse().read())
+        another.close()
+    assert bodies[0] == bodies[2] == authority.pem
+    assert [(asked.method, asked.path, asked.status) for asked in seen[:2]] == [
+        ("GET", "/root.crt", 200),
+        ("POST", "/" + 64 * "0", 400),
+    ]
+    assert seen[0].connection == seen[1].connection != seen[2].connection
+    assert {asked.user_agent for asked in seen[:2]} == {"somebody/1"}
+    assert all(asked.verify == "SUCCESS" and "CN=00000000cafe" in asked.subject for asked in seen)
+    assert seen[0].sent > len(bodies[0]) and seen[1].received > len(b"no request") and seen[0].tls == "TLSv1.3"
 
 
 def test_the_front_made_of_python_passes_everything_on(caramel: Caramel) -> None:

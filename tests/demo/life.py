@@ -25,6 +25,7 @@ from typing import Any, Optional
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from world import Authority, Caramel, Device, Run, Snapshot, TlsFront
 
 MEANING = {
@@ -104,7 +105,9 @@ class Told:
         if after is None:
             print("    no key file")
             return
-        blocks = dict(self.device.blocks())
+        # Of several certificates the first: it is the device's own, and its chain follows.
+        blocks = dict(reversed(self.device.blocks()))
+        blocks = {label: blocks[label] for label in dict.fromkeys(self.device.labels)}
         if after == self._before:
             what = "not written: the same bytes, inode and modification time as before"
         else:
@@ -133,7 +136,8 @@ def describe(label: str, block: bytes) -> str:
         usual = block.replace(b" NEW CERTIFICATE", b" CERTIFICATE")
         return f"for {common_name(x509.load_pem_x509_csr(usual).subject)}"
     key: Any = serialization.load_pem_private_key(block, None)
-    return f"RSA, {key.key_size} bits; it never leaves the device"
+    kind = "RSA" if isinstance(key, rsa.RSAPrivateKey) else "elliptic curve"
+    return f"{kind}, {key.key_size} bits; it never leaves the device"
 
 
 class Administrator:

@@ -8,7 +8,9 @@ set -eu
 cd "$(dirname "$0")/../.."
 build=${BUILD:-build}/device
 suite=bookworm
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# This machine's own, unless another one is named. What apt fills in looks like a shell's.
+# shellcheck disable=SC2016
+mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1)}
 # The last one stands there because debootstrap doesn't follow virtual packages.
 packages=busybox-static,libfaketime,python3-cryptography,python3-cffi-backend,python3-openssl,python3-urllib3,python3-fasteners
 tree=$build/$suite-armhf

@@ -9,7 +9,9 @@ set -eu
 
 cd "$(dirname "$0")/../.."
 suite=${1:-bookworm}
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# This machine's own, unless another one is named. What apt fills in looks like a shell's.
+# shellcheck disable=SC2016
+mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1)}
 folder=$PWD/${BUILD:-build}/fresh
 tree=$folder/$suite
 packages=python3,python3-venv,make,git

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from torture.__main__ import PAGE
 from world import ROOT
 
 from powercut import machine, replaces, runs, stores, verdict, volatile
@@ -27,6 +26,8 @@ LOADS = {
 #: A run takes some seconds, a replace some thousandths.
 SHARE_OF_RUNS = 4
 
+#: What `make torture` has found stands there as well.
+PAGE = ROOT / "docs" / "torture.md"
 SECTION = "\n## Power cuts under real file systems\n"
 
 

@@ -59,7 +59,11 @@ class Stage:
         """A device that is "certified" or "pending", and what is in its key file."""
         client_id = f"fd{next(self._numbers):010x}"
         device = Device(
-            self.folder / client_id, "localhost:1", self.authority.certificate_file, client_id, command=(world.PLAIN,)
+            self.folder / client_id,
+            "localhost:1",
+            self.authority.certificate_file,
+            client_id,
+            command=(world.PLAIN,),
         )
         old = self.authority.identity(client_id, key=self.key, certified=state == "certified")
         device.has(old)

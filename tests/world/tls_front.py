@@ -88,6 +88,8 @@ class TlsFront(Front):
         for task in tasks:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        # What was closed or aborted says so to the loop one turn later.
+        loop.run_until_complete(asyncio.sleep(0.01))
         loop.close()
 
     def stop(self) -> None:
@@ -105,11 +107,16 @@ class TlsFront(Front):
             writer.close()
             return
         # The end of either connection is the end of both: TLS has no half-closed ones that are of use here.
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            while await self._exchange(number, reader, writer, behind, to_behind):
-                pass
-        for stream in (writer, to_behind):
-            stream.close()
+        try:
+            with suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                while await self._exchange(number, reader, writer, behind, to_behind):
+                    pass
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
+        finally:
+            for stream in (writer, to_behind):
+                stream.close()
 
     async def _exchange(
         self,

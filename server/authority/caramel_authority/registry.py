@@ -112,7 +112,7 @@ class Registry:
             waits = self.signer.waits(db, request) if request.state == AUTHORIZED else None
             due = request.state == AUTHORIZED and waits is None and self._is_due(db, newest)
         if due:
-            newest = self._renew(sha256)
+            newest, waits = self._renew(sha256)
         if address and address != request.address and self._addresses == "check":
             self._seen_at(request, address)
         if request.state != AUTHORIZED:
@@ -130,7 +130,8 @@ class Registry:
             query = select(requests.c.state).join(certificates).where(certificates.c.serial == f"{serial:x}")
             return bool(db.execute(query).scalar() == AUTHORIZED)
 
-    def _renew(self, sha256: str) -> Row[Any] | None:
+    def _renew(self, sha256: str) -> tuple[Row[Any] | None, int | None]:
+        """The newest certificate, new where it had to be; else for how long there is no use in asking."""
         with self.store.writing() as db:
             # Somebody else may have been faster: what counts is what is there now that the row is ours.
             request, newest = self._find(db, sha256, lock=True)
@@ -138,7 +139,8 @@ class Registry:
                 issued = self.signer.obtain(db, request)
                 if issued:
                     keep(db, request, issued)
-            return self._find(db, sha256)[1]
+            request, newest = self._find(db, sha256)
+            return newest, self.signer.waits(db, request) if request is not None else None
 
     @staticmethod
     def _find(db: Connection, sha256: str, lock: bool = False) -> tuple[Row[Any] | None, Row[Any] | None]:
