@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import world
 from world import Authority, HttpRequest, Run, Scripted, answers
@@ -177,7 +177,7 @@ class Chains:
         now = world.now()
         self.root = Authority(folder, not_before=now - 2 * YEAR, not_after=now + 2 * YEAR, path_length=None)
 
-        def dates(name: str) -> dict[str, datetime.datetime]:
+        def dates(name: str) -> dict[str, Any]:
             usual = (now - YEAR, now + YEAR)
             return dict(zip(("not_before", "not_after"), (begin, end) if name == link else usual))
 

@@ -188,13 +188,17 @@ class Authority:
         (folder / "ca.key").chmod(0o600)
         return cls.open(folder)
 
-    def intermediate(self, name: str, **dates: Moment) -> tuple[Authority, bytes]:
-        """An authority below this one, and its certificate by this one; `dates` are `not_before` and `not_after`."""
+    def intermediate(
+        self, name: str, *, not_before: Optional[Moment] = None, not_after: Optional[Moment] = None
+    ) -> tuple[Authority, bytes]:
+        """An authority below this one, to sign with, and its certificate by this one."""
         below = Authority.__new__(Authority)
         below.folder = self.folder
         below.key = ec.generate_private_key(ec.SECP256R1())
         subject = name_of([("O", "Example AB"), ("CN", name)])
-        text = self.issue(below.key.public_key(), subject, ca=True, usage=(), **dates)
+        text = self.issue(
+            below.key.public_key(), subject, ca=True, usage=(), not_before=not_before, not_after=not_after
+        )
         below.certificate = x509.load_pem_x509_certificate(text)
         return below, text
 
