@@ -153,9 +153,9 @@ request the server had, and the server had one request; and where the next, undi
 happened, with no litter beside the file.
 
 {report.table(found)}
-Not among these: an interpreter or a shell that can't start at all (fewer than 11 file descriptors, less than 15 MB
-of address space). The exit status is theirs then, not the program's; the key file is unharmed. A signal that arrives
-before the program's first line ends the interpreter as it would any other.
+Not among these: a shell that can't start at all (fewer than 12 file descriptors, less than 3 MB of address space).
+The exit status is the shell's then, not the program's; the key file is unharmed. Until the shell has read the
+starter's first lines, a signal ends it as it would any other.
 """
 
 

@@ -328,6 +328,8 @@ class Fleet:
                 wrong.append("the key file is neither the whole old nor the whole new one")
             elif dut.expected is not None and content != dut.expected:
                 wrong.append("the key file is another one than was to be expected")
+            elif content != world.sealed(world.unsealed(content), self.authority.pem, dut.client_id):
+                wrong.append("the key file's line of text isn't that of what follows it")
         if not content and dut.old:
             wrong.append("the key file's old content is gone")
         wrong += self._exposed(dut)

@@ -59,7 +59,9 @@ def points(trace: str, folder: Path) -> list[Point]:
     found: list[Point] = []
     counts: Counter[str] = Counter()
     main: Optional[str] = None
-    inside = re.compile(re.escape(str(folder)) + r'[/">(]')
+    # The folder itself, by its path or by its name in the folder above, and all in it.
+    above, name = (re.escape(text) for text in (str(folder.parent), folder.name))
+    inside = re.compile(rf'{above}(/|>, "){name}[/">(]')
     started = False
     for line in trace.splitlines():
         match = _LINE.match(line)
