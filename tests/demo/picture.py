@@ -22,7 +22,7 @@ SHOWN = (
 LEFT_OUT = "[...]"
 
 #: The terminal, in columns; a column and a line in pixels.
-COLUMNS, WIDTH, HEIGHT = 106, 7.8, 17
+COLUMNS, WIDTH, HEIGHT = 110, 7.8, 17
 
 #: Colours by what a line begins with, after its four spaces.
 COLOURS = {"$": "#7ee787", "#": "#e3b341", "|": "#9da7b3"}
