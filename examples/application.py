@@ -17,8 +17,11 @@ import urllib.request
 import uuid
 from typing import Optional
 
-import caramel_embedded
-from caramel_embedded import Identity
+try:
+    import caramel_embedded
+    from caramel_embedded import Identity
+except ModuleNotFoundError as error:
+    sys.exit(f"application.py: there is no module {error.name}: pip install caramel-embedded")
 
 
 class Wallet:
@@ -56,8 +59,12 @@ def tls(identity: Identity, ca_cert: bytes) -> ssl.SSLContext:
 
 
 def main(database: str, server: str, ca_cert_file: str, *url: str) -> int:
-    with open(ca_cert_file, "rb") as file:
-        ca_cert = file.read()
+    try:
+        with open(ca_cert_file, "rb") as file:
+            ca_cert = file.read()
+    except OSError as error:
+        print(f"the CA certificate can't be read: {error}", file=sys.stderr)
+        return 2
     wallet = Wallet(database)
     with contextlib.closing(wallet.database):
         client_id, stored, modified = wallet.load()
@@ -87,4 +94,6 @@ def main(database: str, server: str, ca_cert_file: str, *url: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit("usage: application.py DATABASE SERVER CA_CERT [URL]")
     sys.exit(main(*sys.argv[1:]))

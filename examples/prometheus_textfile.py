@@ -47,14 +47,20 @@ def metrics(status: int, output: str) -> str:
 
 def main(path: str, *command: str) -> int:
     line = [*(command or ["caramel-embedded"]), "--status", "--json"]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, timeout=60)
-    # The collector may read at any time: it sees the old file or the new one.
-    temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w") as file:
-        file.write(metrics(done.returncode, done.stdout))
-    os.replace(temporary, path)
+    try:
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, timeout=60)
+        # The collector may read at any time: it sees the old file or the new one.
+        temporary = f"{path}.{os.getpid()}"
+        with open(temporary, "w") as file:
+            file.write(metrics(done.returncode, done.stdout))
+        os.replace(temporary, path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"prometheus_textfile.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: prometheus_textfile.py FILE.prom [COMMAND...]")
     sys.exit(main(*sys.argv[1:]))

@@ -9,10 +9,13 @@ from __future__ import annotations
 import sys
 import uuid
 
-import keyring
+try:
+    import keyring
 
-import caramel_embedded
-from caramel_embedded import Identity
+    import caramel_embedded
+    from caramel_embedded import Identity
+except ModuleNotFoundError as error:
+    sys.exit(f"with_keyring.py: there is no module {error.name}: pip install keyring caramel-embedded")
 
 SERVICE = "com.example.app"
 
@@ -33,20 +36,30 @@ def store(identity: Identity) -> None:
 
 
 def main(server: str, ca_cert_file: str) -> int:
-    with open(ca_cert_file, "rb") as file:
-        ca_cert = file.read()
+    try:
+        with open(ca_cert_file, "rb") as file:
+            ca_cert = file.read()
+    except OSError as error:
+        print(f"the CA certificate can't be read: {error}", file=sys.stderr)
+        return 2
     # A key chain that is locked raises an exception here. That must not be taken for "there is none".
     text = keyring.get_password(SERVICE, "identity")
-    outcome = caramel_embedded.check(
-        server=server,
-        ca_cert=ca_cert,
-        client_id=client_id(),
-        stored=None if text is None else text.encode("ascii"),
-        store=store,
-    )
+    try:
+        outcome = caramel_embedded.check(
+            server=server,
+            ca_cert=ca_cert,
+            client_id=client_id(),
+            stored=None if text is None else text.encode("ascii"),
+            store=store,
+        )
+    except caramel_embedded.CaramelError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(outcome)
     return 0 if outcome.certified else 69
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: with_keyring.py SERVER CA_CERT")
     sys.exit(main(*sys.argv[1:]))

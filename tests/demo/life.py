@@ -280,6 +280,9 @@ def stay(folder: Path) -> None:
         quote(f"{world.COMMAND} --config {told.settings} -v; echo $?", "$")
         say("See what it has:")
         quote(f"{world.COMMAND} --config {told.settings} --status", "$")
+        say("Or make one file of the program, for this server (the file for the CA goes into it):")
+        # As options of make, so that the line can be typed as it stands.
+        quote(f"make zipapp SERVER={front.address} CA_CERT={caramel.authority.certificate_file}", "$")
         say("And be the administrator:")
         tool = f"{world.CARAMEL / 'caramel_tool'} {caramel.ini}"
         for action in ("--list", "--sign 1", "--reject 1"):
