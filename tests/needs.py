@@ -201,7 +201,7 @@ def require(*names: str) -> None:
         pytest.skip(_reason(missing))
 
 
-#: Marks what takes too long for `make test`. By itself: make test CARAMEL_TESTS_NO_SKIP=1 TESTS=tests/test_container.py
+#: Marks what takes too long for `make test`. By itself: make test CARAMEL_TESTS_NO_SKIP=1 TESTS=tests/test_xyz.py
 slow = pytest.mark.skipif(not EVERYTHING, reason=_SLOW)
 
 

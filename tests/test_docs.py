@@ -495,7 +495,9 @@ def test_every_target_that_the_pages_name_is_there() -> None:
     there = set(re.findall(r"^  make ([a-z-]+)", help_, re.MULTILINE))
     for page in PAGES:
         # Other trees have a make of their own: that of Buildroot.
-        for target in re.findall(r"(?m)(?:^ {4}|`)make ((?!install-)[a-z]+(?:-[a-z]+)*)\b(?![.:/=])", page.read_text()):
+        for target in re.findall(
+            r"(?m)(?:^ {4}|`)make ((?!install-)[a-z]+(?:-[a-z]+)*)\b(?![.:/=])", page.read_text()
+        ):
             assert target in there, f"{page.name}: make {target}"
 
 
