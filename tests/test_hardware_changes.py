@@ -119,7 +119,7 @@ def test_a_serial_number_that_a_newer_kernel_shows_costs_no_identity(machine: Ma
 def test_a_file_of_the_first_release_is_held_on_to_while_its_id_is_there(
     machine: Machine, authority: Authority
 ) -> None:
-    machine.device.has(authority.identity(ETH1, certified=False))
+    machine.device.has(authority.identity(ETH1, certified=False, line=False))
     machine.addresses = {"lan0": ETH0, "lan1": ETH1}
     machine.keeps(ETH1)
     assert machine.line["hw"].count(",") == 1
