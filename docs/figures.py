@@ -23,7 +23,9 @@ def table(page: Path, heading: str = "") -> list[dict[str, str]]:
         text = text.partition(f"\n{heading}\n")[2]
     found = re.search(r"^\|.*?(?=^[^|]|\Z)", text, re.M | re.S)
     assert found, f"{page.name}: no table under {heading!r}"
-    lines = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in found[0].splitlines() if line]
+    lines = [
+        [cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in found[0].splitlines() if line
+    ]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
