@@ -17,7 +17,7 @@ import os
 import stat
 from typing import Optional
 
-import fasteners  # type: ignore[import-untyped, unused-ignore]
+from fasteners import InterProcessLock  # type: ignore[import-untyped, unused-ignore]
 
 from .errors import Locked, StorageError
 
@@ -29,7 +29,7 @@ def _problem(what: str, path: str, error: OSError) -> StorageError:
     return StorageError("%s %s: %s" % (what, path, error.strerror or error))
 
 
-class FileLock(fasteners.InterProcessLock):  # type: ignore[misc, unused-ignore]  # no types in older releases
+class FileLock(InterProcessLock):  # type: ignore[misc, unused-ignore]  # no types in older releases
     """flock(2) on a file that is already open: fasteners' own is a POSIX record lock, which flock(1) doesn't see."""
 
     def __init__(self, fd: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -117,6 +118,10 @@ NEEDS: dict[str, Need] = {
     "knotd": program("knotd", "knot"),
     "knsupdate": program("knsupdate", "knot-dnsutils"),
     "logger": program("logger", "bsdutils"),
+    "login": Need(
+        lambda: not re.search(r"/(nologin|false)$", pwd.getpwuid(os.getuid()).pw_shell),
+        what="a user who may log in",
+    ),
     "make": program("make"),
     "mandoc": program("mandoc"),
     "mariadb": program("mariadb", "mariadb-client"),
@@ -196,7 +201,7 @@ def require(*names: str) -> None:
         pytest.skip(_reason(missing))
 
 
-#: Marks what takes too long for `make test`.
+#: Marks what takes too long for `make test`. By itself: make test CARAMEL_TESTS_NO_SKIP=1 TESTS=tests/test_xyz.py
 slow = pytest.mark.skipif(not EVERYTHING, reason=_SLOW)
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import world
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from needs import require
 from world import Authority, Device, Scripted, answers, hours, now
 
@@ -89,33 +85,12 @@ def test_a_clock_that_is_behind_makes_nothing_good_that_has_ended(
         assert device.run(before=at(now() - hours(24 * 20))).status == 127
 
 
-def intermediate(authority: Authority, name: str, **dates: Any) -> tuple[Authority, bytes]:
-    """A CA under `authority`, to sign servers with, and its certificate by `authority`."""
-    below = Authority.__new__(Authority)
-    below.folder = authority.folder
-    below.key = ec.generate_private_key(ec.SECP256R1())
-    subject = world.name_of([("O", "Example AB"), ("CN", name)])
-    text = authority.issue(below.key.public_key(), subject, ca=True, usage=(), **dates)
-    below.certificate = x509.load_pem_x509_certificate(text)
-    return below, text
-
-
 @pytest.mark.parametrize("ended", [False, True])
 def test_an_intermediate_of_the_server_is_looked_at_too(tmp_path: Path, ended: bool) -> None:
     """In 1970 OpenSSL looks at no dates; what ended before the floor is refused, wherever it stands in the chain."""
-    root = Authority(tmp_path / "root", not_before=now() - hours(24 * 400))
-    builder = (
-        x509.CertificateBuilder(
-            root.certificate.subject, root.certificate.subject, root.key.public_key(), x509.random_serial_number()
-        )
-        .not_valid_before(now() - hours(24 * 400))
-        .not_valid_after(now() + hours(24 * 400))
-        .add_extension(x509.BasicConstraints(True, None), True)
-    )
-    root.certificate = builder.sign(root.key, hashes.SHA256())
-    root.certificate_file.write_bytes(root.pem)
+    root = Authority(tmp_path / "root", not_before=now() - hours(24 * 400), path_length=None)
     end = now() - hours(24 * 399) + hours(5) if ended else now() + hours(24)
-    below, text = intermediate(root, "Server CA", not_before=now() - hours(24 * 399), not_after=end)
+    below, text = root.intermediate("Server CA", not_before=now() - hours(24 * 399), not_after=end)
     pem = below.server(not_before=now() - hours(1), file="below.pem")
     content = pem.read_bytes()
     split = content.index(b"-----BEGIN PRIVATE")

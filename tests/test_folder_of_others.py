@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import world
 from needs import needs
+from torture import folders, report
+from torture.fleet import Fleet
 from world import Authority, Device, Scripted, Snapshot, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -143,6 +145,12 @@ def test_a_file_whose_owner_may_still_write_to_it_gets_another_inode(
         assert owned.run("--owner", "root").status == 69
         assert os.fstat(kept_open.fileno()).st_ino != owned.key_file.stat().st_ino
     assert owned.key_file.stat().st_uid == 0
+
+
+def test_whatever_is_planted_there_leads_nowhere_in_any_moment_of_a_devices_life(fleet: Fleet) -> None:
+    row = report.tried("", folders.cases(fleet, full=False))
+    assert not row.lost, "\n".join(row.lost)
+    assert row.cases >= 16
 
 
 # --- Links that are the administrator's ---

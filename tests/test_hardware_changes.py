@@ -13,6 +13,8 @@ from typing import Optional
 
 import pytest
 from needs import needs
+from torture import hardware, report
+from torture.fleet import Fleet
 from world import Answer, Authority, Device, Run, Scripted, answers
 
 ETH0, ETH1, WLAN0 = "0050c2a1b2c3", "0050c2d4e5f6", "0050c2778899"
@@ -139,6 +141,12 @@ def test_an_explicit_id_is_not_held_against_anything(machine: Machine) -> None:
     assert "hw" not in machine.line
     machine.addresses = {}
     machine.keeps("meter-7")
+
+
+def test_whatever_comes_and_goes_costs_no_identity_while_anything_is_left(fleet: Fleet) -> None:
+    row = report.tried("", hardware.cases(fleet, full=False))
+    assert not row.lost, "\n".join(row.lost)
+    assert row.cases == 12
 
 
 # --- A source that is there and can't be read ---

@@ -22,7 +22,9 @@ def test_a_run_that_opened_the_file_just_before_another_replaced_it_looks_again(
     dut = fleet.rejection()
     # The call is held up before it is made: strace(1), delay_enter, microseconds.
     slow = ("strace", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:delay_enter=4000000:when=1")
+    installed, dut.device.command = dut.device.command, list(world.WITHOUT_STARTER)
     process = dut.device.start(*dut.options, before=slow)
+    dut.device.command = installed
     descriptors = world.until("the file is open", lambda: _opened_by_child(process.pid, dut.device.key_file))
     assert descriptors
     quick = dut.run()

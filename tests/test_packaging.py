@@ -17,7 +17,21 @@ from typing import Optional, Union
 import pytest
 from cryptography.hazmat.primitives import serialization
 from needs import needs, require
-from world import ROOT, SERVER_AUTH, Authority, environment, hours, new_key, now, private_pem, signing_request
+from world import (
+    ROOT,
+    SERVER_AUTH,
+    Authority,
+    Device,
+    Scripted,
+    environment,
+    hours,
+    interpreters,
+    new_key,
+    now,
+    private_pem,
+    signing_request,
+)
+from world.answers import NOT_MODIFIED
 
 Done = subprocess.CompletedProcess[str]
 
@@ -325,7 +339,7 @@ def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Au
     start, end = content.index(b"from caramel_embedded.__main__ import"), content.index(b"main(locked=75)\n")
     # In the place of the program, and of the same length, so that what lies behind it stays in its place.
     asked = (
-        b"import urllib3; from importlib.metadata import version\n"
+        b"import os, urllib3; from importlib.metadata import version\n"
         b'    os.write(1, (urllib3.__file__ + " " + version("urllib3")).encode()); os._exit(0)\n'
         b"except OSError: pass\n"
     )
@@ -349,6 +363,35 @@ def test_a_folder_that_lacks_a_library_fails_the_build(tmp_path: Path, ca: Autho
     assert (done.returncode, f"PACKAGES={tmp_path}/packages" in done.stderr) == (2, True)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_its_head_is_the_starter(pyz: Path) -> None:
+    """But for where Python and the program are."""
+    mark = b"# --- where "
+    before, _, rest = (ROOT / "packaging/starter/caramel-embedded").read_bytes().partition(mark)
+    behind = rest.partition(b"# --- end of where\n")[2]
+    head = pyz.read_bytes().partition(b"\nexit\n")[0] + b"\nexit\n"
+    assert before and head.startswith(before)
+    assert len(behind) > 1000 and head.endswith(behind)
+    assert mark not in head
+
+
+@pytest.mark.parametrize(("version", "python"), interpreters(), ids=lambda value: value if "/" not in value else "")
+def test_an_unchanged_check_needs_nothing_of_the_device(
+    tmp_path: Path, ca: Authority, version: str, python: str
+) -> None:
+    """But Python itself, of any version: there are no packages at all, which the first check would need."""
+    done = run(python, "-m", "venv", "--without-pip", tmp_path / "bare")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "out.pyz"
+    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
+    device = Device(tmp_path / "device", None, ca.certificate_file, "x", command=[str(path)])
+    device.has(ca.identity("x", not_before=now() - hours(1)))
+    with Scripted(ca.server(file=f"{version}.pem"), [NOT_MODIFIED]) as server:
+        device.server = server.address
+        certified = device.run(env={"SSL_CERT_FILE": "/nonexistent"})
+    assert (certified.status, certified.err.count("\n")) == (0, 1), certified
+    assert len(server.requests) == 1
 
 
 def version(command: list[str], **env: str) -> None:
@@ -458,47 +501,6 @@ def test_a_bad_option_fails_make_zipapp(tmp_path: Path, ca: Authority, words: li
     assert word in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-# --- The launcher ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
-def test_a_launcher_without_a_working_python_is_127(tmp_path: Path, shell: str) -> None:
-    require(shell)
-    launcher = tmp_path / "caramel-embedded"
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    command = [shell, "sh"] if shell == "busybox" else [shell]
-    python = tmp_path / "python3"
-    python.write_bytes(b"\x7fELF, of some other processor")
-    python.chmod(0o755)
-    done = run(*command, launcher, env=surroundings())
-    assert (done.returncode, done.stdout) == (127, "")
-    assert done.stderr
-
-
-def test_a_launcher_without_the_package_is_127(tmp_path: Path) -> None:
-    launcher = tmp_path / "bin/caramel-embedded"
-    venv.create(tmp_path, with_pip=False, symlinks=True)
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    done = run(launcher, env=surroundings())
-    assert (done.returncode, done.stdout) == (127, "")
-    assert "No module named 'caramel_embedded'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_launcher_takes_the_python_beside_it_also_by_way_of_a_link(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    launcher = tmp_path / "bin/caramel-embedded"
-    shutil.copy(ROOT / "packaging/starter/caramel-embedded", launcher)
-    python = tmp_path / "bin/python3"
-    python.write_text('#!/bin/sh\nprintf "%s|" "$1" "$2" "$3" "$5" "$6"\n')
-    python.chmod(0o755)
-    link = tmp_path / "elsewhere"
-    link.symlink_to(launcher)
-    for path in (launcher, link):
-        done = run(path, "--client-id", "two words", env=surroundings())
-        assert (done.returncode, done.stdout) == (0, "-I|-B|-c|--client-id|two words|")
 
 
 # --- make install ---------------------------------------------------------------------------------------

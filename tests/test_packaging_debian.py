@@ -8,10 +8,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from needs import needs
+from needs import needs, slow
 from world import ROOT, environment
 
-pytestmark = needs("mounts", "debian-tools", "deb-systemd-helper", "systemctl")
+pytestmark = [slow, needs("mounts", "debian-tools", "deb-systemd-helper", "systemctl")]
 
 COPY = """
 mount -t tmpfs tmpfs /mnt

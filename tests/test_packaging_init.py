@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 import pytest
-from needs import busybox_with_crond, needs, require
+from needs import busybox_with_crond, needs, require, slow
 from world import ROOT, Daemon, environment, until
 
 LIBEXEC = ROOT / "packaging/libexec"
@@ -446,6 +446,7 @@ echo '{"status": 0, "retry_after": null}'
 """
 
 
+@slow
 @needs("mounts", "busybox-crond")
 def test_busybox_boots_and_its_cron_makes_the_same_check(tmp_path: Path) -> None:
     """init, shell, start-stop-daemon and crond are BusyBox's. Takes up to a minute: that's how often crond looks."""

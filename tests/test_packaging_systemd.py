@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from needs import needs
+from needs import needs, slow
 from world import (
     BUILD,
     ROOT,
@@ -33,6 +33,9 @@ from world import (
     signing_request,
     until,
 )
+
+# Machines are booted once: all of it runs in one of pytest-xdist's processes.
+pytestmark = pytest.mark.xdist_group("systemd")
 
 UNITS = ROOT / "packaging/systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
@@ -296,6 +299,7 @@ def start(machine: Machine, *units: str) -> None:
     assert machine.inside("systemctl", "start", "--no-block", *units) == ""
 
 
+@slow
 @needs("nspawn")
 def test_a_unit_that_needs_the_certificate_waits_and_nobody_else(machine: Machine, caramel: Caramel) -> None:
     until("the server has the request", lambda: caramel.requests(OWN), PATIENCE)
@@ -318,6 +322,7 @@ def test_a_unit_that_needs_the_certificate_waits_and_nobody_else(machine: Machin
     assert machine.state_of("kept.service") == "active"
 
 
+@slow
 @needs("nspawn")
 def test_the_group_can_read_what_the_unit_made(machine: Machine, caramel: Caramel) -> None:
     key_file = "/var/lib/caramel/identity.pem"
@@ -337,6 +342,7 @@ def user_of(machine: Machine, service: str) -> int:
     return int(machine.inside("stat", "-c", "%u", f"/proc/{process}"))
 
 
+@slow
 @needs("nspawn")
 @pytest.mark.parametrize(
     ("instance", "hook"),
@@ -361,6 +367,7 @@ def test_whatever_the_hook_does_the_unit_that_needs_the_certificate_starts(
         assert machine.inside("systemctl", "stop", f"caramel-embedded@{instance}.service") == ""
 
 
+@slow
 @needs("nspawn")
 def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, caramel: Caramel) -> None:
     """The waiting unit looks into another file, where no certificate will ever be."""
@@ -382,6 +389,7 @@ def test_settings_that_only_the_checks_have_make_no_storm(machine: Machine, cara
     machine.inside("systemctl", "stop", "needs-own.service", "caramel-embedded-certificate@own.service")
 
 
+@slow
 @needs("nspawn")
 def test_an_instance_has_readers_and_restarts_services(machine: Machine, caramel: Caramel) -> None:
     instance, key_file = "web", "/var/lib/caramel/web/identity.pem"
@@ -397,6 +405,7 @@ def test_an_instance_has_readers_and_restarts_services(machine: Machine, caramel
     assert "PRIVATE KEY" in as_a_reader(machine, key_file)
 
 
+@slow
 @needs("nspawn")
 def test_an_instance_with_a_user_of_its_own(machine: Machine, caramel: Caramel) -> None:
     """And there and back, with what it has."""
@@ -440,6 +449,7 @@ def server_program() -> Path:
     return folder
 
 
+@slow
 @needs("nspawn")
 def test_the_documented_server_works_confined(tmp_path: Path, server_program: Path, authority: Authority) -> None:
     """The page's own commands, files and unit; a request, and a signature by root while the server runs."""
@@ -468,6 +478,7 @@ def test_the_documented_server_works_confined(tmp_path: Path, server_program: Pa
         assert "BEGIN CERTIFICATE-" in machine.inside("curl", "-sS", "--fail", f"{url}/{sha256}")
 
 
+@slow
 @needs("nspawn")
 def test_machines_with_one_machine_id_are_not_in_step(machine: Machine) -> None:
     """Each start of the timer draws another moment of the hour, on one machine as on two of one ID."""
@@ -478,6 +489,7 @@ def test_machines_with_one_machine_id_are_not_in_step(machine: Machine) -> None:
     assert len(moments) > 1, moments
 
 
+@slow
 @needs("nspawn")
 def test_with_a_stored_certificate_nobody_waits_for_the_network(tmp_path: Path, authority: Authority) -> None:
     client_id = "systemd-offline"

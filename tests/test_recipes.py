@@ -149,12 +149,8 @@ def test_mariadb(start: Start) -> None:
         f"datadir = {server.folder}/data\npid-file = {server.folder}/run/pid\nbind-address = 127.0.0.1\n"
         "!includedir /etc/mysql/mariadb.conf.d/\n",
     )
-    server.sh(
-        server.as_user(
-            "mysql",
-            f"mariadb-install-db --no-defaults --skip-test-db --skip-name-resolve --datadir={server.folder}/data",
-        )
-    )
+    options = "--no-defaults --skip-test-db --skip-name-resolve --auth-root-authentication-method=normal"
+    server.sh(server.as_user("mysql", f"mariadb-install-db {options} --datadir={server.folder}/data"))
     server.service("mariadb", "mariadbd", f"--defaults-file={conf}", user="mysql")
     for name in ("mariadb", "mariadb-admin"):
         server.program(name, f'exec /usr/bin/{name} --defaults-file={conf} -u root "$@"')
@@ -642,7 +638,7 @@ def test_two_files_are_on_the_disk_before_they_are_named(tmp_path: Path, authori
 
 
 def test_ssh(start: Start, request: pytest.FixtureRequest) -> None:
-    require("sshd", "ssh", "ssh-keygen", "stunnel4", "openssl", "wg")
+    require("sshd", "ssh", "ssh-keygen", "stunnel4", "openssl", "wg", "login")
     place, port, tls = start("SSH and WireGuard: what an identity can't do"), world.free_port(), world.free_port()
     device, server = place.device, place.server
     place.say({"ssh.example.com:443": f"localhost:{tls}", "ssh.example.com": "localhost"})

@@ -17,7 +17,8 @@ test: authority-types
 
 # From a copy, because setuptools leaves things beside what it builds.
 $(BUILD)/authority/installed: $(AUTHORITY_SOURCES)
-	@rm -rf $(@D)-source && mkdir -p $(@D) && cp -r $(AUTHORITY) $(@D)-source
+	@rm -rf $(@D)-source && mkdir -p $(@D) $(@D)-source
+	@cp -r $(addprefix $(AUTHORITY)/,pyproject.toml README.md caramel_authority) $(@D)-source
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		$(PYTHON) -m venv $(@D) && \
 		$(@D)/bin/python $(PIP_INSTALL) mypy types-waitress types-requests '$(@D)-source[postgresql]'; \

@@ -353,6 +353,9 @@ def zipapp(path: Path, authority: world.Authority) -> Path | None:
     """The program in one file as `make zipapp` makes it, for the interpreter of the installed one."""
     python = str(world.BUILD / "venv" / "bin" / "python")
     command = [python, "-B", str(world.ROOT / "packaging" / "pyz.py"), "--output", str(path), "--python", python]
+    # The libraries inside are the installed one's own.
+    packages = next((world.BUILD / "venv").glob("lib/python3*/site-packages"))
+    command += ["--packages", str(packages)]
     # What is baked in is what the environment says anyway.
     settings = ["--server", "localhost:443", "--ca-cert", str(authority.certificate_file)]
     done = subprocess.run([*command, *settings], stderr=subprocess.PIPE, check=False, timeout=120)

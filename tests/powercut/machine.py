@@ -33,7 +33,7 @@ FLASH = 8 << 20
 #: Seconds that anything may take which isn't a load; generous, because machines are shared.
 PATIENCE = 120.0
 
-_KERNEL_LINE = "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off random.trust_cpu=1 tsc=unstable rdinit=/init"
+_KERNEL_LINE = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off random.trust_cpu=1 tsc=unstable rdinit=/init"
 
 
 class Failed(Exception):

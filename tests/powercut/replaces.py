@@ -66,7 +66,13 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
             if row.cuts == cuts:
                 break
             cut = Cut(row.cuts + 1, chance.choice(("loop", "loop", "first ones", "single")), found)
-            following = _loaded(rig, cut, following)
+            try:
+                following = _loaded(rig, cut, following)
+            except Failed as error:
+                row.count("stuck", f"{cut}: {error}")
+                rig.cut()
+                rig.make()
+                cut, found = None, None
     finally:
         rig.close()
     row.seconds = time.monotonic() - started
@@ -119,7 +125,7 @@ def _loaded(rig: Rig, cut: Cut, first: int) -> int:
     said, cut.cost = rig.cut()
     for event in said:
         if "failed" in event:
-            raise Failed(f"the load failed: {event['failed']}")
+            raise Failed(f"the load failed: {event['failed']}; {machine.log[-5:]}")
     acks += [event["ack"] for event in said if "ack" in event]
     if acks:
         cut.floor, cut.acks = max(acks), len(acks)

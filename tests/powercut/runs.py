@@ -209,6 +209,7 @@ class Device:
 
     def _resigned(self, hook: bool) -> list[str]:
         """Where the file system can't keep a mode, a run that changes nothing says so, and writes nothing."""
+        self.rig.do("sync -f /data")  # the clusters that the run before has freed
         self.rig.disk.watch()
         _, output = self.run(hook)
         wrong = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from world import ROOT
 
-from torture import clocks, concurrency, disk, machine, network, power, report, simulation
+from torture import clocks, concurrency, disk, folders, hardware, machine, network, power, report, simulation
 from torture.fleet import Fleet
 from torture.report import Case, Row, tried
 
@@ -76,7 +76,10 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
             "starved": ("too few file descriptors, too little memory, no file may grow", machine.starved),
             "outputs": ("standard input, output and error closed, full or broken", machine.outputs),
             "signals": ("a signal at a system call", machine.signals),
-            "missing": ("a dependency missing or broken", machine.missing),
+            "starter": ("a signal to the starter, at its system calls and at moments of the run", machine.starter),
+            "ignored": ("signals that the caller ignores", machine.ignored),
+            "missing": ("a package or another part missing or broken", machine.missing),
+            "cannot start": ("an interpreter that can't start", machine.cannot_start),
             "environments": ("a hostile environment", machine.environments),
         }
         for name, (what, make) in kinds.items():
@@ -88,8 +91,15 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
             yield tried(
                 "/etc empty or unreadable; a process that is stopped", [*machine.etc(fleet), machine.stopped(fleet)]
             )
+        if wanted("folders"):
+            yield tried("a folder of somebody else's: links, hard links, drafts, FIFOs, a race", folders.cases(fleet))
+        if wanted("hardware"):
+            yield tried("hardware that comes, goes, and can't be read", hardware.cases(fleet))
         if wanted("clocks"):
             yield tried("clocks: 1970, behind, ahead, 2080, jumping", clocks.cases(fleet))
+            yield tried(
+                "each certificate of each chain begins late or has ended, by each clock", clocks.chains(fleet)
+            )
         if wanted("concurrency"):
             counts: Counter[str] = Counter()
             row = tried(
@@ -143,9 +153,9 @@ request the server had, and the server had one request; and where the next, undi
 happened, with no litter beside the file.
 
 {report.table(found)}
-Not among these: an interpreter or a shell that can't start at all (fewer than 11 file descriptors, less than 15 MB
-of address space). The exit status is theirs then, not the program's; the key file is unharmed. A signal that arrives
-before the program's first line ends the interpreter as it would any other.
+Not among these: a shell that can't start at all (fewer than 12 file descriptors, less than 3 MB of address space).
+The exit status is the shell's then, not the program's; the key file is unharmed. Until the shell has read the
+starter's first lines, a signal ends it as it would any other.
 """
 
 

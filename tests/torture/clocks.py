@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import world
-from world import HttpRequest, Run, Scripted
+from world import Authority, HttpRequest, Run, Scripted, answers
 
 from torture.fleet import DeviceUnderTest, Fleet, key_file_parts
 from torture.report import Case
@@ -128,7 +128,7 @@ def server_ended_before_the_floor(fleet: Fleet, moment: Optional[datetime.dateti
     name = f"ended-{moment.year if moment else 0}.pem"
     pem = fleet.authority.server(not_before=begin - 3 * DAY, not_after=begin - DAY, file=name)
     dut = fleet.pending()
-    with Scripted(pem, [world.answer(403, b'{"status":403}', "Content-Type: application/problem+json")]) as server:
+    with Scripted(pem, [answers.REJECTED]) as server:
         dut.device.server = server.address
         run = dut.run(before=at(moment))
         asked = len(server.requests)
@@ -160,6 +160,103 @@ def a_day_behind_but_past_the_floor(fleet: Fleet) -> list[str]:
     if dut.content != dut.expected:
         wrong.append("a day later the certificate isn't there")
     return wrong
+
+
+# --- Each certificate of each chain
+
+#: The certificates of the two chains below the CA.
+LINKS = ("the server's", "the server's intermediate", "the device's", "the device's intermediate")
+YEAR = datetime.timedelta(days=365)
+
+
+class Chains:
+    """A CA that is two years old, two intermediates under it, and what they sign: the server and the device."""
+
+    def __init__(self, folder: Path, link: str, begin: datetime.datetime, end: datetime.datetime) -> None:
+        """`link` is valid from `begin` to `end`, all others for two years around now."""
+        now = world.now()
+        self.root = Authority(folder, not_before=now - 2 * YEAR, not_after=now + 2 * YEAR, path_length=None)
+
+        def dates(name: str) -> dict[str, Any]:
+            usual = (now - YEAR, now + YEAR)
+            return dict(zip(("not_before", "not_after"), (begin, end) if name == link else usual))
+
+        servers, text = self.root.intermediate("Servers", **dates(LINKS[1]))
+        self.pem = servers.server(file="below.pem", **dates(LINKS[0]))
+        certificate, boundary, key = self.pem.read_bytes().partition(b"-----BEGIN PRIVATE KEY-----")
+        self.pem.write_bytes(certificate + text + boundary + key)
+        self._devices, self._text = self.root.intermediate("Devices", **dates(LINKS[3]))
+        self._dates = dates(LINKS[2])
+
+    def sign(self, request: bytes) -> bytes:
+        """The device's certificate and its intermediate's."""
+        return self._devices.sign(request, **self._dates) + self._text
+
+
+#: The program as a package that no firmware's build time was baked into: nothing but certificates tells the time.
+UNBAKED = [
+    *world.WITHOUT_STARTER[:-1],
+    "from caramel_embedded import settings\n"
+    "from caramel_embedded.__main__ import main\n"
+    "settings.baked = lambda name: None\n"
+    "main()",
+]
+
+#: By the words for the device's clock: how many days it is behind the right time.
+CLOCKS = {"1970": None, "300 days behind": 300, "20 days behind": 20, "right": 0}
+
+
+def each_of_a_chain(fleet: Fleet, link: str, which: str, clock: str) -> Case:
+    """One certificate of the chains hasn't begun by the device's clock, or has ended before a time that has certainly
+    passed: before the CA began, or before the certificate that the device has."""
+
+    def act() -> list[str]:
+        now, behind = world.now(), CLOCKS[clock]
+        moment = FIRST_BOOT if behind is None else now - DAY * behind
+        dates = {
+            "has just begun": (now - DAY / 24, now + 30 * DAY),
+            "ended before the CA began": (now - 4 * YEAR, now - 3 * YEAR),
+            "ended before what the device has began": (now - 200 * DAY, now - 100 * DAY),
+            "ended by the clock": (now - 400 * DAY, now - DAY / 24),
+        }[which]
+        device = fleet.device()
+        chains = Chains(device.folder / "ca", link, *dates)
+        device.ca, device.command = chains.root.certificate_file, UNBAKED
+        request = world.signing_request(fleet.key, chains.root.subject_for(str(device.client_id)))
+        # What the device has began 50 days ago: that is the floor, unless the clock is past it.
+        held = chains.root.sign(request, not_before=now - 50 * DAY, not_after=now + 9 * DAY)
+        # In one case it has none, and the CA's beginning is the floor.
+        content = world.key_file_content(fleet.key, request, b"" if "the CA" in which else held)
+        device.has(world.sealed(content, chains.root.pem, str(device.client_id)))
+        old = device.key_file.read_bytes()
+        # What ended an hour ago is good for a clock that is behind that.
+        good = which == "has just begun" or (which == "ended by the clock" and behind != 0)
+        pem = chains.sign(request)
+        with Scripted(chains.pem, [answers.certificate(pem)]) as server:
+            device.server = server.address
+            run = device.run("--timeout=20", before=at(moment))
+            asked = len(server.requests)
+        wrong = _said(run, 0 if good else 127)
+        if good and pem not in device.key_file.read_bytes():
+            wrong.append("the certificate isn't there")
+        if not good and device.key_file.read_bytes() != old:
+            wrong.append("the key file was changed")
+        if not good and link in LINKS[:2] and asked:
+            wrong.append("it was asked")
+        return wrong
+
+    return Case(f"{link} {which}, the clock is {clock}", act)
+
+
+def chains(fleet: Fleet) -> list[Case]:
+    """Every certificate of both chains, in every way, by every clock."""
+    ways = (
+        "has just begun",
+        "ended before the CA began",
+        "ended before what the device has began",
+        "ended by the clock",
+    )
+    return [each_of_a_chain(fleet, link, which, clock) for link in LINKS for which in ways for clock in CLOCKS]
 
 
 def jump(fleet: Fleet, name: str, start: datetime.datetime, to: datetime.datetime, statuses: Sequence[int]) -> Case:

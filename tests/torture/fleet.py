@@ -100,6 +100,14 @@ class DeviceUnderTest:
     def run(self, *more: str, **how: Any) -> Run:
         return self.device.run(*self.options, *more, **how)
 
+    def run_alone(self, *more: str, **how: Any) -> Run:
+        """A run without the starter: one process, which can be traced, or killed at one of its own calls."""
+        command, self.device.command = self.device.command, list(world.WITHOUT_STARTER)
+        try:
+            return self.run(*more, **how)
+        finally:
+            self.device.command = command
+
     @property
     def content(self) -> Optional[bytes]:
         try:
@@ -111,7 +119,7 @@ class DeviceUnderTest:
 class Fleet:
     """One Caramel server with a TLS front and any number of devices; lives as long as its `with` block."""
 
-    def __init__(self, folder: Path, command: Sequence[str] = world.WITHOUT_STARTER) -> None:
+    def __init__(self, folder: Path, command: Sequence[str] = (world.PLAIN,)) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.command = list(command)
@@ -320,6 +328,8 @@ class Fleet:
                 wrong.append("the key file is neither the whole old nor the whole new one")
             elif dut.expected is not None and content != dut.expected:
                 wrong.append("the key file is another one than was to be expected")
+            elif content != world.sealed(world.unsealed(content), self.authority.pem, dut.client_id):
+                wrong.append("the key file's line of text isn't that of what follows it")
         if not content and dut.old:
             wrong.append("the key file's old content is gone")
         wrong += self._exposed(dut)

@@ -201,13 +201,13 @@ def _interpreter() -> str:
     return str(Path(world.PLAIN).with_name("python3"))
 
 
-def _bare(before: Sequence[str], folder: Path) -> bool:
-    """Whether a shell script that becomes an interpreter that does nothing gets through under the same limit."""
+def _shell_starts(before: Sequence[str], folder: Path) -> bool:
+    """Whether a shell script that does nothing gets through under the same limit."""
     script = folder / "bare"
-    script.write_text('#!/bin/sh\nexec "$1" -I -B -c "import os; os._exit(7)"\n')
+    script.write_text("#!/bin/sh\nexit 7\n")
     script.chmod(0o755)
     done = subprocess.run(
-        [*before, str(script), _interpreter()],
+        [*before, str(script)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -217,13 +217,13 @@ def _bare(before: Sequence[str], folder: Path) -> bool:
 
 
 def limited(fleet: Fleet, scenario: str, *limit: str) -> Case:
-    """A scenario under a limit of prlimit(1). Where no interpreter starts, the status is not the program's."""
+    """A scenario under a limit of prlimit(1). Where no shell starts, the status is the shell's."""
 
     def act() -> list[str]:
         dut = fleet.scenarios[scenario]()
         before = ("prlimit", *limit)
         run = dut.run("--timeout=5", before=before)
-        if run.status not in (127, dut.status) and not _bare(before, dut.device.folder):
+        if run.status not in (127, dut.status) and not _shell_starts(before, dut.device.folder):
             run = Run(127, run.out, run.err, run.seconds)
         return verdict(fleet, dut, run, (127, dut.status))
 
@@ -317,7 +317,7 @@ def outputs(fleet: Fleet, full: bool = True) -> list[Case]:
 
 def make_status(scenario: str) -> int:
     """How an undisturbed run of a scenario ends."""
-    return 0 if scenario in ("first certificate", "renewal", "renewal with a hook") else 69
+    return 0 if scenario in ("unchanged", "first certificate", "renewal", "renewal with a hook") else 69
 
 
 def _stuffed_pipe(fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
@@ -407,6 +407,82 @@ def _signal(fleet: Fleet, scenario: str, point: power.Point, name: str) -> Case:
     return Case(f"{scenario}, SIG{name} at {point}", act)
 
 
+#: What a caller may ignore, and with it all that it starts.
+IGNORED = ("CHLD", "PIPE", "HUP,INT,QUIT,TERM", "ALRM,VTALRM", "CHLD,HUP,INT,QUIT,TERM,PIPE,ALRM,VTALRM,XFSZ")
+
+
+def ignored(fleet: Fleet, full: bool = True) -> list[Case]:
+    """Signals that the caller ignores change nothing: not how a run ends, and not whether a hook has failed."""
+    scenarios = list(fleet.scenarios) if full else ["renewal with a hook"]
+    cases = [
+        case(
+            fleet,
+            f"{scenario} with SIG{names} ignored",
+            fleet.scenarios[scenario],
+            (make_status(scenario),),
+            before=("env", f"--ignore-signal={names}"),
+        )
+        for names in IGNORED
+        for scenario in scenarios
+    ]
+
+    def failing(names: str, starter: bool) -> Case:
+        def act() -> list[str]:
+            dut = fleet.renewal_with_hook()
+            hook = dut.device.folder / "hook"
+            good = hook.read_text()
+            hook.write_text("#!/bin/sh\nexit 3\n")
+            # Some shells undo what is ignored, and some don't: the program has to do without their help.
+            run = (dut.run if starter else dut.run_alone)(before=("env", f"--ignore-signal={names}"))
+            hook.write_text(good)
+            wrong = [] if "failed with status 3" in run.err else [f"it says {run.err!r}"]
+            return wrong + verdict(fleet, dut, run, (127,))
+
+        how = "" if starter else ", without the starter"
+        return Case(f"a hook that fails with SIG{names} ignored{how}", act)
+
+    return cases + [failing(names, starter) for names in IGNORED for starter in (True, False)]
+
+
+def starter(fleet: Fleet, full: bool = True) -> list[Case]:
+    """A signal to the starter, which is the only process that a caller knows: at each of its system calls once its
+    traps are set, and at moments of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "trace"
+        dut = fleet.renewal()
+        # Without -f: only the starter is looked at.
+        dut.run(before=("strace", "-y", "-o", str(log)))
+        found = power.points("".join(f"0 {line}\n" for line in log.read_text().splitlines()), Path(folder))
+    ready = max(number for number, point in enumerate(found) if "(SIGXFSZ, " in point.text)
+    after = found[ready + 1 :]
+    # By SIGIO the starter passes the others on: before it has a child to pass them to, it has no trap for that one.
+    names = [name for name in SIGNALS if name != "IO"]
+
+    def at_call(point: power.Point, name: str) -> Case:
+        def act() -> list[str]:
+            dut = fleet.renewal()
+            inject = f"inject={point.call}:signal=SIG{name}:when={point.number}"
+            run = dut.run(before=("strace", "-o", os.devnull, "-e", f"trace={point.call}", "-e", inject))
+            return verdict(fleet, dut, run, (127, dut.status))
+
+        return Case(f"SIG{name} to the starter at {point}", act)
+
+    def after_a_while(seconds: float, name: str) -> Case:
+        def act() -> list[str]:
+            dut = fleet.renewal()
+            process = dut.device.start(*dut.options)
+            time.sleep(seconds)
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            wrong = verdict(fleet, dut, dut.device.finish(process), (127, dut.status))
+            return wrong
+
+        return Case(f"SIG{name} to the starter after {seconds:g} s", act)
+
+    cases = [at_call(point, names[number % len(names)]) for number, point in enumerate(after)]
+    moments = [0.02 * (number + 1) for number in range(24 if full else 6)]
+    return cases + [after_a_while(moment, names[number % len(names)]) for number, moment in enumerate(moments)]
+
+
 def stopped(fleet: Fleet) -> Case:
     """Stopped for longer than its time limit, and then continued."""
 
@@ -452,7 +528,13 @@ BROKEN = {
 
 
 def covered(
-    fleet: Fleet, name: str, scenario: str, target: Path, content: Optional[str], expected: Sequence[int]
+    fleet: Fleet,
+    name: str,
+    scenario: str,
+    target: Path,
+    content: Optional[str],
+    expected: Sequence[int],
+    mode: int = 0o644,
 ) -> Case:
     """A scenario with `content` in the place of a file; None: with an empty folder in the place of a folder."""
 
@@ -463,6 +545,7 @@ def covered(
             by.mkdir()
         else:
             by.write_bytes(content.encode("latin-1"))
+            by.chmod(mode)
 
         def there() -> Run:
             cover(target, by)
@@ -473,14 +556,46 @@ def covered(
     return Case(f"{scenario}: {name}", act)
 
 
+#: The packages that the program stands on: the folder, the name that it is installed by, and whether a check that
+#: finds nothing new needs it.
+PACKAGES = {
+    "cryptography": ("cryptography", False),
+    "OpenSSL": ("pyOpenSSL", False),
+    "urllib3": ("urllib3", True),
+    "fasteners": ("fasteners", True),
+}
+
+
+def without(fleet: Fleet, folder: str, scenario: str, make: Callable[[], DeviceUnderTest]) -> Case:
+    """A run without a package: the same as with it where nothing is new, else 127 with the package's name."""
+    package, always = PACKAGES[folder]
+
+    def act() -> list[str]:
+        dut = make()
+        empty = dut.device.folder / "instead"
+        empty.mkdir()
+
+        def there() -> Run:
+            cover(_site() / folder, empty)
+            return dut.run("--timeout=5")
+
+        run = isolated(there)
+        if dut.expected is not None and dut.old == dut.expected and not always:
+            return verdict(fleet, dut, run, (dut.status,), unchanged=True)
+        wrong = [] if f"lacks the Python package {package}," in run.err else [f"it says {run.err!r}"]
+        return wrong + verdict(fleet, dut, run, (127,), unchanged=dut.old is not None)
+
+    return Case(f"{scenario} without {package}", act)
+
+
 def missing(fleet: Fleet, full: bool = True) -> list[Case]:
     site = _site()
     rust = next((site / "cryptography" / "hazmat" / "bindings").glob("_rust*.so"))
-    cases = [
-        covered(fleet, "cryptography is missing", "first enrollment", site / "cryptography", None, (127,)),
-        covered(fleet, "cryptography is missing", "clean-up of a bad file", site / "cryptography", None, (127,)),
-        covered(fleet, "cryptography is missing", "rejection", site / "cryptography", None, (127,)),
-        covered(fleet, "cryptography is missing", "renewal", site / "cryptography", None, (0,)),
+    scenarios = {"unchanged": fleet.certified, "pending": fleet.pending, **fleet.scenarios}
+    if not full:
+        scenarios = {name: scenarios[name] for name in ("unchanged", "first enrollment", "renewal")}
+    cases = [without(fleet, folder, name, make) for folder in PACKAGES for name, make in scenarios.items()]
+    cases += [
         covered(fleet, "cryptography's compiled part is empty", "first enrollment", rust, "", (127,)),
         covered(
             fleet, "cryptography's compiled part is rubbish", "first enrollment", rust, "\x7fELF" + "x" * 999, (127,)
@@ -491,11 +606,18 @@ def missing(fleet: Fleet, full: bool = True) -> list[Case]:
     files = {
         "cryptography": (site / "cryptography" / "__init__.py", "first enrollment"),
         "cryptography.x509": (site / "cryptography" / "x509" / "__init__.py", "first enrollment"),
+        "OpenSSL": (site / "OpenSSL" / "__init__.py", "renewal"),
+        "urllib3": (site / "urllib3" / "__init__.py", "renewal"),
+        "fasteners": (site / "fasteners" / "__init__.py", "unchanged"),
+        "the program's certificates": (site / "caramel_embedded" / "certificates.py", "first certificate"),
         "the program's session": (site / "caramel_embedded" / "session.py", "renewal"),
         "the program's key file": (site / "caramel_embedded" / "keyfile.py", "renewal"),
         "the program's errors": (site / "caramel_embedded" / "errors.py", "renewal"),
         "the program itself": (site / "caramel_embedded" / "__main__.py", "renewal"),
         "ssl": (_standard("ssl"), "renewal"),
+        "encodings": (_standard("encodings"), "unchanged"),
+        "site": (_standard("site"), "unchanged"),
+        "os": (_standard("os"), "unchanged"),
         "http.client": (_standard("http.client"), "renewal"),
         "hashlib": (_standard("hashlib"), "renewal"),
         "argparse": (_standard("argparse"), "renewal"),
@@ -503,9 +625,40 @@ def missing(fleet: Fleet, full: bool = True) -> list[Case]:
     }
     for name, (path, scenario) in files.items():
         for how, content in BROKEN.items() if full else list(BROKEN.items())[1:6:2]:
-            # An empty file is no obstacle where nothing that it held is needed.
-            expected = (127, make_status(scenario)) if how == "empty" else (127,)
+            # An empty file is no obstacle where nothing that it held is needed, nor is one that isn't read: from
+            # Python 3.11 on the interpreter has some modules inside itself.
+            expected = (127, make_status(scenario)) if how == "empty" or name in ("os", "site") else (127,)
             cases.append(covered(fleet, f"{name}: {how}", scenario, path, content, expected))
+    return cases
+
+
+#: What may stand in the interpreter's place: contents of the file, and how a shell would see them end.
+INTERPRETERS = {
+    "no program": "\x7fELF" + "x" * 999,
+    "for another interpreter": "#!/nonexistent\n",
+    "ends with 1": "#!/bin/sh\nexit 1\n",
+    "ends with 2": "#!/bin/sh\nexit 2\n",
+    "ends with 120": "#!/bin/sh\nexit 120\n",
+    "crashes": "#!/bin/sh\nkill -SEGV $$\n",
+    "aborts": "#!/bin/sh\nkill -ABRT $$\n",
+    "is killed": "#!/bin/sh\nkill -KILL $$\n",
+}
+
+
+def cannot_start(fleet: Fleet, full: bool = True) -> list[Case]:
+    """An interpreter that can't start: that is 127, and never the status that means "locked"."""
+    library = _standard("encodings").parent.parent
+    interpreter = Path(_interpreter()).resolve()
+    cases = [
+        covered(fleet, "no standard library", "unchanged", library, None, (127,)),
+        covered(fleet, "no standard library", "renewal", library, None, (127,)),
+        covered(fleet, "no encodings", "unchanged", library / "encodings", None, (127,)),
+    ]
+    for how, content in INTERPRETERS.items() if full else list(INTERPRETERS.items())[::3]:
+        cases.append(
+            covered(fleet, f"an interpreter that {how}", "unchanged", interpreter, content, (127,), mode=0o755)
+        )
+    cases.append(covered(fleet, "an interpreter not to be run", "unchanged", interpreter, "#!/bin/sh\n", (127,)))
     return cases
 
 

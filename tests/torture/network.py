@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import json
 import socket
 import ssl
 import struct
@@ -23,7 +24,7 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from world import Authority, Device, HttpRequest, Run, Scripted
+from world import Authority, Device, HttpRequest, Run, Scripted, answers
 
 from torture.fleet import STATUSES, key_file_parts
 from torture.namespaces import cover, isolated
@@ -62,7 +63,7 @@ class Stage:
             "localhost:1",
             self.authority.certificate_file,
             client_id,
-            command=world.WITHOUT_STARTER,
+            command=(world.PLAIN,),
         )
         old = self.authority.identity(client_id, key=self.key, certified=state == "certified")
         device.has(old)
@@ -140,6 +141,8 @@ def every_status(stage: Stage, numbers: Sequence[int]) -> Case:
         device, old = stage.device("pending")
         wrong = []
         number, method = 0, ""
+        # What comes before an answer, RFC 9110, 15.2: the answer itself is waited for, up to the time limit.
+        interim = {100, *range(102, 200)}
 
         def answer(asked: HttpRequest) -> bytes:
             if asked.method == method:
@@ -160,7 +163,7 @@ def every_status(stage: Stage, numbers: Sequence[int]) -> Case:
                         client_id=str(device.client_id),
                         stored=old,
                         store=stored.append,
-                        timeout=0.5 if number == 100 else 10,
+                        timeout=0.5 if number in interim else 10,
                     )
                     said = "certified" if outcome.certified else "pending"
                 except CaramelError as error:
@@ -263,7 +266,7 @@ def malformed(stage: Stage) -> list[Case]:
         "100 Continue without end": lambda c: forever(b"HTTP/1.1 100 Continue\r\n\r\n" * 100),
         "no body": lambda c: sized(b"", 0),
         "a body that is cut": lambda c: sized(c[:-30], len(c)),
-        "the certificate twice": lambda c: sized(c + c, len(c) * 2),
+        "the certificate six times": lambda c: sized(c * 6, len(c) * 6),
         "text around it": lambda c: sized(b"here: " + c, len(c) + 6),
         "text after it": lambda c: sized(c + b"bye\n", len(c) + 4),
         "another label": lambda c: sized(c.replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE"), len(c) + 16),
@@ -280,14 +283,11 @@ def malformed(stage: Stage) -> list[Case]:
         "two lengths": lambda c: ok + b"Content-Length: %d\r\nContent-Length: 5\r\n\r\n" % len(c) + c,
         "two lengths in one line": lambda c: sized(c, f"{len(c)}, {len(c)}"),
         "a negative length": lambda c: sized(c, -5),
-        "a length with a sign": lambda c: sized(c, f"+{len(c)}"),
         "a length that is none": lambda c: sized(c, "many"),
         "a length of 5000 digits": lambda c: sized(c, "9" * 5000),
         "gzip": lambda c: (
             ok + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(gzip.compress(c)) + gzip.compress(c)
         ),
-        "gzip that isn't": lambda c: ok + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
-        "br": lambda c: ok + b"Content-Encoding: br\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
         "gzip unannounced": lambda c: sized(gzip.compress(c), len(gzip.compress(c))),
         "chunks of a size that is none": lambda c: chunked(b"zz\r\n" + c),
         "chunks of a negative size": lambda c: chunked(b"-5\r\n" + c),
@@ -316,6 +316,12 @@ def malformed(stage: Stage) -> list[Case]:
         "without a length": lambda c: ok + b"Connection: close\r\n\r\n" + c,
         "after 100 Continue": lambda c: b"HTTP/1.1 100 Continue\r\n\r\n" + sized(c, len(c)),
         "with Windows line ends": lambda c: sized(c.replace(b"\n", b"\r\n"), len(c) + c.count(b"\n")),
+        # Whatever the headers say of it, what comes is the certificate, and judged as one.
+        "with a sign before its length": lambda c: sized(c, f"+{len(c)}"),
+        "that says it is gzip": lambda c: ok + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
+        "that says it is br": lambda c: ok + b"Content-Encoding: br\r\nContent-Length: %d\r\n\r\n" % len(c) + c,
+        "twice": lambda c: sized(c + c, len(c) * 2),
+        "with the root in its chain": lambda c: sized(c + stage.authority.pem, len(c + stage.authority.pem)),
         "with Last-Modified nonsense": lambda c: (
             ok + b"Last-Modified: Blursday, 99 Foo -1 25:61\r\nContent-Length: %d\r\n\r\n" % len(c) + c
         ),
@@ -576,15 +582,21 @@ def certificates(stage: Stage) -> list[Case]:
         "the client ID and more": lambda d: sign(d.request, subject=subject(d, cn=f"{d.client_id}0")),
         "a space after the client ID": lambda d: sign(d.request, subject=subject(d, cn=f"{d.client_id} ")),
         "two client IDs": lambda d: sign(d.request, subject=subject(d, ("CN", "fffffffffff0"))),
-        "no client ID": lambda d: sign(d.request, subject=subject(d)[:-1]),
-        "no subject": lambda d: sign(d.request, subject=[]),
+        "no client ID": lambda d: sign(d.request, subject=subject(d)[:-1], names=[]),
+        "no subject": lambda d: sign(d.request, subject=[], names=[]),
+        "another DNS name and no client ID": lambda d: sign(d.request, subject=[], names=["fffffffffff0"]),
+        "the client ID as DNS name below another's": lambda d: sign(
+            d.request, subject=subject(d, cn="fffffffffff0"), names=[str(d.client_id)]
+        ),
         "another authority": lambda d: other.sign(d.request),
         "another authority of the same name": lambda d: twin.sign(d.request),
         "signed by itself": self_signed,
         "an issuer of another name": lambda d: sign(d.request, issuer=world.name_of([("CN", "Somebody")])),
         "ended": lambda d: sign(d.request, not_before=world.now() - 9 * hour, not_after=world.now() - hour),
-        "not begun": lambda d: sign(d.request, not_before=world.now() + hour, not_after=world.now() + 9 * hour),
-        "for servers only": lambda d: sign(d.request, usage=[world.SERVER_AUTH]),
+        "begun after the server's own has ended": lambda d: sign(
+            d.request, not_before=world.now() + hour * 72, not_after=world.now() + hour * 99
+        ),
+        "for programs only": lambda d: sign(d.request, usage=[world.CODE_SIGNING]),
         "the authority's own": lambda d: stage.authority.pem,
         "a broken signature": lambda d: der(sign(d.request), flip(-9)),
         "a broken serial number": lambda d: der(sign(d.request), flip(20)),
@@ -602,11 +614,167 @@ def certificates(stage: Stage) -> list[Case]:
         for name, make in wrong.items()
         for state in ("certified", "pending")
     ]
-    cases.append(
-        says(
-            stage, "a good certificate", lambda device, asked: world.answer(200, stage.good(device)), (0,), store=True
+    good: dict[str, Callable[[Device], bytes]] = {
+        "as it should be": stage.good,
+        "not begun": lambda d: sign(d.request, not_before=world.now() + hour, not_after=world.now() + 9 * hour),
+        "for servers only": lambda d: sign(d.request, usage=[world.SERVER_AUTH]),
+        "the client ID as DNS name only": lambda d: sign(d.request, subject=[], names=[str(d.client_id)]),
+    }
+    cases += [
+        says(stage, f"a good certificate, {name}", answering(make), (0,), state, store=True)
+        for name, make in good.items()
+        for state in ("certified", "pending")
+    ]
+    return cases
+
+
+# --- Connections that break
+
+#: Ways to break a connection: what happens to the answer, and how the connection ends. "before" is once the answer
+#: before it has gone out; the others come in place of the answer, when the request has been carried out.
+BREAKS = (
+    "closed before it",
+    "cut before it",
+    "reset before it",
+    "closed in place of the answer",
+    "cut in place of the answer",
+    "reset in place of the answer",
+    "reset in the answer's body",
+    "cut in the answer's status line",
+    "cut in the answer's body",
+)
+
+
+class _Breaking(Scripted):
+    """A server that behaves as Caramel does, and breaks its connections at the requests that it was told."""
+
+    def __init__(self, pem: Path, way: str, at: Sequence[int], known: Sequence[str], rejected: Sequence[str]) -> None:
+        super().__init__(pem, self._answered)
+        self.way, self.at = way, list(at)
+        #: Hashes of requests.
+        self.known, self.rejected = set(known), set(rejected)
+
+    def _answered(self, asked: HttpRequest) -> Answer:
+        sha256 = asked.path.strip("/")
+        if asked.method == "POST":
+            if sha256 in self.known:
+                return answers.DUPLICATE
+            self.known.add(sha256)
+            return answers.PENDING
+        if sha256 in self.rejected:
+            return answers.REJECTED
+        return answers.PENDING if sha256 in self.known else answers.UNKNOWN
+
+    def _say(self, connection: ssl.SSLSocket, says: Any) -> bool:
+        number = len(self.requests)
+        place = number + 1 if "before" in self.way else number
+        if place not in self.at:
+            return super()._say(connection, says)
+        if "before" in self.way:
+            connection.sendall(says)
+            self._over.wait(0.05)  # so that a reset doesn't overtake the answer
+        if " in the answer's " in self.way:
+            connection.sendall(says[:11] if "line" in self.way else says[:-3])
+            self._over.wait(0.05)
+        if "closed" in self.way:
+            return False
+        if "reset" in self.way:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raise ConnectionAbortedError
+
+
+def broken_off(stage: Stage, state: str, way: str, at: Sequence[int]) -> Case:
+    """A run whose connection breaks at its requests `at`, counted from 1: GET, POST, GET."""
+
+    def act() -> list[str]:
+        device, old = stage.device("certified" if state == "rejected" else "pending")
+        request = device.request_hash()
+        if state == "new":
+            device.key_file.unlink()
+        rejected = [request] if state == "rejected" else []
+        with _Breaking(stage.pem, way, at, rejected, rejected) as there:
+            device.server = there.address
+            run = device.run("--timeout=10")
+            tries = len(there.requests)
+            content = device.key_file.read_bytes() if device.key_file.exists() else None
+            parts = key_file_parts(content or b"")
+            live = there.known - there.rejected
+            wrong = []
+            # A request that isn't the first of its connection is made once more, and so is one that would have shown
+            # a certificate, without it. An answer that has begun is not asked for again.
+            again = at != [1] or state == "rejected"
+            twice = len(at) > 1 and "before" not in way
+            expected = {69} if again and not twice and " in the answer's " not in way else {127}
+            if (state, at) == ("rejected", [2]) and "before" not in way:
+                expected.add(127)  # the second time the server says that it has it: the next run asks
+            if run.status not in expected:
+                wrong.append(f"exit status {run.status}, not {expected}: {run.err[-300:]!r}")
+            if tries > 5:
+                wrong.append(f"asked {tries} times")
+            if len(live) > 1 or (live and (parts is None or parts.sha256 not in live)):
+                wrong.append("a key whose request reached the server is gone")
+            if state == "forgotten" and content != old and world.unsealed(content or b"") != world.unsealed(old):
+                wrong.append("the identity was changed")
+            there.at.clear()
+            for _ in range(2):
+                run = device.run("--timeout=10")
+            parts = key_file_parts(device.key_file.read_bytes())
+            if run.status != 69 or parts is None or {parts.sha256} != there.known - there.rejected:
+                wrong.append(f"undisturbed: exit status {run.status}: {run.err[-300:]!r}")
+        if sorted(path.name for path in device.folder.iterdir()) != ["empty.conf", "identity.pem"]:
+            wrong.append("litter")
+        return wrong
+
+    places = " and ".join(map(str, at))
+    return Case(f"{state}: the connection is {way}, at request {places}", act)
+
+
+def breaks(stage: Stage) -> list[Case]:
+    """Each way, at each request, in each state that has three of them; and twice in a row."""
+    return [
+        broken_off(stage, state, way, at)
+        for state in ("new", "forgotten", "rejected")
+        for way in BREAKS
+        for at in ([1], [2], [3], [2, 3])
+        if not ("before" in way and 1 in at)
+    ]
+
+
+# --- 403 in other words than Caramel's
+
+_FORBIDDEN: dict[str, Any] = {"status": 403, "title": "Forbidden", "detail": None}
+WORDS: dict[str, tuple[str, Any]] = {
+    "Spring's": ("application/problem+json", {**_FORBIDDEN, "type": "about:blank", "instance": "/x"}),
+    "ASP.NET's": ("application/problem+json", {"type": "x", "title": "Forbidden", "status": 403, "traceId": "0"}),
+    "a CDN's": ("application/problem+json", {"title": "Error 1020", "status": 403, "detail": "Access denied"}),
+    "without a detail": ("application/problem+json", {"title": "Forbidden", "status": 403}),
+    "another title": ("application/problem+json", {**_FORBIDDEN, "title": "forbidden"}),
+    "a status as text": ("application/problem+json", {**_FORBIDDEN, "status": "403"}),
+    "a status of another": ("application/problem+json", {**_FORBIDDEN, "status": 401}),
+    "a list": ("application/problem+json", [_FORBIDDEN]),
+    "nested": ("application/problem+json", {"error": _FORBIDDEN}),
+    "as JSON": ("application/json", _FORBIDDEN),
+    "as HTML": ("text/html", _FORBIDDEN),
+    "of no type": ("", _FORBIDDEN),
+}
+
+
+def other_words(stage: Stage) -> list[Case]:
+    """Whoever says 403 in other words is somebody in between: nothing is wiped."""
+    cases = []
+    for name, (kind, document) in WORDS.items():
+        said = world.answer(403, json.dumps(document).encode(), *([f"Content-Type: {kind}"] if kind else []))
+        for state in ("certified", "pending"):
+            cases.append(says(stage, f"a 403 in other words, {name}", [said], state=state))
+        cases.append(
+            says(
+                stage,
+                f"a 403 in other words after the request was posted, {name}",
+                [answers.UNKNOWN, answers.PENDING, said],
+                state="pending",
+                asked=range(3, 4),
+            )
         )
-    )
     return cases
 
 
@@ -664,6 +832,8 @@ def everything(stage: Stage, full: bool = True) -> dict[str, list[Case]]:
         "slow and silent servers": slow(stage),
         "name look-up that doesn't answer": look_ups(stage),
         "a certificate with each field wrong in turn": certificates(stage),
+        "connections that break at each request": breaks(stage),
+        "a 403 in others' words": other_words(stage),
         "a server that is down": down(stage),
     }
     return found if full else {name: sample(cases, 9) for name, cases in found.items()}

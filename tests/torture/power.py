@@ -59,7 +59,9 @@ def points(trace: str, folder: Path) -> list[Point]:
     found: list[Point] = []
     counts: Counter[str] = Counter()
     main: Optional[str] = None
-    inside = re.compile(re.escape(str(folder)) + r'[/">(]')
+    # The folder itself, by its path or by its name in the folder above, and all in it.
+    above, name = (re.escape(text) for text in (str(folder.parent), folder.name))
+    inside = re.compile(rf'{above}(/|>, "){name}[/">(]')
     started = False
     for line in trace.splitlines():
         match = _LINE.match(line)
@@ -80,7 +82,7 @@ def traced(dut: DeviceUnderTest) -> tuple[Run, str]:
     """An undisturbed run, and its trace."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "trace"
-        run = dut.run(before=("strace", "-f", "-y", "-s", "0", "-o", str(log)))
+        run = dut.run_alone(before=("strace", "-f", "-y", "-s", "0", "-o", str(log)))
         return run, log.read_text(errors="replace")
 
 
@@ -91,7 +93,7 @@ def injected(dut: DeviceUnderTest, call: str, number: int, what: str) -> tuple[R
         inject = f"inject={call}:{what}:when={number}"
         # Not with --seccomp-bpf, which loses injected signals (strace 6.1).
         strace = ("strace", "-f", "-o", str(log), "-e", f"trace={call}", "-e", inject)
-        run = dut.run(before=strace)
+        run = dut.run_alone(before=strace)
         text = log.read_text(errors="replace")
     return run, "(INJECTED)" in text or "killed by SIGKILL" in text
 
@@ -119,7 +121,7 @@ def _case(
         else:
             return ["the run never came to this call"]
         wrong = fleet.broken(dut, run if what.startswith("error") else None)
-        if what.startswith("error") and point.call in ("fsync", "rename") and run.status != 127:
+        if what.startswith("error") and point.call in ("fsync", "renameat") and run.status != 127:
             wrong.append(f"{point.call} failed, and the exit status is {run.status}")
         wrong += [f"next: {problem}" for problem in fleet.recovered(dut)]
         if not wrong:
@@ -155,7 +157,7 @@ def errors(fleet: Fleet, scenario: str, others: int) -> list[Case]:
     cases = []
     for point in found:
         kinds = [ERRORS.get(point.call, "EIO")]
-        if point.inside and point.call in ("write", "openat", "mkdir", "link", "linkat", "fsync", "rename"):
+        if point.inside and point.call in ("write", "openat", "mkdirat", "linkat", "fsync", "renameat"):
             kinds.append("ENOSPC")
         for kind in kinds:
             cases.append(_case(fleet, scenario, fleet.scenarios[scenario], point, f"error={kind}", f"{kind}"))

@@ -120,7 +120,8 @@ class Authority:
     """A certificate authority: its key and certificate in a folder, and certificates of any kind signed by
     it.
 
-    `subject` is a list of pairs such as `("C", "SE")`, in any order.
+    `subject` is a list of pairs such as `("C", "SE")`, in any order. `path_length`: how many authorities may
+    stand between it and a certificate; None: any number.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Authority:
         not_before: Optional[Moment] = None,
         not_after: Optional[Moment] = None,
         key: Optional[PrivateKey] = None,
+        path_length: Optional[int] = 0,
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,7 @@ class Authority:
             x509.CertificateBuilder(name, name, self.key.public_key(), serial)
             .not_valid_before(not_before or now() - hours(24))
             .not_valid_after(not_after or now() + hours(24 * 365 * 20))
-            .add_extension(x509.BasicConstraints(True, 0), True)
+            .add_extension(x509.BasicConstraints(True, path_length), True)
             .add_extension(_key_usage(key_cert_sign=True), True)
             .add_extension(identifier, False)
             .add_extension(x509.AuthorityKeyIdentifier(identifier.digest, [x509.DirectoryName(name)], serial), False)
@@ -185,6 +187,20 @@ class Authority:
         )
         (folder / "ca.key").chmod(0o600)
         return cls.open(folder)
+
+    def intermediate(
+        self, name: str, *, not_before: Optional[Moment] = None, not_after: Optional[Moment] = None
+    ) -> tuple[Authority, bytes]:
+        """An authority below this one, to sign with, and its certificate by this one."""
+        below = Authority.__new__(Authority)
+        below.folder = self.folder
+        below.key = ec.generate_private_key(ec.SECP256R1())
+        subject = name_of([("O", "Example AB"), ("CN", name)])
+        text = self.issue(
+            below.key.public_key(), subject, ca=True, usage=(), not_before=not_before, not_after=not_after
+        )
+        below.certificate = x509.load_pem_x509_certificate(text)
+        return below, text
 
     @property
     def certificate_file(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -76,20 +77,17 @@ def installation(name: str, python: str, *, system: bool = False) -> str:
     """
     folder = BUILD / "matrix" / name
     stamp, state = folder / "wheel", hashlib.sha256(wheel().read_bytes()).hexdigest()
-    if not stamp.exists() or stamp.read_text() != state:
-        shutil.rmtree(folder, ignore_errors=True)
-        made = [python, "-m", "venv", *(["--system-site-packages"] if system else []), str(folder)]
-        pip = [
-            str(folder / "bin" / "python"),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
-        for command in (made, [*pip, *(["--no-deps"] if system else []), str(wheel())]):
-            subprocess.run(command, check=True, timeout=300, stdin=subprocess.DEVNULL)
-        stamp.write_text(state)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        # Tests run in several processes, and the second waits for what the first makes.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != state:
+            shutil.rmtree(folder, ignore_errors=True)
+            made = [python, "-m", "venv", *(["--system-site-packages"] if system else []), str(folder)]
+            pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            for command in (made, [*pip, *(["--no-deps"] if system else []), str(wheel())]):
+                subprocess.run(command, check=True, timeout=300, stdin=subprocess.DEVNULL)
+            stamp.write_text(state)
     return str(folder / "bin" / "caramel-embedded")
 
 

@@ -11,12 +11,6 @@ from authority_world import Postgres, RegistrationAuthority, Server
 from needs import require
 
 
-@pytest.fixture(scope="session")
-def authority_installed() -> None:
-    """`make` leaves the authority out where Python is too old for it."""
-    require("authority", "faketime", "openssl")
-
-
 @pytest.fixture
 def authority(tmp_path: Path) -> RegistrationAuthority:
     """A registration authority with a CA, and nothing else."""

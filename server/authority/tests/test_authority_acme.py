@@ -35,11 +35,12 @@ from authority_world import (
     sha256,
 )
 from cryptography import x509
-from needs import require
+from needs import needs, require, slow
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+# The name server and the CA are started once: all of it runs in one of pytest-xdist's processes.
+pytestmark = [needs("authority", "faketime", "openssl"), pytest.mark.xdist_group("acme"), slow]
 
 RULES = f'[rules]\nzone = "{ZONE}"\n'
 
@@ -537,6 +538,7 @@ def made_by(pebble: Pebble) -> list[str]:
 SENDS = "write,sendto,fdatasync"
 
 
+@slow
 def test_killed_at_every_step(tmp_path: Path, knot: Knot) -> None:
     """The worker dies at its first system call that sends something or makes it durable, at the second, and so on.
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 from authority_world import RegistrationAuthority, Server, ask, at, csr, sha256
-from needs import require
+from needs import needs, require, slow
 from world import Daemon
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 PROCESSES = 3
 
@@ -172,6 +172,7 @@ def test_killed_at_random_moments(authority: RegistrationAuthority, request: pyt
 WRITES = "pwrite64,write,fdatasync,fsync,ftruncate,unlink,sendto"
 
 
+@slow
 def test_killed_at_every_write(tmp_path: Path) -> None:
     """SQLite: the process dies at its first system call that writes, at the second, and so on, until one enrollment
     needs no more of them. Afterwards the device has one certificate, and no serial number was used twice.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from authority_world import Postgres, RegistrationAuthority, Server, csr, sha256
+from needs import needs
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 UUID = "0b6c1a52-94ef-4c6e-9d5b-6f2c8f0e7a31"
 

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import authority_demo
-import pytest
 import world
-from needs import require
+from needs import needs, require
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 
 def demo(tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:

@@ -23,18 +23,13 @@ from authority_world import (
     behind_tls,
 )
 from cryptography import x509
-from needs import require
+from needs import needs, require
 from world import Device
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed", "nginx_installed")
+pytestmark = needs("authority", "faketime", "openssl", "nginx")
 
 EC = ("--key-type", "ec-p256")
-
-
-@pytest.fixture(scope="session")
-def nginx_installed() -> None:
-    require("nginx")
 
 
 def device_of(tmp_path: Path, front: Front, ca: Path, client_id: str = "fffbeec0ffee") -> Device:

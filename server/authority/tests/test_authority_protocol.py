@@ -16,9 +16,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from needs import needs
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 NOBODYS = 64 * "a"
 

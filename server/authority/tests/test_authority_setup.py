@@ -11,13 +11,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 import world
 from authority_world import BIN, DEPLOY
 from needs import needs, require
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 README = DEPLOY.parent / "README.md"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import world
 from authority_world import BIN, DEPLOY
-from needs import require
+from needs import needs, require
 
 PAGE = world.ROOT / "docs" / "which-ca.md"
 pytest_plugins = ["authority_fixtures"]
-pytestmark = pytest.mark.usefixtures("authority_installed")
+pytestmark = needs("authority", "faketime", "openssl")
 
 FENCE = re.compile(r"^```(\w+) ?(\w*)\n(.*?)^```$", re.M | re.S)
 
