@@ -10,10 +10,11 @@ import gc
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn, Optional
 
 from . import signals
-from .errors import EXIT_FAILED, EXIT_LOCKED, CaramelError, lacking
+from .errors import EXIT_FAILED, CaramelError, lacking
 
 if TYPE_CHECKING:
     from .cli import Log
@@ -42,10 +43,10 @@ def _open_standard_descriptors() -> bool:
     return output
 
 
-def main(arguments: Optional[list[str]] = None, locked: int = EXIT_LOCKED) -> NoReturn:
+def main(arguments: Optional[list[str]] = None, statuses: Optional[Mapping[int, int]] = None) -> NoReturn:
     """Runs the command with `arguments` (by default those of the process), and ends the process.
 
-    `locked`: the exit status for "locked", where the starter gives another one a meaning that no crash can have.
+    `statuses`: others for some exit statuses, where the starter wants such as no crash and no empty interpreter has.
     """
     status = EXIT_FAILED
     log: Optional[Log] = None
@@ -61,7 +62,7 @@ def main(arguments: Optional[list[str]] = None, locked: int = EXIT_LOCKED) -> No
 
         log = cli.Log()
         try:
-            status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log, locked)
+            status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log)
             signals.rest()
         except cli.Asked as asked:
             signals.rest()
@@ -72,7 +73,7 @@ def main(arguments: Optional[list[str]] = None, locked: int = EXIT_LOCKED) -> No
         status = EXIT_FAILED
         _report(error, log, output)
     finally:
-        os._exit(status)
+        os._exit((statuses or {}).get(status, status))
 
 
 def _print(text: str, output: bool) -> None:

@@ -159,8 +159,8 @@ def write(fd: int, text: str) -> None:
         pass
 
 
-def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log, locked: int) -> int:
-    """One run of the command; its exit status, `locked` where that is `EXIT_LOCKED`.
+def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log) -> int:
+    """One run of the command; its exit status.
 
     Raises `CaramelError` (127) and `Asked`.
     """
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log, loc
         signals.catch()
         outcome, notes = device.check(file, settings, log)
     except Locked as reason:
-        code, told = locked, log.result(EXIT_LOCKED, str(reason))
+        code, told = EXIT_LOCKED, log.result(EXIT_LOCKED, str(reason))
     else:
         code = EXIT_CERTIFIED if outcome.certified else EXIT_PENDING
         told = log.result(

@@ -336,7 +336,10 @@ def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Au
     path = tmp_path / "out.pyz"
     assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
     content = path.read_bytes()
-    start, end = content.index(b"from caramel_embedded.__main__ import"), content.index(b"main(locked=75)\n")
+    start, end = (
+        content.index(b"from caramel_embedded.__main__ import"),
+        content.index(b"main(statuses={0: 73, 1: 75})\n"),
+    )
     # In the place of the program, and of the same length, so that what lies behind it stays in its place.
     asked = (
         b"import os, urllib3; from importlib.metadata import version\n"

@@ -33,12 +33,12 @@ SHELLS = {"dash": ["dash"], "bash": ["bash"], "bash-posix": ["bash", "--posix"],
 STAND_IN = """\
 import os, signal, sys, time
 
-def main(arguments=None, locked=1):
+def main(arguments=None, statuses={}):
     what, *rest = sys.argv[1:] or ["exit", "0"]
     if what == "locked":
-        os._exit(locked)
+        os._exit(statuses[1])
     if what == "exit":
-        os._exit(int(rest[0]))
+        os._exit(int(rest[0]) or statuses[0])  # "exit 0" is a good end; all else is as it is
     if what == "kill":
         os.kill(os.getpid(), getattr(signal, rest[0]))
     if what == "raise":
@@ -47,11 +47,11 @@ def main(arguments=None, locked=1):
         with open("/proc/self/status") as file:
             ignored = [line.split()[1] for line in file if line.startswith("SigIgn")]
         os.write(1, "|".join([*ignored, os.readlink("/proc/self/fd/0"), sys.executable, *rest]).encode())
-        os._exit(0)
+        os._exit(statuses[0])
     if what == "sleep":
         os.write(1, b"asleep")
         time.sleep(float(rest[0]))
-        os._exit(0)
+        os._exit(statuses[0])
 """
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_standard_library(shell: list[str], tmp_path: Path, damage: st
 
 
 @pytest.mark.parametrize(
-    "instead", ["nothing", "a folder", "no mode", "some other processor's", "a script of nobody"]
+    "instead", ["nothing", "a folder", "no mode", "some other processor's", "a script of nobody", "emptied", "zeros"]
 )
 def test_no_working_python(shell: list[str], tmp_path: Path, instead: str) -> None:
     shutil.copy(STARTER, tmp_path)
@@ -183,7 +183,9 @@ def test_no_working_python(shell: list[str], tmp_path: Path, instead: str) -> No
         text = STARTER.read_text().replace("/usr/bin/python3", "/nonexistent/python3")
         (tmp_path / STARTER.name).write_text(text.replace("python=python3", "python=no-python3"))
     else:
-        python.write_bytes(b"#!/nonexistent\n" if "nobody" in instead else b"\x7fELF")
+        # The last two are what a power cut leaves of a file on flash: a shell takes either for an empty script.
+        contents = {"a script of nobody": b"#!/nonexistent\n", "emptied": b"", "zeros": bytes(999)}
+        python.write_bytes(contents.get(instead, b"\x7fELF"))
         python.chmod(0o755)
     if instead == "no mode":
         text = STARTER.read_text().replace("-x ", "-e ")

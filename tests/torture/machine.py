@@ -635,6 +635,8 @@ def missing(fleet: Fleet, full: bool = True) -> list[Case]:
 #: What may stand in the interpreter's place: contents of the file, and how a shell would see them end.
 INTERPRETERS = {
     "no program": "\x7fELF" + "x" * 999,
+    "a power cut has emptied": "",
+    "ends with 0": "#!/bin/sh\nexit 0\n",
     "for another interpreter": "#!/nonexistent\n",
     "ends with 1": "#!/bin/sh\nexit 1\n",
     "ends with 2": "#!/bin/sh\nexit 2\n",
