@@ -94,6 +94,7 @@ def covered() -> str:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fails a test after which a process is still running that belongs to no server of this world."""
+    world.forget_false_clocks()
     yield
     deadline = time.monotonic() + 2
     left = world.strays()

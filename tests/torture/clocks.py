@@ -29,6 +29,7 @@ def at(moment: Optional[datetime.datetime]) -> tuple[str, ...]:
     """What stands before a command so that it begins at `moment`; None: the right time."""
     if moment is None:
         return ()
+    world.forget_false_clocks()
     # Durations stay true: with a faked monotonic clock time limits would end too early (or never).
     seconds = int(moment.timestamp() - time.time())
     return ("env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", "faketime", "-f", f"{seconds:+d}s")

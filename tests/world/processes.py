@@ -28,6 +28,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def forget_false_clocks() -> None:
+    """Removes what a faketime(1) that was killed has left in memory: by its process ID, so that another program of
+    the same number can't start.
+    """
+    for left in Path("/dev/shm").glob("*faketime_*"):
+        number = left.name.rpartition("_")[2]
+        if number.isdigit() and not Path("/proc", number).exists():
+            with suppress(OSError):
+                left.unlink()
+
+
 def until(what: str, happened: Callable[[], Any], seconds: float = PATIENCE, pause: float = 0.02) -> Any:
     """Waits until `happened()` is true, and returns what it returned; an AssertionError if it takes too
     long.
