@@ -36,7 +36,7 @@ def key() -> world.PrivateKey:
 @pytest.fixture(scope="module")
 def whole(authority: Authority, key: world.PrivateKey) -> bytes:
     """A whole key file without its line, as another implementation (`cryptography`, by the tests) writes it."""
-    return authority.identity(ID, key=key)
+    return authority.identity(ID, key=key, line=False)
 
 
 def kept(data: bytes, anchors: Anchors, trust: Trust) -> Identity:
