@@ -145,4 +145,5 @@ def test_python(device: Device, strict: Front, authority: Authority) -> None:
 
 def test_the_shell_finds_out_how_long_it_is_good(device: Device) -> None:
     got = run("openssl", "x509", "-noout", "-enddate", "-subject", "-in", device.key_file)
-    assert b"notAfter=" in got.stdout and b"CN = localhost" in got.stdout
+    # Debian 12's openssl(1) puts spaces around the sign, Debian 13's doesn't.
+    assert b"notAfter=" in got.stdout and b"CN=localhost" in got.stdout.replace(b" = ", b"=")
