@@ -38,7 +38,7 @@ test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installe
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
 	COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_FILE="$(CURDIR)/$(BUILD)/coverage/data" \
 	CARAMEL_TESTS_COMMAND="$(CURDIR)/$(BUILD)/tests/bin/caramel-embedded" \
-	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadgroup $(PYTEST) $(TESTS)
+	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST) $(TESTS)
 
 # What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
 # the last lines are those of the tests.

@@ -22,8 +22,8 @@ import world
 from needs import require, slow
 from world import Authority, Caramel, Daemon, Scripted, TlsFront
 
-# The images are made once: all of it runs in one of pytest-xdist's processes.
-pytestmark = [slow, pytest.mark.xdist_group("container")]
+# The images are made once, which takes minutes.
+pytestmark = slow
 
 HERE = world.ROOT / "packaging" / "container"
 BASE = "docker.io/library/debian:12-slim"

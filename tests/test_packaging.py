@@ -343,7 +343,7 @@ def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Au
     # In the place of the program, and of the same length, so that what lies behind it stays in its place.
     asked = (
         b"import os, urllib3; from importlib.metadata import version\n"
-        b'    os.write(1, (urllib3.__file__ + " " + version("urllib3")).encode()); os._exit(0)\n'
+        b'    os.write(1, (urllib3.__file__ + " " + version("urllib3")).encode()); os._exit(73)\n'
         b"except OSError: pass\n"
     )
     content = content[:start] + asked.ljust(end - start - 1, b"#") + b"\n" + content[end:]

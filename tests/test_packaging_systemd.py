@@ -34,9 +34,6 @@ from world import (
     until,
 )
 
-# Machines are booted once: all of it runs in one of pytest-xdist's processes.
-pytestmark = pytest.mark.xdist_group("systemd")
-
 UNITS = ROOT / "packaging/systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
 PATIENCE = 40.0

@@ -39,8 +39,7 @@ from needs import needs, require, slow
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
-# The name server and the CA are started once: all of it runs in one of pytest-xdist's processes.
-pytestmark = [needs("authority", "faketime", "openssl"), pytest.mark.xdist_group("acme"), slow]
+pytestmark = [needs("authority", "faketime", "openssl"), slow]
 
 RULES = f'[rules]\nzone = "{ZONE}"\n'
 
