@@ -65,6 +65,7 @@ class Logged:
             return self._finish(started, before, options)
 
     def _finish(self, started: float, before: tuple[str, ...], options: tuple[str, ...]) -> Run:
+        self.device.command = [*world.WITHOUT_STARTER]  # whose process ID is the one in the message
         process = self.device.start("--syslog", *options, before=(*self.before, *before))
         self.pid = process.pid
         run = self.device.finish(process, 30, started)
