@@ -326,6 +326,8 @@ class _Socket(ssl.SSLSocket):
 class _HttpResponse(http.client.HTTPResponse):
     """A response that passes over what a server says in advance: 103 Early Hints and the like (RFC 9110, 15.2)."""
 
+    fp: Any = None  # where a signal comes before http.client has set it, its end would say so on standard error
+
     def begin(self) -> None:
         super().begin()
         while 102 <= self.status < 200:
