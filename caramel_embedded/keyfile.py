@@ -282,9 +282,14 @@ class KeyFile:
                         return cls(folder, found)
                     continue
                 lock = FileLock(fd)
-                if lock.take() and folder.leads_to(folder.name, fd):
+                good = False
+                try:
+                    good = lock.take() and folder.leads_to(folder.name, fd)
+                finally:
+                    if not good:
+                        lock.drop()
+                if good:
                     return cls(folder, lock, created=True)
-                lock.drop()
             raise Locked("another process is making " + path)
         except BaseException as error:
             folder.close()
