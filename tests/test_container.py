@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class Images:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
     require("mounts", "buildah", "podman", "mmdebstrap")
-    made = Images(tmp_path_factory.mktemp("containers"), _driver(tmp_path_factory.mktemp("overlay")))
+    # Not in pytest's folder: podman wants a path of 50 characters at most.
+    made = Images(Path(tempfile.mkdtemp(prefix="containers-")), _driver(tmp_path_factory.mktemp("overlay")))
     base = world.BUILD / "container" / "base.tar"
     base.parent.mkdir(parents=True, exist_ok=True)
     log = made.folder / "log"
