@@ -51,12 +51,12 @@ exit "$status"
 SLEEP = '#!/bin/sh\necho "$1" >>"{folder}/slept"\n[ "$1" -lt 3600 ] || exec /bin/sleep 60\n'
 
 
-#: For keep-enrolled, as the init script starts it.
+#: For keep-enrolled, as the init script starts it. Short pauses, because a signal that reaches a shell's child before its
+#: exec is lost, and would leave a long one behind.
 STAND_IN_DAEMON = """#!/bin/sh
-trap 'kill $!; exit' TERM
+trap exit TERM
 echo "$* $RETRY_FIRST" >>"{folder}/started"
-sleep 60 &
-wait
+while :; do /bin/sleep 0.1; done
 """
 
 
