@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 from .errors import NotReady, UsageError, lacking, printable
 from .identity import FILED_REQUEST, KEY, REQUEST, Identity, Issued, utc
+from .settings import KEY_TYPES
 from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust, pem_certificates
 
 try:
@@ -30,7 +31,6 @@ PrivateKey = Union[rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey]
 MAXIMUM_CHAIN = 5  # certificates, the identity's own included
 # Caramel signs nothing between: with 3072 bits it takes the request, and then fails to sign it for ever.
 SIGNABLE_BITS = (2048, 4096)
-KEY_TYPES = {"rsa-2048": 2048, "rsa-4096": 4096, "ec-p256": 0}
 
 # Caramel wants those of the first four that its CA has, in this order, whatever order the CA itself has.
 REQUIRED = (
@@ -361,16 +361,18 @@ def _uses(certificate: x509.Certificate) -> tuple[bool, bool]:
 
 
 def _begin(certificate: x509.Certificate) -> float:
-    """notBefore in seconds since 1970, UTC. cryptography 42 has another name for it, and warns of the old one."""
-    new = hasattr(certificate, "not_valid_before_utc")
-    moment = certificate.not_valid_before_utc if new else certificate.not_valid_before
-    return calendar.timegm(moment.utctimetuple())
+    """notBefore in seconds since 1970, UTC."""
+    return _seconds(certificate, "not_valid_before")
 
 
 def _end(certificate: x509.Certificate) -> float:
     """notAfter in seconds since 1970, UTC."""
-    new = hasattr(certificate, "not_valid_after_utc")
-    moment = certificate.not_valid_after_utc if new else certificate.not_valid_after
+    return _seconds(certificate, "not_valid_after")
+
+
+def _seconds(certificate: x509.Certificate, name: str) -> float:
+    # cryptography 42 has other names for them, and warns of the old ones.
+    moment = getattr(certificate, name + "_utc", None) or getattr(certificate, name)
     return calendar.timegm(moment.utctimetuple())
 
 

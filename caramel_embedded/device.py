@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Optional
 
-from . import cli, hardware, hook
+from . import cli
 from .errors import CaramelError, Locked, UsageError
 from .identity import Identity, certificate_in, remembered
 from .keyfile import KeyFile
@@ -17,6 +17,7 @@ from .stored import Stored, require_entropy
 from .trust import Trust
 
 if TYPE_CHECKING:
+    from .hardware import Hardware
     from .session import Outcome
 
 
@@ -72,6 +73,8 @@ def judge(settings: Settings, data: bytes, modified: Optional[float], log: cli.L
     trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
     fingerprints: tuple[str, ...] = ()
     if settings.client_id is None:
+        from . import hardware
+
         present = hardware.Hardware(settings.interfaces)
         settings.client_id, source = _client_id(present, data, settings.domain)
         log.client_id = settings.client_id
@@ -81,7 +84,7 @@ def judge(settings: Settings, data: bytes, modified: Optional[float], log: cli.L
     return Stored(data, settings.client_id, trust, fingerprints, modified)
 
 
-def _client_id(present: hardware.Hardware, data: bytes, domain: Optional[str]) -> tuple[str, str]:
+def _client_id(present: Hardware, data: bytes, domain: Optional[str]) -> tuple[str, str]:
     """The client ID, and where it is from: the key file, while the hardware is that of which it remembers an ID."""
     fields = remembered(data)
     stored = fields.get("id")
@@ -104,6 +107,8 @@ def _store_in(file: KeyFile, found: Stored, settings: Settings, log: cli.Log) ->
         # Not for the same certificate, where only its form or the request had to be made again.
         certificate = identity.certificate
         if settings.hook and certificate is not None and certificate != certificate_in(found.data):
+            from . import hook
+
             hook.owe(file.path, certificate)
         try:
             file.replace(bytes(identity), identity.modified, settings.owner, settings.group, settings.mode)
@@ -121,6 +126,8 @@ def _store_in(file: KeyFile, found: Stored, settings: Settings, log: cli.Log) ->
 def _call_hook(settings: Settings, log: cli.Log, so_far: str) -> None:
     """Calls the hook if it is owed. Raises `CaramelError`, which says `so_far` too: a run has one line for all."""
     if settings.hook and settings.client_id:
+        from . import hook
+
         try:
             called = hook.settle(settings.key_file, settings.hook, settings.client_id, settings.timeout)
         except CaramelError as error:

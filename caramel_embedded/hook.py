@@ -28,22 +28,20 @@ def owe(key_file: str, certificate: bytes) -> None:
 
     What is owed for the one that is there stays owed until then. Raises `StorageError`.
     """
-    folder = Folder(key_file)
-    try:
-        lines = [_hash(certificate)]
-        current = certificate_in(_content(folder))
-        if current is not None and current != certificate and _hash(current) in _owed(folder):
-            lines.append(_hash(current))
-        note = b"".join(line + b"\n" for line in lines)
-        lock = folder.put(folder.beside("hook"), note, None, os.geteuid(), os.getegid(), 0o600)
+    with Folder(key_file) as folder:
         try:
-            folder.sync(lock.fd)
-        finally:
-            lock.drop()
-    except OSError as error:
-        raise _problem("write", folder, error) from None
-    finally:
-        folder.close()
+            lines = [_hash(certificate)]
+            current = certificate_in(_content(folder))
+            if current is not None and current != certificate and _hash(current) in _owed(folder):
+                lines.append(_hash(current))
+            note = b"".join(line + b"\n" for line in lines)
+            lock = folder.put(folder.beside("hook"), note, None, os.geteuid(), os.getegid(), 0o600)
+            try:
+                folder.sync(lock.fd)
+            finally:
+                lock.drop()
+        except OSError as error:
+            raise _problem("write", folder, error) from None
 
 
 def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) -> bool:
@@ -52,15 +50,17 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
     `limit`: seconds. Raises `HookFailed`, `StorageError`.
     """
     try:
-        folder = Folder(key_file)
+        with Folder(key_file) as folder:
+            return _settle(folder, command, client_id, limit)
     except FileNotFoundError:
-        return False
+        return False  # nothing is owed
+
+
+def _settle(folder: Folder, command: Sequence[str], client_id: str, limit: float) -> bool:
     note = folder.beside("hook")
     lock: Optional[FileLock] = None
-    doing = "read"
     try:
         lock = FileLock(folder.open(note))
-        doing = "settle"
         if not lock.take():
             return False  # another run is at it; perhaps the hook itself has started this one
         data = _content(folder)
@@ -73,13 +73,12 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
             os.unlink(note, dir_fd=folder.fd)
         return True
     except FileNotFoundError:
-        return False  # nothing is owed
+        raise
     except OSError as error:
-        raise _problem(doing, folder, error) from None
+        raise _problem("settle" if lock else "read", folder, error) from None
     finally:
         if lock is not None:
             lock.drop()
-        folder.close()
 
 
 def _problem(doing: str, folder: Folder, error: OSError) -> StorageError:
@@ -90,12 +89,9 @@ def _problem(doing: str, folder: Folder, error: OSError) -> StorageError:
 def is_owed(key_file: str) -> bool:
     """Whether the hook is owed for the certificate in `key_file`, as far as the caller may see that."""
     try:
-        folder = Folder(key_file)
-        try:
+        with Folder(key_file) as folder:
             certificate = certificate_in(_content(folder))
             return certificate is not None and _hash(certificate) in _owed(folder)
-        finally:
-            folder.close()
     except (OSError, StorageError):
         return False
 

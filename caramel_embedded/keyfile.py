@@ -156,6 +156,11 @@ class Folder:
             raise StorageError("%s %s" % (os.path.join(os.path.dirname(self.path), name), wrong))
         return fd
 
+    def create(self, name: str) -> int:
+        """A descriptor of the new file `name`, for its owner alone. Raises FileExistsError, OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(name, flags, 0o600, dir_fd=self.fd)
+
     def leads_to(self, name: str, fd: int) -> bool:
         """Whether `name` is the file that `fd` is open on."""
         try:
@@ -180,8 +185,7 @@ class Folder:
         # One fixed name: only the holder of the lock uses it, so there is never more than one to clean up.
         draft = self.beside("new")
         self.discard(draft)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(draft, flags, 0o600, dir_fd=self.fd)
+        fd = self.create(draft)
         lock = FileLock(fd)
         try:
             _hand_over(fd, owner, group, mode)
@@ -226,8 +230,14 @@ class Folder:
             pass  # not there, as a rule; where it can't be removed, making the next one fails and says why
 
     def close(self) -> None:
-        """Closes the folder."""
+        """Closes the folder; so does the end of a ``with``."""
         os.close(self.fd)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 _PROC = os.path.exists("/proc/self/fd")
@@ -252,15 +262,13 @@ class KeyFile:
             folder = Folder(path)
         except FileNotFoundError:
             return None
+        lock = None
         try:
             lock = _open_locked(folder)
-        except BaseException:
-            folder.close()
-            raise
-        if lock is None:
-            folder.close()
-            return None
-        return cls(folder, lock)
+        finally:
+            if lock is None:
+                folder.close()
+        return lock and cls(folder, lock)
 
     @classmethod
     def create(cls, path: str, owner: int, group: int, mode: int) -> KeyFile:
@@ -274,21 +282,11 @@ class KeyFile:
             raise _problem("can't make the folder of", path, error) from None
         try:
             for _ in range(3):
-                try:
-                    fd = _create_empty(folder, owner, group, mode)
-                except FileExistsError:
-                    found = _open_locked(folder)
-                    if found is not None:
-                        return cls(folder, found)
-                    continue
-                lock = FileLock(fd)
-                good = False
-                try:
-                    good = lock.take() and folder.leads_to(folder.name, fd)
-                finally:
-                    if not good:
-                        lock.drop()
-                if good:
+                lock = _open_locked(folder)
+                if lock is not None:
+                    return cls(folder, lock)
+                lock = _create_locked(folder, owner, group, mode)
+                if lock is not None:
                     return cls(folder, lock, created=True)
             raise Locked("another process is making " + path)
         except BaseException as error:
@@ -423,40 +421,41 @@ def _open_locked(folder: Folder) -> Optional[FileLock]:
     raise Locked("another process is replacing " + folder.path)
 
 
-def _create_empty(folder: Folder, owner: int, group: int, mode: int) -> int:
-    """An empty file with this owner, group and mode from the moment it has its name; its descriptor.
+def _create_locked(folder: Folder, owner: int, group: int, mode: int) -> Optional[FileLock]:
+    """A lock on a new and empty key file; None where another process has just made one. Raises OSError.
 
-    O_TMPFILE and linkat(2), see open(2). A file system that has neither (FAT, JFFS2), or a system without /proc, gets
-    a file that becomes what it should be a moment later; nothing is in it then. Raises FileExistsError, OSError.
+    It has this owner, group and mode, and is locked, from the moment it has its name: O_TMPFILE and linkat(2), see
+    open(2). A file system that has neither (FAT, JFFS2), or a system without /proc, gets a file that becomes what it
+    should be a moment later; nothing is in it then.
     """
+    flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder.fd)
+        fd = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=folder.fd) if _PROC else -1
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
             raise
-        return _create_visibly(folder, owner, group, mode)
+        fd = -1
+    nameless, made = fd >= 0, False
     try:
-        _hand_over(fd, owner, group, mode)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # locked before it has a name
-        os.link("/proc/self/fd/%d" % fd, folder.name, dst_dir_fd=folder.fd, follow_symlinks=True)
-    except BaseException as error:
-        os.close(fd)
-        if isinstance(error, FileNotFoundError):
-            return _create_visibly(folder, owner, group, mode)
-        raise
-    return fd
-
-
-def _create_visibly(folder: Folder, owner: int, group: int, mode: int) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(folder.name, flags, 0o600, dir_fd=folder.fd)
+        lock = FileLock(fd if nameless else folder.create(folder.name))
+    except FileExistsError:
+        return None
     try:
-        _hand_over(fd, owner, group, mode)
+        _hand_over(lock.fd, owner, group, mode)
+        taken = lock.take()
+        if nameless:
+            os.link("/proc/self/fd/%d" % lock.fd, folder.name, dst_dir_fd=folder.fd, follow_symlinks=True)
+        made = taken and folder.leads_to(folder.name, lock.fd)
+    except FileExistsError:
+        pass
     except BaseException:
-        folder.discard(folder.name)
-        os.close(fd)
+        if not nameless:
+            folder.discard(folder.name)
         raise
-    return fd
+    finally:
+        if not made:
+            lock.drop()
+    return lock if made else None
 
 
 def _hand_over(fd: int, owner: int, group: int, mode: int) -> None:

@@ -10,7 +10,6 @@ import calendar
 import email.utils
 import http.client
 import json
-import math
 import socket
 import ssl
 import threading
@@ -98,8 +97,7 @@ class Server:
         self.address = address
         self.trust = trust
         self.say = say
-        #: When the server's own certificate ends, seconds since 1970, UTC; known after `connect`.
-        self.certificate_end = math.inf
+        self._not_after = ""  # of the server's own certificate, as `ssl` tells it
         self._timeout = timeout
         self._deadline: Optional[float] = None
         self._addresses: list[Any] = []
@@ -146,6 +144,11 @@ class Server:
     def post(self, request_hash: str, request: bytes) -> Response:
         """Sends the request for a certificate. Raises `Unreachable`, `Untrusted`, `Refused`."""
         return self._ask("POST", request_hash, request, {})
+
+    @property
+    def certificate_end(self) -> float:
+        """When the certificate that the server has shown ends, seconds since 1970, UTC."""
+        return ssl.cert_time_to_seconds(self._not_after)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -207,7 +210,7 @@ class Server:
         """Looks at the dates of the server's certificates where OpenSSL didn't. Raises `Untrusted`, OSError."""
         told = tls.getpeercert()
         assert told, "CERT_REQUIRED"
-        self.certificate_end = ssl.cert_time_to_seconds(str(told["notAfter"]))
+        self._not_after = str(told["notAfter"])
         self.say("connected to %s:%d, %s" % (*self.address, tls.version()))
         if self._dates:
             return

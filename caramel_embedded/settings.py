@@ -10,7 +10,6 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
@@ -19,7 +18,8 @@ from .errors import UsageError
 CONFIG_FILE = "/etc/caramel-embedded.conf"
 KEY_FILE = "/var/lib/caramel/identity.pem"
 TIMEOUT = 60.0
-KEY_TYPES = ("rsa-2048", "rsa-4096", "ec-p256")
+# What a key type is called, and its bits where it is RSA.
+KEY_TYPES = {"rsa-2048": 2048, "rsa-4096": 4096, "ec-p256": 0}
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _DIGITS = "0123456789"
@@ -145,6 +145,8 @@ def _timeout(text: str) -> float:
 
 
 def _hook(text: str) -> tuple[str, ...]:
+    import shlex  # most devices have no hook
+
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
@@ -292,7 +294,7 @@ class Settings:
         self.client_id: Optional[str] = get("CARAMEL_CN")
         self.interfaces: Optional[tuple[str, ...]] = get("CARAMEL_INTERFACES")
         self.domain: Optional[str] = get("CARAMEL_DOMAIN")
-        self.key_type: str = get("CARAMEL_KEY_TYPE") or KEY_TYPES[0]
+        self.key_type: str = get("CARAMEL_KEY_TYPE") or "rsa-2048"
         owner, group, mode = get("CARAMEL_OWNER"), get("CARAMEL_GROUP"), get("CARAMEL_MODE")
         self.owner: int = os.geteuid() if owner is None else owner
         self.group: int = os.getegid() if group is None else group

@@ -77,21 +77,12 @@ def collect(settings: Settings) -> dict[str, Any]:
 
 def _read(path: str) -> tuple[bytes, Optional[os.stat_result]]:
     try:
-        folder = Folder(path)
-    except FileNotFoundError:
-        return b"", None
-    try:
-        fd = folder.open(folder.name)
-        try:
-            return read(fd, path), os.fstat(fd)
-        finally:
-            os.close(fd)
+        with Folder(path) as folder, open(folder.open(folder.name), "rb") as file:
+            return read(file.fileno(), path), os.fstat(file.fileno())
     except FileNotFoundError:
         return b"", None
     except OSError as error:
         raise StorageError("can't read %s: %s" % (path, error.strerror)) from None
-    finally:
-        folder.close()
 
 
 def _certificate(found: Stored) -> Optional[dict[str, Any]]:

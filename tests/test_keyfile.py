@@ -132,7 +132,7 @@ def test_a_file_that_is_replaced_again_and_again_counts_as_locked(path: str, mon
     with pytest.raises(Locked, match="is replacing"):
         KeyFile.open(path)
     os.unlink(path)
-    monkeypatch.setattr(keyfile, "_create_empty", lambda *_: os.open("/etc/passwd", os.O_RDONLY))
+    monkeypatch.setattr(keyfile, "_create_locked", lambda *_: None)
     with pytest.raises(Locked, match="is making"):
         KeyFile.create(path, *OURS)
 

@@ -87,7 +87,7 @@ def test_the_completion_offers_the_options_of_the_program_and_no_others() -> Non
 
 
 def test_the_completion_knows_what_an_option_takes() -> None:
-    assert tuple(complete("--key-type", "")) == settings.KEY_TYPES
+    assert tuple(complete("--key-type", "")) == tuple(settings.KEY_TYPES)
     assert "root" in complete("--owner", "ro")
     assert "lo" in complete("--interfaces", "l")
     assert complete("--config", "setup.c") == ["setup.cfg"]
