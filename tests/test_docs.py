@@ -245,8 +245,8 @@ def follow(
 @needs("nginx", "openssl", "curl", "sqlite3")
 def test_the_page_for_server_administrators(tmp_path: Path) -> None:
     page = DOCS / "server-administrators.md"
-    # The new CA's certificates have to end later than the old one's: of two that end in the same second, Caramel may go
-    # on handing out the older. Between these steps lie days, on the page.
+    # The new CA's certificates have to end later than the old one's: of two that end in the same second, Caramel may
+    # go on handing out the older. Between these steps lie days, on the page.
     said = follow(page, tmp_path, meanwhile={10: "sleep 1.1"})
     assert said.count("waits to be signed") == 4 and said.count("new certificate") == 4
     assert "the administrator rejected the request" in said

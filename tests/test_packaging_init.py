@@ -51,8 +51,8 @@ exit "$status"
 SLEEP = '#!/bin/sh\necho "$1" >>"{folder}/slept"\n[ "$1" -lt 3600 ] || exec /bin/sleep 60\n'
 
 
-#: For keep-enrolled, as the init script starts it. Short pauses, because a signal that reaches a shell's child before its
-#: exec is lost, and would leave a long one behind.
+#: For keep-enrolled, as the init script starts it. Short pauses, because a signal that reaches a shell's child before
+#: its exec is lost, and would leave a long one behind.
 STAND_IN_DAEMON = """#!/bin/sh
 trap exit TERM
 echo "$* $RETRY_FIRST" >>"{folder}/started"
