@@ -11,6 +11,8 @@ import pytest
 import world
 from powercut import runs, stores, verdict, volatile
 from powercut.load import content
+from powercut.machine import Failed
+from powercut.rig import Rig
 from powercut.verdict import DRAFT, KEY_FILE, File
 from torture.fleet import Fleet, key_file_parts
 
@@ -160,3 +162,17 @@ def test_what_a_cut_has_left_of_a_run(authority: world.Authority) -> None:
     assert word(older.replace(parts.certificate, renewed)) == "lost"  # from where?
     history.certificate = renewed
     assert word(older.replace(parts.certificate, renewed)) == "new"
+
+
+@pytest.mark.parametrize("check, refused, seen", [("e2fsck", 0, 2), ("e2fsck", 32, 1), ("", 32, None)])
+def test_what_mounts_only_after_the_check_at_boot_is_counted(check: str, refused: int, seen: Optional[int]) -> None:
+    store = replace(EXT4, look="look", check=check, mount="mount", unmount="unmount")
+    machine = SimpleNamespace(shell=lambda script: (refused if script == "look" else 0, ""), done=lambda *_, **__: [])
+    rig = Rig.__new__(Rig)
+    rig.store, rig.machine, rig.unmountable = store, cast(Any, machine), 0
+    if seen is None:
+        with pytest.raises(Failed):
+            rig.looked()
+        return
+    assert len(rig.looked()) == seen
+    assert rig.unmountable == (refused != 0)

@@ -115,7 +115,8 @@ of what its disk had not flushed; the next start looks at the key file, before a
 It took {minutes:.0f} minutes. *old* and *new*: the whole content that was acknowledged last, or one that was under
 way. *absent*: there was none yet. *lost*: older than what was acknowledged, empty, or gone. *stuck*: the next run
 didn't end as if nothing had happened, or a hook that was owed was not called. *litter*: cuts that have left a draft,
-which the next run removes. What the check at boot saves as pieces (`FSCK0000.REC`, `lost+found`) may be key material.
+which the next run removes. *had to be checked*: cuts after which the kernel refused to mount it before the check at
+boot. What that check saves as pieces (`FSCK0000.REC`, `lost+found`) may be key material.
 
 {text}
 Not promised, and counted all the same: {lost}. See [device makers](device-makers.md#the-file-system).

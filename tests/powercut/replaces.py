@@ -75,7 +75,7 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
                 cut, found = None, None
     finally:
         rig.close()
-    row.seconds = time.monotonic() - started
+    row.unmountable, row.seconds = rig.unmountable, time.monotonic() - started
     return row
 
 

@@ -259,5 +259,5 @@ def campaign(guest: Path, folder: Path, store: Store, cuts: int, chance: random.
                 device = Device(rig, fleet, next(numbers))
     finally:
         rig.close()
-    row.seconds = time.monotonic() - started
+    row.unmountable, row.seconds = rig.unmountable, time.monotonic() - started
     return row

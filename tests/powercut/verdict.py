@@ -95,6 +95,8 @@ class Row:
     drafts: int = 0
     saved: int = 0
     saved_secrets: int = 0
+    #: Cuts after which the kernel would mount it only once it had been checked.
+    unmountable: int = 0
     lines: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -121,10 +123,12 @@ def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     columns = ["old", "new", "absent", *BAD]
     lines = [
-        f"| file system | cuts | {' | '.join(columns)} | litter | pieces after fsck | of these with key material |",
-        "| --- |" + " ---: |" * (len(columns) + 4),
+        f"| file system | cuts | {' | '.join(columns)} | litter | had to be checked | pieces after fsck "
+        "| of these with key material |",
+        "| --- |" + " ---: |" * (len(columns) + 5),
     ]
     for row in rows:
-        counts = [row.cuts, *(row.found[word] for word in columns), row.drafts, row.saved, row.saved_secrets]
+        left = (row.drafts, row.unmountable, row.saved, row.saved_secrets)
+        counts = [row.cuts, *(row.found[word] for word in columns), *left]
         lines.append(f"| {row.store.name} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines) + "\n"
