@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Copies the figures that the README speaks of out of the pages that `make bench` and `make torture` write.
+"""Copies the figures of README and design page out of the pages that `make bench` and `make torture` write.
 
     python3 docs/figures.py [--check]
 
-With --check it changes nothing, and its exit status says whether the README has the figures of these pages.
+With --check it changes nothing, and its exit status says whether both have the figures of these pages.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
+#: What a page says that was measured before the program is what it is now.
+OLD = "**These figures are of 1.0.0.**"
 
 
 def table(page: Path, heading: str = "") -> list[dict[str, str]]:
@@ -27,6 +29,11 @@ def table(page: Path, heading: str = "") -> list[dict[str, str]]:
         [cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in found[0].splitlines() if line
     ]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def age(page: Path) -> str:
+    """A line that says so, where the figures of the page are those of an earlier release."""
+    return "The figures are of 1.0.0. Those of 2.0.0 are still to be made.\n\n" if OLD in page.read_text() else ""
 
 
 def grouped(number: str) -> str:
@@ -43,17 +50,25 @@ def bench() -> str:
         return f"{float(runs[name]['processor ms (middle half)'].partition(' (')[0]):.0f} ms"
 
     both = int(ours["bytes up"]) + int(ours["down"])
+    elliptic = ""
+    if "\n### Everything elliptic\n" in (DOCS / "bench.md").read_text():
+        last = table(DOCS / "bench.md", "### Everything elliptic")[-1]
+        asked, not_asked = (
+            f"{int(last[column].strip('*')) / 1000:.1f} kB"
+            for column in ("elliptic", "elliptic, no client certificate")
+        )
+        elliptic = f".\n  With elliptic keys, too, it is {asked}, and {not_asked} where the server asks for no client certificate"
     assert ours["connections"] == "1", "the sentence below says so"
     metered = re.search(r"= (\d+) ", wire["caramel-embedded"])
     assert metered
     written = "nothing" if ours["written"] == "0" else f"{ours['written']} bytes"
     return (
-        f"- A check that finds nothing new takes {milliseconds('caramel-embedded')} of processor time and "
+        f"{age(DOCS / 'bench.md')}- A check that finds nothing new takes {milliseconds('caramel-embedded')} of processor time and "
         f"{float(ours['peak MiB']):.0f} MiB of memory, and writes {written}. A shell script with curl and\n"
         f"  openssl takes {milliseconds('curl and openssl')}, the Python client `caramel-client` 1.5.3 "
         f"{milliseconds('caramel-client 1.5.3')}.\n"
         f"- It opens one connection, with {both / 1000:.1f} kB in both directions, or "
-        f"{int(metered[1]) / 1000:.1f} kB where the server is set up for metered links."
+        f"{int(metered[1]) / 1000:.1f} kB where the server is set up for metered links{elliptic}."
     )
 
 
@@ -68,24 +83,38 @@ def torture() -> str:
         return sum(int(row[column]) for row in cuts)
 
     return (
-        f"- The power was cut at each of {total('cases')} system calls that a device "
+        f"{age(DOCS / 'torture.md')}- The power was cut at each of {total('cases')} system calls that a device "
         f"makes in its life; {total('survived')} of these cuts were survived.\n"
         f"- Of {grouped(everything['cases'])} cases in all (faults of disk, network, clock and server), "
         f"{grouped(everything['survived'])} were survived. Lost: {everything['lost']}."
     )
 
 
+def before_and_after() -> str:
+    """The table of both releases, as it stands in the page of the benchmark."""
+    text = (DOCS / "bench.md").read_text()
+    heading = "\n## Before and after\n"
+    if heading not in text:
+        return "The figures of 2.0.0 are still to be made."
+    found = re.search(r"^\|.*?(?=^[^|]|\Z)", text.partition(heading)[2], re.M | re.S)
+    assert found, "bench.md: no table of before and after"
+    return found[0].strip()
+
+
 def main(*arguments: str) -> int:
-    old = new = README.read_text()
-    for name, text in (("bench", bench()), ("torture", torture())):
-        before, mark, rest = new.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        assert mark and end, f"README.md: no place for {name}"
-        new = f"{before}{mark}\n{text}\n\n{end}{after}"
-    if "--check" in arguments:
-        return int(old != new)
-    README.write_text(new)
-    return 0
+    places = {README: {"bench": bench(), "torture": torture()}, DOCS / "design.md": {"before": before_and_after()}}
+    same = True
+    for page, texts in places.items():
+        old = new = page.read_text()
+        for name, text in texts.items():
+            before, mark, rest = new.partition(f"<!-- {name} -->\n")
+            _, end, after = rest.partition("<!-- end -->")
+            assert mark and end, f"{page.name}: no place for {name}"
+            new = f"{before}{mark}\n{text}\n\n{end}{after}"
+        same = same and old == new
+        if old != new and "--check" not in arguments:
+            page.write_text(new)
+    return int(not same and "--check" in arguments)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from bench import fleet, report
+from bench import elliptic, fleet, flushes, records, report
 from bench.filtered import FilteredCaramel, MeteredNginx
 from bench.proxy import DelayingProxy, Traffic
 
@@ -49,6 +49,12 @@ DISTANCES = ((0.0, 1.0), (0.1, 0.34), (0.6, 0.34))
 #: The longest that a single run may take, in seconds.
 PATIENCE = 60.0
 CLIENT_ID = "fffbeec0ffee"
+#: What is counted of the traffic of a run.
+COUNTED = ("connections", "round_trips", "up", "down", "packets")
+#: The release before the three packages, beside which this one is measured.
+BEFORE = "1.0.0"
+#: How often the key file is replaced to see what its second flush costs.
+REPLACEMENTS = 300
 
 
 # --- One run ------------------------------------------------------------------------------------------------
@@ -129,6 +135,10 @@ class Identity:
             + self.request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST")
         )
 
+    def sealed(self, ca: Path, certificate: int | None = None) -> bytes:
+        """The same with the line of text that this program puts in front of what it has judged good."""
+        return world.sealed(self.file(certificate), ca.read_bytes(), self.client_id)
+
     def not_before(self, certificate: int) -> int:
         loaded = x509.load_pem_x509_certificate(self.certificates[certificate])
         return int(loaded.not_valid_before_utc.timestamp())
@@ -148,6 +158,14 @@ class Stage:
         self.pending = self.enroll("fffbeec0ffed")
         #: The modification time that goes with the newest certificate, once the server has said one.
         self.modified = self.known.not_before(1)
+
+    @property
+    def ca(self) -> Path:
+        return self.caramel.authority.certificate_file
+
+    @property
+    def port(self) -> int:
+        return self.nginx.port
 
     def enroll(self, client_id: str) -> Identity:
         key = world.new_key()
@@ -191,20 +209,24 @@ class Setting:
 
     @property
     def ca(self) -> str:
-        return str(self.stage.caramel.authority.certificate_file)
+        return str(self.stage.ca)
 
-    def place(self) -> None:
-        """Puts the device's combined file into the state that the run shall find."""
+    def place(self, sealed: bool = False) -> None:
+        """Puts the device's combined file into the state that the run shall find.
+
+        `sealed`: with the line of text in front, as this program leaves it; else as everybody else does.
+        """
         known, pending = self.stage.known, self.stage.pending
         if self.state == "first enrollment":
             self.identity.unlink(missing_ok=True)
             return
-        content, modified = {
-            "unchanged": (known.file(1) if known.certificates else b"", self.stage.modified),
-            "locked out": (known.file(1), self.stage.modified),
-            "renewed": (known.file(0), known.not_before(0)),
-            "pending": (pending.file(), int(time.time())),
+        device, certificate, modified = {
+            "unchanged": (known, 1, self.stage.modified),
+            "locked out": (known, 1, self.stage.modified),
+            "renewed": (known, 0, known.not_before(0)),
+            "pending": (pending, None, int(time.time())),
         }[self.state]
+        content = device.sealed(self.stage.ca, certificate) if sealed else device.file(certificate)
         self.identity.write_bytes(content)
         self.identity.chmod(0o600)
         os.utime(self.identity, (modified, modified))
@@ -217,6 +239,8 @@ class Program:
     statuses: ClassVar[Mapping[str, int]] = {}
     #: States in which it waits for ever, and is ended with SIGINT when it has nothing more to say.
     waits: ClassVar[Sequence[str]] = ()
+    #: Whether it is nobody's choice, only there to tell where the time goes: not measured over long distances.
+    probe: ClassVar[bool] = False
 
     def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
         raise NotImplementedError
@@ -227,6 +251,8 @@ class Program:
 
 class Command(Program):
     """This program."""
+
+    sealed: ClassVar[bool] = True
 
     statuses: ClassVar[Mapping[str, int]] = {
         "unchanged": 0,
@@ -249,9 +275,30 @@ class Command(Program):
             "CARAMEL_CN": setting.client_id,
         }
 
+    def place(self, setting: Setting) -> None:
+        setting.place(self.sealed)
+
+
+class WithoutStarter(Command):
+    """This program without the shell that stays as its parent."""
+
+    statuses: ClassVar[Mapping[str, int]] = {"unchanged": 0, "locked out": 1}
+    probe = True
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        return list(world.WITHOUT_STARTER), super().command(setting)[1]
+
+
+class Before(Command):
+    """This program as it was before its three packages; it wrote no line of text."""
+
+    sealed = False
+
 
 class CurlScript(Command):
     """A shell script around curl and openssl: the same statuses, the same environment."""
+
+    sealed = False
 
     def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
         return [_which("sh"), str(self.path)], super().command(setting)[1]
@@ -316,10 +363,20 @@ class Bare(Program):
 
     name = "bare interpreter"
     statuses: ClassVar[Mapping[str, int]] = {"unchanged": 0, "locked out": 0}
+    probe = True
+    code = "pass"
 
     def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
         python = world.BUILD / "venv" / "bin" / "python"
-        return [str(python if python.exists() else sys.executable), "-c", "pass"], {}
+        return [str(python if python.exists() else sys.executable), "-c", self.code], {}
+
+
+class Fasteners(Bare):
+    """The least that a run with this lock can cost."""
+
+    name = "fasteners, imported alone"
+    statuses: ClassVar[Mapping[str, int]] = {"locked out": 0}
+    code = "import fasteners"
 
 
 def _which(program: str) -> str:
@@ -338,14 +395,21 @@ def programs(folder: Path, authority: world.Authority) -> list[Program]:
         packed = zipapp(folder / "caramel-embedded.pyz", authority)
         if packed:
             found.append(Command("caramel-embedded, zipapp", packed))
+        found.append(WithoutStarter("caramel-embedded, no starter", command))
     else:
         print("bench: the program itself is not installed, and so not measured", file=sys.stderr)
+    before = world.BUILD / "bench" / "before" / "bin" / "caramel-embedded"
+    if before.exists():
+        found.append(Before(f"caramel-embedded {BEFORE}", before))
+    else:
+        print(f"bench: {BEFORE} is not installed, and so not measured", file=sys.stderr)
     return [
         *found,
         CurlScript("curl and openssl", HERE / "caramel-curl.sh"),
         PythonClient(),
         Urllib3(),
         Bare(),
+        Fasteners(),
     ]
 
 
@@ -617,12 +681,57 @@ def capacity(stage: Stage, seconds: float = 2.0, tries: int = 6) -> float:
 def metered(bench: Bench, program: Program, stage: Stage, tries: int = 3) -> dict[str, int]:
     """What an unchanged check puts on the wire; the median of a few runs, because TLS has fields of varying
     length."""
-    with DelayingProxy(stage.nginx.port, 0.05) as proxy:
+    with DelayingProxy(stage.port, 0.05) as proxy:
         seen = [bench.run(program, stage, "unchanged", proxy).traffic for _ in range(tries)]
-    return {
-        name: int(statistics.median(getattr(one, name) for one in seen))
-        for name in ("connections", "round_trips", "up", "down", "packets")
-    }
+    return {name: int(statistics.median(getattr(one, name) for one in seen)) for name in COUNTED}
+
+
+def elliptic_costs(program: Command, folder: Path, tries: int = 3) -> dict[str, Any]:
+    """What an unchanged check puts on the wire where everything is elliptic, behind each configuration of nginx.
+
+    The program itself enrolls the device. Also what each record of the last check weighed.
+    """
+    authority = elliptic.create(folder / "authority")
+    identity = folder / "elliptic.pem"
+    found: dict[str, Any] = {}
+    for configuration in (elliptic.METERED, elliptic.OWN):
+        with elliptic.behind(authority, configuration) as front, DelayingProxy(front.port, 0.05) as proxy:
+            env = world.environment(
+                CARAMEL_CA=proxy.address,
+                CARAMEL_CA_CERT=str(authority.ca),
+                CARAMEL_KEY_FILE=str(identity),
+                CARAMEL_CN=CLIENT_ID,
+                CARAMEL_KEY_TYPE="ec-p256",
+            )
+
+            def check(expected: int, env: Mapping[str, str] = env, proxy: DelayingProxy = proxy) -> Traffic:
+                proxy.reset()
+                done = subprocess.run(
+                    [str(program.path)], env=env, stderr=subprocess.PIPE, timeout=PATIENCE, check=False
+                )
+                if done.returncode != expected:
+                    raise SystemExit(f"bench: elliptic: ended with {done.returncode}\n{done.stderr.decode()}")
+                return proxy.wait()
+
+            if not identity.exists():
+                check(69)
+                authority.command("authorize", CLIENT_ID)
+                check(0)
+            seen = [check(0) for _ in range(tries)]
+            found[configuration] = {
+                **{name: int(statistics.median(getattr(one, name) for one in seen)) for name in COUNTED},
+                "records": records.weights(
+                    bytes(seen[-1].said_up), bytes(seen[-1].said_down), configuration == elliptic.METERED
+                ),
+            }
+    return found
+
+
+def recorded(bench: Bench, program: Program, stage: Stage) -> list[tuple[str, str, int]]:
+    """What each record of an unchanged check weighs, behind an nginx that asks for the device's certificate."""
+    with DelayingProxy(stage.port, 0.05) as proxy:
+        traffic = bench.run(program, stage, "unchanged", proxy).traffic
+    return records.weights(bytes(traffic.said_up), bytes(traffic.said_down), True)
 
 
 def machine() -> dict[str, str]:
@@ -673,10 +782,22 @@ OTHERWISE = (
         {ASKING[0]: "ssl_verify_client optional_no_ca;", ASKING[1]: "ssl_trusted_certificate"},
     ),
     (
+        "otherwise: no ticket at all, `ssl_conf_command NumTickets 0` (nginx 1.19.4)",
+        {"ssl_session_tickets off;": "ssl_session_tickets off; ssl_conf_command NumTickets 0;"},
+    ),
+    (
         "otherwise: client certificates not asked for",
         {ASKING[0]: "ssl_verify_client off;", ASKING[1]: "ssl_trusted_certificate"},
     ),
 )
+
+
+def versions() -> dict[str, str]:
+    """What the program says of itself, and with which packages it was measured."""
+    python = str(world.BUILD / "venv" / "bin" / "python")
+    names = ("caramel-embedded", "urllib3", "fasteners", "pyOpenSSL", "cryptography")
+    code = f"from importlib.metadata import version as v; print(*map(v, {names!r}))"
+    return dict(zip(names, _said([python, "-I", "-c", code]).split()))
 
 
 def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
@@ -687,9 +808,9 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
     if quick:
         distances = distances[:1]
     runs = [(program, state) for program in contestants for state in STATES if state in program.statuses]
-    steps = sum(count for _, count in distances) * len(STATES) + len(runs) + 2 * len(contestants) + 12
+    steps = sum(count for _, count in distances) * len(STATES) + len(runs) + 2 * len(contestants) + 14
     progress = Progress(steps)
-    seen: dict[str, Any] = {"machine": machine(), "rounds": rounds, "runs": {}, "ratios": {}}
+    seen: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "runs": {}, "ratios": {}}
     seen.update({"traces": {}, "instructions": {}})
     with contextlib.ExitStack() as stack:
         plain_caramel = stack.enter_context(world.Caramel(folder / "plain", authority))
@@ -731,7 +852,7 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
                     # Whoever comes first finds the caches as the last one left them: so it is another one
                     # each time.
                     for program in fitting[turn % len(fitting) :] + fitting[: turn % len(fitting)]:
-                        if distance and (state in program.waits or isinstance(program, Bare)):
+                        if distance and (state in program.waits or program.probe):
                             continue  # no wall time of its own
                         sample = bench.run(program, plain, state, proxies[distance])
                         samples.setdefault((program.name, state, distance), []).append(sample)
@@ -757,13 +878,19 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
                     seen["instructions"].setdefault(state, {})[program.name] = counted
                 progress.step(f"{program.name}, {state}, instructions")
 
-        online = [p for p in contestants if "unchanged" in p.statuses and not isinstance(p, Bare)]
+        online = [p for p in contestants if "unchanged" in p.statuses and not p.probe]
         seen["wire"] = {
             name: {program.name: metered(bench, program, stage) for program in online}
             for name, stage in (("plain", plain), ("filter", filtered), ("metered", cheap))
         }
         progress.step("bytes on the wire")
         ours = online[0]
+        if isinstance(ours, Command):
+            seen["elliptic"] = elliptic_costs(ours, folder)
+            seen["records"] = recorded(bench, ours, cheap)
+            progress.step("everything elliptic")
+        seen["flushes"] = flushes.measure(folder / "flushes", 20 if quick else REPLACEMENTS)
+        progress.step("the second flush")
         seen["lines"] = {"with all lines": metered(bench, ours, cheap)}
         seen["measured with"] = ours.name
         for name, line, instead in LINES:
@@ -823,7 +950,7 @@ def summary(several: Sequence[Sample]) -> dict[str, Any]:
         "cpu": spread([1000 * one.cpu for one in several]),
         "wall": spread([1000 * one.wall for one in several]),
         "memory": spread([one.memory / 1024 for one in several]),
-        **{name: count(name) for name in ("connections", "round_trips", "up", "down", "packets")},
+        **{name: count(name) for name in COUNTED},
     }
 
 

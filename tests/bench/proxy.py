@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: The largest segment on the device's side: what is left of an Ethernet frame. Loopback alone would allow 64
 #: KiB.
@@ -36,6 +36,9 @@ class Traffic:
     #: TCP segments in both directions, empty ones included, without the last few of the connection's end.
     packets: int = 0
     last: float = 0.0
+    #: What was said, in the order of each side; of all connections one after the other.
+    said_up: bytearray = field(default_factory=bytearray)
+    said_down: bytearray = field(default_factory=bytearray)
 
 
 class DelayingProxy:
@@ -160,8 +163,10 @@ class DelayingProxy:
                         traffic.last = now
                         if side == "device":
                             traffic.up += len(data)
+                            traffic.said_up += data
                         else:
                             traffic.down += len(data)
+                            traffic.said_down += data
                             traffic.round_trips += last_spoke[0] == "device"
                         last_spoke[0] = side
                     queue.put_nowait((max(now, established) + delay, data))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""A server that is elliptic throughout: the registration authority with its own CA, and P-256 keys only.
+
+Caramel signs no elliptic keys, so this is a real registration authority behind a real nginx, set up by the commands of
+its README. The device is one that the program itself has enrolled.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import world
+
+# What starts the registration authority stands beside its tests, and knows nothing of this program either.
+sys.path.append(str(world.ROOT / "server/authority/tests"))
+
+from authority_world import Front, RegistrationAuthority
+
+#: As in the README of server/authority.
+SUBJECT = "C=SE,O=Example AB,OU=Devices,CN=Example Device CA"
+#: Behind which configuration of nginx: that for metered links, which asks for the device's certificate, and that
+#: which comes with the authority, which doesn't.
+METERED, OWN = "metered", "own"
+
+
+def create(folder: Path) -> RegistrationAuthority:
+    """A registration authority with a CA, and a certificate by it for `localhost`, in `front.pem`."""
+    authority = RegistrationAuthority(folder)
+    authority.command("ca-create", "--subject", SUBJECT)
+    authority.command("server-certificate", "localhost", "--out", str(folder / "front.pem"))
+    return authority
+
+
+@contextmanager
+def behind(authority: RegistrationAuthority, configuration: str) -> Iterator[Front]:
+    """The authority at work behind nginx, with the configuration METERED or OWN."""
+    text = None
+    if configuration == METERED:
+        text = (world.ROOT / "server" / "nginx-metered.conf").read_text()
+        for old, new in {
+            "server_name localhost": "server_name ca.example.com",
+            "/etc/caramel/server.pem": "/var/lib/caramel-authority/front.pem",
+            "/etc/caramel/ca.crt": str(authority.ca),
+            "127.0.0.1:6543": "127.0.0.1:8080",
+        }.items():
+            if old not in text:
+                raise AssertionError(f"server/nginx-metered.conf has no {old!r}")
+            text = text.replace(old, new)
+    certificate = authority.folder / "front.pem"
+    with authority.serving(options=["--behind-proxy"]) as server:
+        folder = authority.folder / configuration
+        with Front(folder, certificate, server.port, text) as front:
+            yield front
