@@ -53,18 +53,20 @@ def bench() -> str:
     elliptic = ""
     if "\n### Everything elliptic\n" in (DOCS / "bench.md").read_text():
         last = table(DOCS / "bench.md", "### Everything elliptic")[-1]
-        asked, not_asked = (
+        asked, alone = (
             f"{int(last[column].strip('*')) / 1000:.1f} kB"
             for column in ("elliptic", "elliptic, no client certificate")
         )
-        elliptic = f".\n  With elliptic keys, too, it is {asked}, and {not_asked} where the server asks for no client certificate"
+        elliptic = (
+            f".\n  With elliptic keys it is {asked}, and {alone} where the server asks for no client certificate"
+        )
     assert ours["connections"] == "1", "the sentence below says so"
     metered = re.search(r"= (\d+) ", wire["caramel-embedded"])
     assert metered
     written = "nothing" if ours["written"] == "0" else f"{ours['written']} bytes"
     return (
-        f"{age(DOCS / 'bench.md')}- A check that finds nothing new takes {milliseconds('caramel-embedded')} of processor time and "
-        f"{float(ours['peak MiB']):.0f} MiB of memory, and writes {written}. A shell script with curl and\n"
+        f"{age(DOCS / 'bench.md')}- A check that finds nothing new takes {milliseconds('caramel-embedded')} of "
+        f"processor time and {float(ours['peak MiB']):.0f} MiB of memory, and writes {written}. A shell script with curl and\n"
         f"  openssl takes {milliseconds('curl and openssl')}, the Python client `caramel-client` 1.5.3 "
         f"{milliseconds('caramel-client 1.5.3')}.\n"
         f"- It opens one connection, with {both / 1000:.1f} kB in both directions, or "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A server that is elliptic throughout: the registration authority with its own CA, and P-256 keys only.
 
-Caramel signs no elliptic keys, so this is a real registration authority behind a real nginx, set up by the commands of
-its README. The device is one that the program itself has enrolled.
+Caramel signs no elliptic keys, so this is a real registration authority behind a real nginx, set up by the commands
+of its README. The device is one that the program itself has enrolled.
 """
 
 from __future__ import annotations
