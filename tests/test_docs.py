@@ -29,7 +29,14 @@ PAGES = [
     *sorted((world.ROOT / "docs").glob("*.md")),
     *(
         world.ROOT / name / "README.md"
-        for name in ("server", "tests/bench", "buildroot", "packaging/yocto", "packaging/container")
+        for name in (
+            "server",
+            "server/authority",
+            "tests/bench",
+            "buildroot",
+            "packaging/yocto",
+            "packaging/container",
+        )
     ),
 ]
 DOCS = world.ROOT / "docs"
