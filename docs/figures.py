@@ -66,7 +66,8 @@ def bench() -> str:
     written = "nothing" if ours["written"] == "0" else f"{ours['written']} bytes"
     return (
         f"{age(DOCS / 'bench.md')}- A check that finds nothing new takes {milliseconds('caramel-embedded')} of "
-        f"processor time and {float(ours['peak MiB']):.0f} MiB of memory, and writes {written}. A shell script with curl and\n"
+        f"processor time and {float(ours['peak MiB']):.0f} MiB of memory, and writes {written}. "
+        f"A shell script with curl and\n"
         f"  openssl takes {milliseconds('curl and openssl')}, the Python client `caramel-client` 1.5.3 "
         f"{milliseconds('caramel-client 1.5.3')}.\n"
         f"- It opens one connection, with {both / 1000:.1f} kB in both directions, or "

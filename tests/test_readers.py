@@ -80,9 +80,9 @@ def strict(tmp_path_factory: pytest.TempPathFactory, caramel: Caramel, root: Aut
         yield front
 
 
-def chained(device: Device) -> bool:
-    """Whether the key file has more than the device's own certificate."""
-    return device.labels.count("CERTIFICATE") > 1
+def chain(device: Device) -> list[Union[str, Path]]:
+    """What openssl(1) has to be told where the key file has more than the device's own certificate."""
+    return ["-cert_chain", device.key_file] if device.labels.count("CERTIFICATE") > 1 else []
 
 
 def run(*line: Union[str, Path], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -155,7 +155,7 @@ def test_openssl_s_client(device: Device, strict: Front, root: Authority, text: 
     got = run(
         *("openssl", "s_client", "-quiet", "-verify_return_error", "-connect", strict.address),
         *("-CAfile", root.certificate_file, "-cert", device.key_file, "-key", device.key_file),
-        *(["-cert_chain", device.key_file] if chained(device) else []),
+        *chain(device),
         stdin=b"GET /root.crt HTTP/1.0\r\n\r\n",
     )
     assert text in got.stdout, got.stderr
@@ -173,7 +173,7 @@ def test_openssl_s_server(device: Device, root: Authority, tmp_path: Path) -> No
         device.key_file,
         "-key",
         device.key_file,
-        *(["-cert_chain", device.key_file] if chained(device) else []),
+        *chain(device),
     ]
     with Daemon([*line, "-www"], tmp_path / "output") as server:
         url, ca = f"https://localhost:{port}/", root.certificate_file
