@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench import elliptic, fleet, flushes, records, report
 from bench.filtered import FilteredCaramel, MeteredNginx
-from bench.proxy import DelayingProxy, Traffic
+from bench.proxy import DelayingProxy, Traffic, medians
 
 HERE = Path(__file__).resolve().parent
 
@@ -49,8 +49,6 @@ DISTANCES = ((0.0, 1.0), (0.1, 0.34), (0.6, 0.34))
 #: The longest that a single run may take, in seconds.
 PATIENCE = 60.0
 CLIENT_ID = "fffbeec0ffee"
-#: What is counted of the traffic of a run.
-COUNTED = ("connections", "round_trips", "up", "down", "packets")
 #: The release before the three packages, beside which this one is measured.
 BEFORE = "1.0.0"
 #: How often the key file is replaced to see what its second flush costs.
@@ -95,7 +93,7 @@ class Spawner:
         idle: Callable[[], bool] | None = None,
     ) -> tuple[int, float, float, int]:
         """Exit status, wall time, processor time (seconds), peak memory (KiB). What is `idle` gets a
-        SIGINT."""
+        SIGINT, and another one each second, because a program may lose one."""
         assert self._process.stdin and self._process.stdout
         marshal.dump((list(command), dict(env), str(folder), str(self.output)), self._process.stdin)
         self._process.stdin.flush()
@@ -106,7 +104,7 @@ class Spawner:
                 os.kill(child, signal.SIGKILL)
             elif idle and idle():
                 os.kill(child, signal.SIGINT)
-                idle = None
+                time.sleep(1)
         status, wall, user, system, memory = marshal.load(self._process.stdout)
         return os.waitstatus_to_exitcode(status), wall, user + system, memory
 
@@ -683,48 +681,7 @@ def metered(bench: Bench, program: Program, stage: Stage, tries: int = 3) -> dic
     length."""
     with DelayingProxy(stage.port, 0.05) as proxy:
         seen = [bench.run(program, stage, "unchanged", proxy).traffic for _ in range(tries)]
-    return {name: int(statistics.median(getattr(one, name) for one in seen)) for name in COUNTED}
-
-
-def elliptic_costs(program: Command, folder: Path, tries: int = 3) -> dict[str, Any]:
-    """What an unchanged check puts on the wire where everything is elliptic, behind each configuration of nginx.
-
-    The program itself enrolls the device. Also what each record of the last check weighed.
-    """
-    authority = elliptic.create(folder / "authority")
-    identity = folder / "elliptic.pem"
-    found: dict[str, Any] = {}
-    for configuration in (elliptic.METERED, elliptic.OWN):
-        with elliptic.behind(authority, configuration) as front, DelayingProxy(front.port, 0.05) as proxy:
-            env = world.environment(
-                CARAMEL_CA=proxy.address,
-                CARAMEL_CA_CERT=str(authority.ca),
-                CARAMEL_KEY_FILE=str(identity),
-                CARAMEL_CN=CLIENT_ID,
-                CARAMEL_KEY_TYPE="ec-p256",
-            )
-
-            def check(expected: int, env: Mapping[str, str] = env, proxy: DelayingProxy = proxy) -> Traffic:
-                proxy.reset()
-                done = subprocess.run(
-                    [str(program.path)], env=env, stderr=subprocess.PIPE, timeout=PATIENCE, check=False
-                )
-                if done.returncode != expected:
-                    raise SystemExit(f"bench: elliptic: ended with {done.returncode}\n{done.stderr.decode()}")
-                return proxy.wait()
-
-            if not identity.exists():
-                check(69)
-                authority.command("authorize", CLIENT_ID)
-                check(0)
-            seen = [check(0) for _ in range(tries)]
-            found[configuration] = {
-                **{name: int(statistics.median(getattr(one, name) for one in seen)) for name in COUNTED},
-                "records": records.weights(
-                    bytes(seen[-1].said_up), bytes(seen[-1].said_down), configuration == elliptic.METERED
-                ),
-            }
-    return found
+    return medians(seen)
 
 
 def recorded(bench: Bench, program: Program, stage: Stage) -> list[tuple[str, str, int]]:
@@ -886,7 +843,7 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
         progress.step("bytes on the wire")
         ours = online[0]
         if isinstance(ours, Command):
-            seen["elliptic"] = elliptic_costs(ours, folder)
+            seen["elliptic"] = elliptic.measure(str(ours.path), folder / "authority")
             seen["records"] = recorded(bench, ours, cheap)
             progress.step("everything elliptic")
         seen["flushes"] = flushes.measure(folder / "flushes", 20 if quick else REPLACEMENTS)
@@ -942,15 +899,12 @@ def summary(several: Sequence[Sample]) -> dict[str, Any]:
         low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive")
         return [round(low, 3), round(middle, 3), round(high, 3)]
 
-    def count(name: str) -> int:
-        return int(statistics.median(getattr(one.traffic, name) for one in several))
-
     return {
         "count": len(several),
         "cpu": spread([1000 * one.cpu for one in several]),
         "wall": spread([1000 * one.wall for one in several]),
         "memory": spread([one.memory / 1024 for one in several]),
-        **{name: count(name) for name in COUNTED},
+        **medians([one.traffic for one in several]),
     }
 
 

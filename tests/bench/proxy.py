@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import statistics
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 #: The largest segment on the device's side: what is left of an Ethernet frame. Loopback alone would allow 64
@@ -39,6 +41,12 @@ class Traffic:
     #: What was said, in the order of each side; of all connections one after the other.
     said_up: bytearray = field(default_factory=bytearray)
     said_down: bytearray = field(default_factory=bytearray)
+
+
+def medians(several: Sequence[Traffic]) -> dict[str, int]:
+    """What is counted, of several runs that should be alike: TLS has fields of varying length."""
+    counted = ("connections", "round_trips", "up", "down", "packets")
+    return {name: int(statistics.median(getattr(one, name) for one in several)) for name in counted}
 
 
 class DelayingProxy:
@@ -103,6 +111,7 @@ class DelayingProxy:
 
         self._loop.run_until_complete(listen())
         self._loop.run_forever()
+        listener.close()
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
