@@ -11,7 +11,7 @@ bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/install
 	$(BUILD)/tests/bin/python -I docs/figures.py
 
 # From the figures of the last run: for whoever changes what the pages say.
-bench-again: $(BUILD)/tests/installed
+bench-again: $(BUILD)/tests/installed ## the pages of the benchmark once more, from its last figures
 	cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.measure --again
 	$(BUILD)/tests/bin/python -I docs/figures.py
 
