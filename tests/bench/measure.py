@@ -93,7 +93,7 @@ class Spawner:
         idle: Callable[[], bool] | None = None,
     ) -> tuple[int, float, float, int]:
         """Exit status, wall time, processor time (seconds), peak memory (KiB). What is `idle` gets a
-        SIGINT, and another one each second, because a program may lose one."""
+        SIGINT."""
         assert self._process.stdin and self._process.stdout
         marshal.dump((list(command), dict(env), str(folder), str(self.output)), self._process.stdin)
         self._process.stdin.flush()
@@ -104,7 +104,7 @@ class Spawner:
                 os.kill(child, signal.SIGKILL)
             elif idle and idle():
                 os.kill(child, signal.SIGINT)
-                time.sleep(1)
+                idle = None
         status, wall, user, system, memory = marshal.load(self._process.stdout)
         return os.waitstatus_to_exitcode(status), wall, user + system, memory
 
@@ -913,6 +913,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no long distances; to see that it works")
     parser.add_argument("--again", action="store_true", help="only write the reports again from the last figures")
     options = parser.parse_args()
+    # A shell's job in the background ignores it (POSIX, 2.11), and so would the programs that are ended with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     figures = world.BUILD / "bench" / "figures.json"
     if not options.again:
         rounds = max(1, min(200, int(os.environ.get("BENCH_ROUNDS") or 15)))
