@@ -50,8 +50,8 @@ def reached(seen: Figures) -> list[tuple[str, str, str, bool | None]]:
     def line(run: str, aim: str, figure: str, good: bool | None) -> None:
         lines.append((run, aim, figure, good))
 
-    def times(run: str, aim: str, share: float, most: float | None) -> None:
-        line(run, aim, f"{share:.2f} times", None if most is None else share <= most)
+    def times(run: str, aim: str, share: float, most: float | None, digits: int = 2) -> None:
+        line(run, aim, f"{share:.{digits}f} times", None if most is None else share <= most)
 
     def missing(run: str, aim: str) -> None:
         line(run, aim, "not measured", None)
@@ -69,7 +69,8 @@ def reached(seen: Figures) -> list[tuple[str, str, str, bool | None]]:
     times("unchanged", "below the Rust client: 0.95 times, by an earlier measurement", ratios[OURS], 0.95)
     counted = seen["instructions"]["unchanged"]
     times("unchanged", "to compare with: instructions, the floor's as 1", counted[OURS] / counted[FLOOR], None)
-    times("unchanged", "peak memory at most 1.05 times the floor's", ours["memory"][1] / floor["memory"][1], 1.05)
+    share = ours["memory"][1] / floor["memory"][1]
+    times("unchanged", "peak memory at most 1.05 times the floor's", share, 1.05, digits=3)
     far = _run(seen, "unchanged", OURS, "0.6")
     if far:
         good = (far["connections"], far["round_trips"]) == (1, 3)
