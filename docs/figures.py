@@ -51,7 +51,7 @@ def bench() -> str:
 
     both = int(ours["bytes up"]) + int(ours["down"])
     elliptic = ""
-    if "\n### Everything elliptic\n" in (DOCS / "bench.md").read_text():
+    if "| elliptic, no client certificate |" in (DOCS / "bench.md").read_text():  # it isn't measured everywhere
         last = table(DOCS / "bench.md", "### Everything elliptic")[-1]
         asked, alone = (
             f"{int(last[column].strip('*')) / 1000:.1f} kB"

@@ -22,6 +22,7 @@ from bench.proxy import DelayingProxy, Traffic, medians
 # What starts the registration authority stands beside its tests, and knows nothing of this program either.
 sys.path.append(str(world.ROOT / "server/authority/tests"))
 
+from authority_world import COMMAND as COMMAND
 from authority_world import Front, RegistrationAuthority
 
 #: As in the README of server/authority.

@@ -842,7 +842,7 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
         }
         progress.step("bytes on the wire")
         ours = online[0]
-        if isinstance(ours, Command):
+        if isinstance(ours, Command) and elliptic.COMMAND.exists():
             seen["elliptic"] = elliptic.measure(str(ours.path), folder / "authority")
             seen["records"] = recorded(bench, ours, cheap)
             progress.step("everything elliptic")

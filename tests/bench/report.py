@@ -255,7 +255,7 @@ def _before_and_after(seen: Figures) -> str:
 def _elliptic(seen: Figures) -> str:
     """Record by record, what an unchanged check puts on the wire with RSA and with elliptic keys."""
     if "elliptic" not in seen:
-        return "Not measured: the program isn't there.\n"
+        return "Not measured: the registration authority needs Python 3.11.\n"
     kinds = [seen["records"], seen["elliptic"]["metered"]["records"], seen["elliptic"]["own"]["records"]]
     weights = [{(side, name): size for side, name, size in kind} for kind in kinds]
     rows = [
