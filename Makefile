@@ -6,6 +6,7 @@ BUILD := build
 
 # Names of tests for `make test`, options for pytest, and how many run at a time:
 # make test TESTS=tests/test_world.py PYTEST=-x JOBS=1
+# With COVERAGE=1 it also says which lines of the program were not reached.
 TESTS ?= tests server
 PYTEST ?=
 JOBS ?= 2
@@ -29,21 +30,24 @@ demo: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## the life of a device
 demo-server: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## a Caramel server to play with by hand
 	@cd tests && $(CURDIR)/$(BUILD)/venv/bin/python -Es -m demo.life --stay
 
-# The command under test is the one beside pytest, because coverage is there as well: it says which lines ran in all of the
-# command's runs. Its report comes before pytest's last line, which says how the tests went.
-test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and the tests that this machine can do (4 min)
+# Under coverage the command under test is the one beside pytest, because coverage is there as well: it says which lines ran
+# in all of the command's runs. Its report comes before pytest's last line, which says how the tests went. It makes each run
+# of the command two fifths dearer, so `make test` does without.
+UNDER_COVERAGE = COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_FILE="$(CURDIR)/$(BUILD)/coverage/data" \
+	CARAMEL_TESTS_COMMAND="$(CURDIR)/$(BUILD)/tests/bin/caramel-embedded"
+
+test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and the tests that this machine can do in 4 min
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
 	$(BUILD)/tests/bin/mypy caramel_embedded packaging server tests examples
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
-	COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_FILE="$(CURDIR)/$(BUILD)/coverage/data" \
-	CARAMEL_TESTS_COMMAND="$(CURDIR)/$(BUILD)/tests/bin/caramel-embedded" \
+	$(if $(COVERAGE),$(UNDER_COVERAGE)) \
 	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST) $(TESTS)
 
 # What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
 # the last lines are those of the tests.
-test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, and nothing is skipped (root, 30 min)
-	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test
+test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, nothing is skipped, and which lines of the program no test reached (root, 30 min)
+	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test COVERAGE=1
 
 style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
 	$(BUILD)/tests/bin/ruff check --fix .

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from needs import slow
 from torture import clocks, report
 from torture.fleet import Fleet
 
 
 @pytest.mark.parametrize(
-    "about", ["1970", "a day behind", "a day ahead", "2080", "slept for a year", "floor", "jumps"]
+    "about",
+    [
+        "1970",
+        "2080",
+        *(
+            pytest.param(about, marks=slow)
+            for about in ("a day behind", "a day ahead", "slept for a year", "floor", "jumps")
+        ),
+    ],
 )
 def test_no_clock_costs_a_device_anything(fleet: Fleet, about: str) -> None:
     cases = [case for case in clocks.cases(fleet) if about in case.name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import world
-from needs import require
+from needs import require, slow
 from world import Caramel, TlsFront
 
 from caramel_embedded import cli
@@ -140,6 +140,7 @@ def test_a_request_that_waits_goes_on(moving: Moving, caramel: Caramel) -> None:
     assert moving.parts()[2] == moving.theirs("csr").read_bytes()
 
 
+@slow
 def test_both_for_a_while_and_back(moving: Moving, caramel: Caramel) -> None:
     caramel.sign(moving.client_id)
     assert moving.other() == 0

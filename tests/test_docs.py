@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 import world
-from needs import needs, require
+from needs import needs, require, slow
 from world import Authority, Caramel, Device, Front, Nginx
 
 import caramel_embedded
@@ -249,6 +249,7 @@ def follow(
     return text
 
 
+@slow
 @needs("nginx", "openssl", "curl", "sqlite3")
 def test_the_page_for_server_administrators(tmp_path: Path) -> None:
     page = DOCS / "server-administrators.md"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+from needs import slow
 from torture import machine, power, report
 from torture.fleet import Fleet, key_file_parts
 from torture.report import Case
@@ -24,6 +25,7 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(fleet: Fleet) -> None:
     survived(machine.disks(fleet, full=False), 9)
 
 
+@slow
 def test_too_few_descriptors_and_too_little_memory_lose_nothing(fleet: Fleet) -> None:
     survived(machine.starved(fleet, full=False), 15)
 
@@ -32,10 +34,12 @@ def test_without_entropy_there_is_no_weak_key_and_no_wait(fleet: Fleet) -> None:
     survived(machine.entropy(fleet), 8)
 
 
+@slow
 def test_outputs_that_are_closed_or_full_change_no_status_and_never_reach_the_key_file(fleet: Fleet) -> None:
     survived(machine.outputs(fleet, full=False), 10)
 
 
+@slow
 def test_a_signal_is_127_or_comes_too_late_and_loses_nothing(fleet: Fleet) -> None:
     survived(machine.signals(fleet, full=False), 15)
 
@@ -44,10 +48,12 @@ def test_being_stopped_for_a_while_loses_nothing(fleet: Fleet) -> None:
     survived([machine.stopped(fleet)], 1)
 
 
+@slow
 def test_a_missing_package_is_127_with_its_name_where_it_is_needed(fleet: Fleet) -> None:
     survived([case for case in machine.missing(fleet, full=False) if " without " in case.name], 12)
 
 
+@slow
 def test_a_missing_or_broken_module_is_127_and_loses_nothing(fleet: Fleet) -> None:
     survived(report.sample([case for case in machine.missing(fleet, full=False) if ": " in case.name], 16), 16)
 
@@ -56,10 +62,12 @@ def test_an_interpreter_that_cannot_start_is_127(fleet: Fleet) -> None:
     survived(machine.cannot_start(fleet, full=False), 7)
 
 
+@slow
 def test_a_signal_to_the_starter_is_127_or_comes_too_late_and_loses_nothing(fleet: Fleet) -> None:
     survived(report.sample(machine.starter(fleet, full=False), 12), 12)
 
 
+@slow
 def test_signals_that_the_caller_ignores_change_nothing(fleet: Fleet) -> None:
     survived(machine.ignored(fleet, full=False), 10)
 
@@ -68,6 +76,7 @@ def test_an_etc_that_is_empty_or_cannot_be_read_loses_nothing(fleet: Fleet) -> N
     survived(machine.etc(fleet), 3)
 
 
+@slow
 def test_nobodys_environment_changes_how_a_run_ends(fleet: Fleet) -> None:
     survived(machine.environments(fleet, full=False), 23)
 
@@ -104,6 +113,7 @@ def test_a_request_with_a_flipped_bit_is_made_again(fleet: Fleet, start: str) ->
     assert fleet.broken(dut, run) + fleet.recovered(dut) == []
 
 
+@slow
 def test_key_material_never_leaves_the_file(fleet: Fleet) -> None:
     """No output, argument or environment of a run has a piece of the key in it, and no other file gets one."""
     for make in fleet.scenarios.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import world
-from needs import needs
+from needs import needs, slow
 from torture import folders, report
 from torture.fleet import Fleet
 from world import Authority, Device, Scripted, Snapshot, answers, hours, now
@@ -147,6 +147,7 @@ def test_a_file_whose_owner_may_still_write_to_it_gets_another_inode(
     assert owned.key_file.stat().st_uid == 0
 
 
+@slow
 def test_whatever_is_planted_there_leads_nowhere_in_any_moment_of_a_devices_life(fleet: Fleet) -> None:
     row = report.tried("", folders.cases(fleet, full=False))
     assert not row.lost, "\n".join(row.lost)

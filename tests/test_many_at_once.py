@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import world
+from needs import slow
 from torture import concurrency, report
 from torture.fleet import Fleet
 
 
+@slow
 def test_many_starts_at_once_make_one_key_and_one_request_and_readers_see_whole_files(fleet: Fleet) -> None:
     counts: Counter[str] = Counter()
     row = report.tried("", concurrency.cases(fleet, 40, counts), workers=1)

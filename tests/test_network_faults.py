@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from needs import require
+from needs import require, slow
 from torture import network, report
 from torture.network import Stage
 
@@ -29,6 +29,7 @@ def test_no_server_costs_a_device_anything(stage: Stage, topic: str) -> None:
     assert row.cases >= 3
 
 
+@slow
 def test_every_status_to_get_and_to_post_stores_nothing(stage: Stage) -> None:
     row = report.tried("", [network.every_status(stage, range(100, 600, 3))])
     assert not row.lost, "\n".join(row.lost)

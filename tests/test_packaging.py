@@ -16,7 +16,7 @@ from typing import Optional, Union
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from needs import needs, require
+from needs import needs, require, slow
 from world import (
     ROOT,
     SERVER_AUTH,
@@ -638,6 +638,7 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
         assert b"CARAMEL" not in archive.read("caramel_embedded/baked.conf")
 
 
+@slow
 @needs("debian-tools")
 def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     def build(folder: Path, **env: str) -> bytes:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import pytest
-from needs import needs, require
+from needs import needs, require, slow
 from world import PLAIN, ROOT, Authority, Device, environment, strays
 
 STARTER = ROOT / "packaging/starter/caramel-embedded"
@@ -350,6 +350,7 @@ def calls_until_end(shell: Sequence[str], bin: Path, trace: Path) -> list[tuple[
     return calls[ready - 1 : last]
 
 
+@slow
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 @needs("strace")
 def test_a_signal_at_any_system_call_of_the_shell(shell: list[str], bin: Path, tmp_path: Path, name: str) -> None:
@@ -365,6 +366,7 @@ def test_a_signal_at_any_system_call_of_the_shell(shell: list[str], bin: Path, t
         assert not strays(), (call, number)
 
 
+@slow
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_a_signal_at_any_moment(shell: list[str], bin: Path, group: bool) -> None:
     """In the first milliseconds a shell has not yet read its script, and dies of it; nothing was started."""

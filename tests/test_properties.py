@@ -17,6 +17,7 @@ import world
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
+from needs import slow
 from torture import simulation
 from torture.fleet import key_file_parts
 
@@ -263,6 +264,7 @@ def test_any_answer_is_understood_or_refused(status: int, headers: list[tuple[st
 # --- The state machine
 
 
+@slow
 @bounded(BOUNDS, max_examples=12)
 @given(simulation.ACTS)
 @example([("ok", (), (), 0.0), "sign for a short time", ("ok", (), (), 0.0), "time passes", ("ok", (), (), 0.0)])
@@ -274,6 +276,7 @@ def test_no_sequence_of_answers_kills_and_clocks_loses_a_key(folder: Path, acts:
 # --- The fuzzers
 
 
+@slow
 @pytest.mark.parametrize("target", ["key-file", "answer"])
 def test_the_fuzzer_finds_nothing_in_a_few_seconds(tmp_path: Path, target: str) -> None:
     done = subprocess.run(

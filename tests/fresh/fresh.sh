@@ -1,52 +1,27 @@
 #!/bin/bash
 # The first hour of somebody new: `make demo` and `make test`, as an ordinary user, on a Debian that has nothing but what
-# debootstrap puts there and python3, python3-venv, make and git.
+# debootstrap puts there and python3, python3-venv, make and git (tests/fresh/tree.sh).
 #
 #     tests/fresh/fresh.sh [SUITE]     bookworm (Debian 12) unless it is given; others: trixie, forky
 #
-# Needs root and mmdebstrap(1). The tree stays in build/fresh/ for the next time. Its last lines are those of the tests.
+# Needs root and mmdebstrap(1). Its last lines are those of the tests.
 set -eu
 
 cd "$(dirname "$0")/../.."
 suite=${1:-bookworm}
-# This machine's own, unless another one is named. What apt fills in looks like a shell's.
-# shellcheck disable=SC2016
-mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1)}
 folder=$PWD/${BUILD:-build}/fresh
-tree=$folder/$suite
-packages=python3,python3-venv,make,git
 
 fail() {
     echo "fresh: $*" >&2
     exit 1
 }
 
-[ "$(id -u)" = 0 ] || fail "has to run as root: it mounts, and changes its root folder"
-command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing: apt-get install mmdebstrap"
-
 # One at a time: the second would take the first one's clone away.
 mkdir -p "$folder"
 exec 9>"$folder/lock"
 flock --nonblock 9 || fail "another one is at work in $folder"
 
-# Made by another version of this script, it is made again.
-recipe=$(cksum <tests/fresh/fresh.sh)
-if [ "$(cat "$tree/.complete" 2>/dev/null)" != "$recipe" ]; then
-    rm -rf "$tree"
-    mkdir -p "$tree"
-    echo "fresh: fetching Debian $suite (once)"
-    mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$tree" "$mirror"
-    chroot "$tree" useradd --create-home --shell /bin/bash somebody
-    echo "$recipe" >"$tree/.complete"
-fi
-
-# The way to the package index is this machine's: its names, and the authorities that it believes.
-cp -L /etc/resolv.conf /etc/hosts "$tree/etc/"
-certificates=/etc/ssl/certs/ca-certificates.crt
-if [ -e $certificates ]; then
-    mkdir -p "$tree/etc/ssl/certs"
-    cp -L $certificates "$tree$certificates"
-fi
+tree=$(tests/fresh/tree.sh "$suite")
 
 # A clone, with what isn't committed yet.
 home=$tree/home/somebody
