@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 import pytest
-from world import BUILD, VERSIONS, Nginx, debian_python, interpreters
+from world import BUILD, DEBIANS, Nginx, debian_python, interpreters
 
 #: `make test-all`: everything runs, and what can't fails.
 EVERYTHING = os.environ.get("CARAMEL_TESTS_NO_SKIP", "") not in ("", "0")
@@ -58,7 +58,15 @@ def _succeeds(*command: str) -> bool:
 
 
 def _python(version: str) -> Need:
-    return Need(lambda: version in dict(interpreters()), what=f"Python {version}")
+    """That Python, or what fetches the Debian that has it."""
+    return Need(
+        lambda: (
+            version in dict(interpreters())
+            or (version in DEBIANS and shutil.which("mmdebstrap") is not None and NEEDS["mounts"].there())
+        ),
+        ("mmdebstrap",) if version in DEBIANS else (),
+        f"Python {version}" + (f" (or root, to fetch Debian's {DEBIANS[version]})" if version in DEBIANS else ""),
+    )
 
 
 def _ash() -> bool:
@@ -163,7 +171,7 @@ NEEDS: dict[str, Need] = {
     "wget": program("wget"),
     "zabbix_agent2": program("zabbix_agent2", "zabbix-agent2"),
     "zabbix_get": program("zabbix_get", "zabbix-proxy-sqlite3"),
-    **{f"python{version}": _python(version) for version in VERSIONS},
+    **{f"python{version}": _python(version) for version in DEBIANS},
     "busybox-crond": Need(
         lambda: busybox_with_crond() is not None,
         what="a BusyBox with crond (busybox-static, unpacked into build/busybox-static)",

@@ -23,7 +23,7 @@ from typing import Callable
 
 import pytest
 import world
-from needs import require
+from needs import require, slow
 from recipes import ID, PAGE, PATH, Machine, Place, Section, Tap
 from world import Authority, Caramel, TlsFront
 
@@ -57,6 +57,7 @@ def start(caramel: Caramel, address: str) -> Iterator[Start]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@slow
 def test_rsyslog(start: Start) -> None:
     require("rsyslogd", "logger")
     place, port = start("Log upload: rsyslog"), world.free_port()
@@ -95,6 +96,7 @@ def test_rsyslog(start: Start) -> None:
         assert not place.welcomes_anybody(port)
 
 
+@slow
 def test_postgresql(start: Start) -> None:
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     require("psql", "openssl", "postgresql")
@@ -137,6 +139,7 @@ def test_postgresql(start: Start) -> None:
     assert ID in place.device.sh(client)
 
 
+@slow
 def test_mariadb(start: Start) -> None:
     require("mariadbd", "mariadb", "mariadb-install-db", "openssl")
     place, port = start("A database: MariaDB"), world.free_port()
@@ -178,6 +181,7 @@ def test_mariadb(start: Start) -> None:
     assert f"{ID}@%" in device.sh(client)
 
 
+@slow
 def test_zabbix(start: Start) -> None:
     require("zabbix_agent2", "zabbix_get", "openssl")
     # The agent takes no port above this, and the kernel hands out higher ones.
@@ -271,6 +275,7 @@ class Application(world.Service):
         self._server.server_close()
 
 
+@slow
 def test_mosquitto_as_broker(start: Start) -> None:
     require("mosquitto", "mosquitto_pub", "mosquitto_sub", "openssl")
     place, port = start("MQTT: mosquitto as broker"), world.free_port()
@@ -306,6 +311,7 @@ def test_mosquitto_as_broker(start: Start) -> None:
     round_trip()
 
 
+@slow
 def test_mosquitto_as_bridge(start: Start) -> None:
     require("mosquitto", "mosquitto_pub", "mosquitto_sub")
     place, port, local = start("MQTT: mosquitto as bridge"), world.free_port(), world.free_port()
@@ -401,6 +407,7 @@ def both_ways(place: Place, port: int, *client: str, reloads: str = "") -> None:
     assert server.pid("app") == before, "the same process"
 
 
+@slow
 def test_go(start: Start) -> None:
     require("go")
     place, port = start("Go, as a server and as a client"), world.free_port()
@@ -424,6 +431,7 @@ def test_go(start: Start) -> None:
     both_ways(place, port, "/srv/app/app", "client", f"https://localhost:{port}/", str(place.ca.certificate_file))
 
 
+@slow
 def test_nodejs(start: Start) -> None:
     require("node")
     place, port = start("Node.js, as a server and as a client"), world.free_port()
@@ -440,6 +448,7 @@ def test_nodejs(start: Start) -> None:
     both_ways(place, port, "node", "/srv/app/main.js", "client", f"https://localhost:{port}/")
 
 
+@slow
 def test_haproxy(start: Start) -> None:
     require("haproxy", "curl", "openssl")
     place, port, plain, local = start("HAProxy"), *(world.free_port() for _ in range(3))
@@ -482,6 +491,7 @@ def test_haproxy(start: Start) -> None:
         assert (device.pid("haproxy"), server.pid("haproxy")) == before, "reloaded, not restarted"
 
 
+@slow
 def test_stunnel(start: Start) -> None:
     require("stunnel4", "mosquitto", "mosquitto_pub", "mosquitto_sub", "openssl")
     place, port, local = start("stunnel"), world.free_port(), world.free_port()
@@ -570,6 +580,7 @@ def whose(split: Path, files: list[Path]) -> str:
     return found
 
 
+@slow
 @pytest.mark.parametrize("shell", ["sh", "busybox"])
 def test_power_is_cut_while_two_files_are_made(shell: str, tmp_path: Path, authority: Authority) -> None:
     """Before each program that the script calls; the order of what reaches the disk is the next test's."""
@@ -637,6 +648,7 @@ def test_two_files_are_on_the_disk_before_they_are_named(tmp_path: Path, authori
     assert order == ["make", "sync", "rename", "sync", "remove"], order
 
 
+@slow
 def test_ssh(start: Start, request: pytest.FixtureRequest) -> None:
     require("sshd", "ssh", "ssh-keygen", "stunnel4", "openssl", "wg", "login")
     place, port, tls = start("SSH and WireGuard: what an identity can't do"), world.free_port(), world.free_port()

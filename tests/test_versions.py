@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import world
@@ -22,21 +24,40 @@ def lives(device: Device, caramel: Caramel) -> None:
     assert "warning" not in run.err.lower()
 
 
+def python(version: str) -> tuple[list[str], str]:
+    """An interpreter of that version, and what has to stand before it: this machine's own, or that of a Debian."""
+    mine = dict(world.interpreters()).get(version)
+    return ([], mine) if mine else (world.in_tree(world.DEBIANS[version]), "/usr/bin/python3")
+
+
 @slow
 @pytest.mark.parametrize("version", world.VERSIONS)
 def test_on_every_python_that_is_promised(device: Device, caramel: Caramel, version: str) -> None:
     require(f"python{version}")
-    program = dict(world.interpreters())[version]
-    device.command = [world.installation(version, program)]
+    before, program = python(version)
+    command = world.installation(version, program, before=before)
+    python3 = str(Path(command).with_name("python3"))
+    said = subprocess.run([*before, python3, "--version"], stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert said.startswith(f"Python {version}."), said
+    device.command = [*before, command]
+    lives(device, caramel)
+
+
+@slow
+@pytest.mark.parametrize("version", [has for has, _ in world.interpreters() if has in world.OTHER_VERSIONS] or [None])
+def test_on_other_pythons_that_this_machine_has(device: Device, caramel: Caramel, version: Optional[str]) -> None:
+    """Where it has none of them, on its own."""
+    program = dict(world.interpreters())[version] if version else sys.executable
+    device.command = [world.installation(version or "own", program)]
     lives(device, caramel)
 
 
 @slow
 @needs("debian-python")
 def test_on_debians_own_python_and_libraries(device: Device, caramel: Caramel) -> None:
-    python = world.debian_python()
-    assert python
-    command = world.installation("debian", python, system=True)
+    program = world.debian_python()
+    assert program
+    command = world.installation("debian", program, system=True)
     where = subprocess.run(
         [str(Path(command).parent / "python"), "-I", "-c", "import cryptography; print(cryptography.__file__)"],
         stdout=subprocess.PIPE,
@@ -53,10 +74,12 @@ def test_no_warning_comes_from_our_own_calls_on_the_newest(
     device: Device, caramel: Caramel, front: Front, authority: Authority
 ) -> None:
     """Whatever is going to be taken away is an error here, on the newest Python and the newest libraries."""
-    installed = world.interpreters()
-    python = Path(world.installation(*installed[-1]) if installed else world.PLAIN).parent / "python"
+    newest = world.VERSIONS[-1]
+    require(f"python{newest}")
+    before, program = python(newest)
+    python3 = str(Path(world.installation(newest, program, before=before)).with_name("python3"))
     start = "import sys; from caramel_embedded.__main__ import main; main(sys.argv[1:])"
-    device.command = [str(python), "-I", "-W", "error", "-c", start]
+    device.command = [*before, python3, "-I", "-W", "error", "-c", start]
     lives(device, caramel)
     # Also what is done rarely: a hook, another's file, a request to be made again, another key's certificate.
     caramel.sign(str(device.client_id))

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -32,7 +33,12 @@ WITHOUT_STARTER = (
     "from caramel_embedded.__main__ import main\nmain()",
 )
 
-VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
+#: The Python versions that the project promises, and the Debian that has each: where this machine has no such Python,
+#: that Debian's is taken.
+DEBIANS = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie", "3.14": "forky"}
+VERSIONS = tuple(DEBIANS)
+#: No Debian has them, so they are tried where a machine has them.
+OTHER_VERSIONS = ("3.10", "3.12")
 
 
 def _version(python: str) -> Optional[str]:
@@ -47,13 +53,13 @@ def _version(python: str) -> Optional[str]:
 
 @functools.cache
 def interpreters() -> list[tuple[str, str]]:
-    """The Python versions that the project promises and this machine has: version and program."""
+    """The Python versions that the project knows and this machine has, from old to new: version and program."""
     installed: list[Path] = []
     if shutil.which("pyenv"):
         root = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30).stdout
         installed = sorted(Path(root.decode().strip()).glob("versions/3.*/bin/python"))
     found = []
-    for version in VERSIONS:
+    for version in sorted({*VERSIONS, *OTHER_VERSIONS}, key=lambda version: int(version.partition(".")[2])):
         candidates = [
             f"python{version}",
             *(str(path) for path in installed if path.match(f"versions/{version}.*/bin/python")),
@@ -69,14 +75,16 @@ def wheel() -> Path:
     return max((BUILD / "wheel").glob("caramel_embedded-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
-def installation(name: str, python: str, *, system: bool = False) -> str:
+def installation(name: str, python: str, *, system: bool = False, before: Sequence[str] = ()) -> str:
     """The command, installed for an interpreter into an environment of its own; made once for each build of
     the package.
 
     With `system`, the libraries are those that the interpreter's system has, as on a device, and no others.
+    `before` is what starts it elsewhere, see `in_tree`.
     """
     folder = BUILD / "matrix" / name
-    stamp, state = folder / "wheel", hashlib.sha256(wheel().read_bytes()).hexdigest()
+    stamp = folder / "wheel"
+    state = hashlib.sha256(wheel().read_bytes() + repr((python, *before)).encode()).hexdigest()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         # Tests run in several processes, and the second waits for what the first makes.
@@ -86,9 +94,36 @@ def installation(name: str, python: str, *, system: bool = False) -> str:
             made = [python, "-m", "venv", *(["--system-site-packages"] if system else []), str(folder)]
             pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             for command in (made, [*pip, *(["--no-deps"] if system else []), str(wheel())]):
-                subprocess.run(command, check=True, timeout=300, stdin=subprocess.DEVNULL)
+                subprocess.run([*before, *command], check=True, timeout=300, stdin=subprocess.DEVNULL)
             stamp.write_text(state)
     return str(folder / "bin" / "caramel-embedded")
+
+
+#: Makes a Debian's tree the root folder of one command. What the command shares with this machine: the network, the
+#: tests' files, and this project's folder, by the same names.
+_IN_TREE = """
+set -eu
+tree=$1 project=$2
+shift 2
+mount --rbind /dev "$tree/dev"
+mount -t proc proc "$tree/proc"
+for folder in "${TMPDIR:-/tmp}" "$project"; do
+    mkdir -p "$tree$folder"
+    mount --bind "$folder" "$tree$folder"
+done
+exec chroot "$tree" "$@"
+"""
+
+
+def in_tree(suite: str) -> list[str]:
+    """What stands before a command, to run it in a Debian of its own that has little more than Python: bookworm, ...
+
+    The tree is made once, which takes a minute. Needs root, mmdebstrap(1) and unshare(1).
+    """
+    script = str(ROOT / "tests/fresh/tree.sh")
+    done = subprocess.run([script, suite], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True)
+    tree = done.stdout.strip()
+    return ["unshare", "--mount", "sh", "-c", _IN_TREE, "sh", tree, str(ROOT)]
 
 
 def debian_python() -> Optional[str]:
