@@ -30,6 +30,7 @@ def test_too_few_descriptors_and_too_little_memory_lose_nothing(fleet: Fleet) ->
     survived(machine.starved(fleet, full=False), 15)
 
 
+@slow
 def test_without_entropy_there_is_no_weak_key_and_no_wait(fleet: Fleet) -> None:
     survived(machine.entropy(fleet), 8)
 
@@ -127,6 +128,7 @@ def test_key_material_never_leaves_the_file(fleet: Fleet) -> None:
         assert not any(line[:24] in said for line in secret)
 
 
+@slow
 def test_nothing_is_written_outside_the_key_files_folder(fleet: Fleet) -> None:
     for make in fleet.scenarios.values():
         dut = make()

@@ -20,7 +20,13 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return Stage(tmp_path_factory.mktemp("stage"))
 
 
-@pytest.mark.parametrize("topic", TOPICS)
+@pytest.mark.parametrize(
+    "topic",
+    [
+        pytest.param(topic, marks=slow) if topic in ("slow and silent", "break at each request") else topic
+        for topic in TOPICS
+    ],
+)
 def test_no_server_costs_a_device_anything(stage: Stage, topic: str) -> None:
     require(*NEEDED.get(topic, ()))
     ((_, cases),) = [(name, cases) for name, cases in network.everything(stage, full=False).items() if topic in name]

@@ -379,7 +379,13 @@ def test_its_head_is_the_starter(pyz: Path) -> None:
     assert mark not in head
 
 
-@pytest.mark.parametrize(("version", "python"), interpreters(), ids=lambda value: value if "/" not in value else "")
+@pytest.mark.parametrize(
+    ("version", "python"),
+    [
+        pytest.param(*found, marks=() if found[0] == "%d.%d" % sys.version_info[:2] else slow, id=found[0])
+        for found in interpreters()
+    ],
+)
 def test_an_unchanged_check_needs_nothing_of_the_device(
     tmp_path: Path, ca: Authority, version: str, python: str
 ) -> None:
