@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import world
 from cryptography import x509
+from needs import slow
 from world import ATTRIBUTES, Authority, Caramel, Device, Front, Scripted, TlsFront, answers, any_front, hours, now
 
 ID = "fffbeec0ffee"
@@ -43,7 +44,7 @@ def lives(device: Device, caramel: Caramel) -> None:
     assert run.status == 0 and "unchanged" in run.err and device.snapshot() == before
 
 
-@pytest.mark.parametrize("order", SUBJECTS)
+@pytest.mark.parametrize("order", ["reversed", *(pytest.param(order, marks=slow) for order in ("mixed", "sparse"))])
 def test_a_ca_whose_name_has_its_own_order(tmp_path: Path, order: str) -> None:
     authority = Authority(tmp_path / "ca", SUBJECTS[order])
     with (
@@ -53,6 +54,7 @@ def test_a_ca_whose_name_has_its_own_order(tmp_path: Path, order: str) -> None:
         lives(Device(tmp_path / "device", front.address, authority.certificate_file, ID), caramel)
 
 
+@slow
 def test_a_ca_that_caramels_own_program_made(tmp_path: Path) -> None:
     """4096 bits, and values that are not ASCII."""
     authority = Authority.by_caramel(tmp_path / "ca")
@@ -173,7 +175,7 @@ def test_an_ended_root_of_two_does_no_harm(tmp_path: Path, authority: Authority)
     assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
 
 
-@pytest.mark.parametrize("anchors", ["old", "new", "both"])
+@pytest.mark.parametrize("anchors", ["both", *(pytest.param(anchors, marks=slow) for anchors in ("old", "new"))])
 def test_a_ca_that_was_renewed_with_the_same_key(tmp_path: Path, anchors: str) -> None:
     """Caramel's certificates name their issuer's serial number too (RFC 5280, 4.2.1.1): it has a new one.
 
