@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 
 import world
 from demo import picture
+from needs import slow
 from world import Device
 
 
+@slow
 def test_the_demo_goes_as_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-Es", "-m", "demo.life"],

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import world
+from needs import slow
 from world import COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, Scripted, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -345,7 +346,9 @@ IGNORED = ("PIPE", "XFSZ")
 ENDING = ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "XCPU", "PWR", "IO", *IGNORED]
 
 
-@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.parametrize(
+    "name", [name if name in ("HUP", "INT", "TERM", "PIPE") else pytest.param(name, marks=slow) for name in ENDING]
+)
 def test_a_signal_while_the_server_keeps_it_waiting(
     tmp_path: Path, authority: Authority, pem: Path, name: str
 ) -> None:

@@ -382,7 +382,9 @@ def test_a_signal_at_any_moment(shell: list[str], bin: Path, group: bool) -> Non
     assert late > 10
 
 
-@pytest.mark.parametrize("name", ENDING)
+@pytest.mark.parametrize(
+    "name", [name if name in ("HUP", "INT", "TERM") else pytest.param(name, marks=slow) for name in ENDING]
+)
 def test_a_signal_ends_the_run(shell: list[str], bin: Path, name: str) -> None:
     process = start(*shell, bin / "caramel-embedded", "sleep", "20")
     assert process.stdout and process.stdout.read(6) == b"asleep"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from needs import slow
 from torture import disk, power, report
 from torture.fleet import Fleet
 
@@ -13,14 +15,19 @@ SCENARIOS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+def in_short(quick: str) -> list[Any]:
+    """All scenarios, and for `make test` one of them."""
+    return [pytest.param(scenario, marks=() if scenario == quick else slow) for scenario in SCENARIOS]
+
+
+@pytest.mark.parametrize("scenario", in_short("renewal"))
 def test_a_power_cut_at_any_system_call_costs_nothing(fleet: Fleet, scenario: str) -> None:
     row = report.tried(scenario, report.sample(power.cuts(fleet, scenario, 4), 8))
     assert not row.lost, "\n".join(row.lost)
     assert row.cases == 8
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", in_short("first enrollment"))
 def test_a_system_call_that_fails_costs_nothing(fleet: Fleet, scenario: str) -> None:
     row = report.tried(scenario, report.sample(power.errors(fleet, scenario, 6), 5))
     assert not row.lost, "\n".join(row.lost)
