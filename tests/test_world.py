@@ -16,7 +16,7 @@ from typing import Optional, Union
 import pytest
 import world
 from cryptography import x509
-from needs import needs, require
+from needs import needs, require, slow
 from world import Authority, Caramel, Daemon, Front, Nginx, Scripted, TlsFront, answer
 
 
@@ -117,6 +117,7 @@ def test_the_front_made_of_python_passes_everything_on(caramel: Caramel) -> None
     assert front.connections == 1
 
 
+@slow
 def test_caramel_is_the_same_after_a_restart(tmp_path: Path, authority: Authority) -> None:
     with Caramel(tmp_path, authority) as server:
         port = server.port
@@ -124,6 +125,7 @@ def test_caramel_is_the_same_after_a_restart(tmp_path: Path, authority: Authorit
         assert server.port == port
 
 
+@slow
 def test_caramels_own_program_makes_a_usable_authority(tmp_path: Path) -> None:
     authority = Authority.by_caramel(tmp_path, ["se", "", "Linköping", "Example AB", ""])
     assert authority.subject_for("x") == [
@@ -139,6 +141,7 @@ def test_caramels_own_program_makes_a_usable_authority(tmp_path: Path) -> None:
     ]
 
 
+@slow
 def test_caramel_signs_uuids_by_itself(tmp_path: Path, authority: Authority) -> None:
     client_id = "3a38c4b2-0f3e-4a5c-9c5e-0a3f0b8f7a10"
     request = openssl_request(tmp_path, authority, client_id)
