@@ -125,6 +125,7 @@ NEEDS: dict[str, Need] = {
     "kdig": program("kdig", "knot-dnsutils"),
     "knotd": program("knotd", "knot"),
     "knsupdate": program("knsupdate", "knot-dnsutils"),
+    "lintian": program("lintian"),
     "logger": program("logger", "bsdutils"),
     "login": Need(
         lambda: not re.search(r"/(nologin|false)$", pwd.getpwuid(os.getuid()).pw_shell),

@@ -645,7 +645,7 @@ def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
 
 
 @slow
-@needs("debian-tools")
+@needs("debian-tools", "lintian")
 def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     def build(folder: Path, **env: str) -> bytes:
         folder.mkdir()
@@ -673,9 +673,8 @@ def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
         "python3-urllib3 (>= 1.26.12)",
     ):
         assert needed in depends
-    if shutil.which("lintian"):
-        found = run("lintian", "--fail-on", "error", package)
-        assert found.returncode == 0, found.stdout
+    found = run("lintian", "--fail-on", "error", package)
+    assert found.returncode == 0, found.stdout
 
     def postinst(package: Path) -> str:
         return run("dpkg-deb", "--info", package, "postinst").stdout
