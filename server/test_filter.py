@@ -20,7 +20,7 @@ import pytest
 import world
 from bench.filtered import FilteredCaramel, MeteredNginx
 from cryptography import x509
-from needs import needs
+from needs import needs, slow
 
 SHA256 = "/" + 64 * "a"
 SIGNED = 1_700_000_000  # seconds since 1970: when the certificate of the tests without a server was signed
@@ -294,6 +294,7 @@ def test_every_check_is_still_in_the_servers_log(caramel: FilteredCaramel) -> No
     assert logged() == before + 1
 
 
+@slow
 @pytest.mark.parametrize("kind", ["caramel", "backdating"])
 def test_signed_again_within_the_same_second(kind: str, request: pytest.FixtureRequest) -> None:
     server = request.getfixturevalue(kind)
@@ -316,6 +317,7 @@ def test_signed_again_within_the_same_second(kind: str, request: pytest.FixtureR
     assert http(server, sha256, If_Modified_Since=headers["Last-Modified"])[0] == 304
 
 
+@slow
 def test_backdated_certificates_have_the_same_not_before_and_different_dates(
     backdating: FilteredCaramel,
 ) -> None:
@@ -335,6 +337,7 @@ def test_backdated_certificates_have_the_same_not_before_and_different_dates(
     assert http(backdating, sha256, If_Modified_Since=seen[1])[0] == 304
 
 
+@slow
 def test_an_older_certificate_that_is_current_again_is_handed_out(caramel: FilteredCaramel) -> None:
     sha256 = enrolled(caramel, "older")
     caramel.sign_at_once(sha256, hours=48)
