@@ -13,6 +13,7 @@ import pytest
 import world
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from needs import slow
 from world import Authority, Caramel, Device, Scripted, answers, hours, key_file_content, now, signing_request
 
 Make = Callable[[Authority, str], bytes]
@@ -211,7 +212,9 @@ def test_an_unusable_certificate_is_not_shown(device: Device, authority: Authori
     assert not server.requests[0].if_modified_since
 
 
-@pytest.mark.parametrize("fault", ["missing", "damaged", "another key's", "cut"])
+@pytest.mark.parametrize(
+    "fault", ["missing", "damaged", *(pytest.param(fault, marks=slow) for fault in ("another key's", "cut"))]
+)
 def test_a_damaged_request_is_made_again_with_the_same_key_and_hash(
     device: Device, caramel: Caramel, authority: Authority, fault: str
 ) -> None:

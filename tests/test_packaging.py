@@ -275,6 +275,7 @@ def copy_of_the_sources(folder: Path) -> Path:
 
 
 @needs("faketime")
+@slow
 def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Path, ca: Authority) -> None:
     root = copy_of_the_sources(tmp_path / "caramel server" / "identity")
     for path in root.rglob("*"):
