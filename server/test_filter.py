@@ -6,6 +6,7 @@ What it must never do is answer 304 to a device that holds another certificate t
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import time
@@ -286,7 +287,7 @@ def test_every_check_is_still_in_the_servers_log(caramel: FilteredCaramel) -> No
     date = settled(caramel, sha256)[1]["Last-Modified"]
 
     def logged() -> int:
-        with sqlite3.connect(str(caramel.database), timeout=60) as database:
+        with contextlib.closing(sqlite3.connect(str(caramel.database), timeout=60)) as database, database:
             return int(database.execute("SELECT COUNT(*) FROM accesslog").fetchone()[0])
 
     before = logged()
@@ -347,7 +348,7 @@ def test_an_older_certificate_that_is_current_again_is_handed_out(caramel: Filte
     assert newer != older
     import sqlite3
 
-    with sqlite3.connect(str(caramel.database), timeout=60) as database:
+    with contextlib.closing(sqlite3.connect(str(caramel.database), timeout=60)) as database, database:
         database.execute("DELETE FROM certificate WHERE pem = ?", (newer,))
     status, _, body = http(caramel, sha256, If_Modified_Since=headers["Last-Modified"])
     assert (status, body) == (200, older)

@@ -171,7 +171,7 @@ class RegistrationAuthority:
 
     def rows(self, query: str) -> list[Any]:
         """What an SQLite database holds."""
-        with sqlite3.connect(self.state) as database:
+        with contextlib.closing(sqlite3.connect(self.state)) as database, database:
             return database.execute(query).fetchall()
 
 

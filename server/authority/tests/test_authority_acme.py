@@ -89,7 +89,7 @@ def later(authority: RegistrationAuthority) -> None:
 
     Setting the clock forward would not do: updates of a zone are signed with the time (RFC 8945, 5.2.3).
     """
-    with sqlite3.connect(authority.state) as database:
+    with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
         database.execute("UPDATE orders SET due = 0, leased = min(leased, 1)")
         database.execute("UPDATE numbers SET value = 0 WHERE name = 'paused'")
 
@@ -376,7 +376,7 @@ def test_a_limit_per_hour(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
             server.enroll(request)
             # `due` is in whole seconds, and makes the order.
             with_due = f"UPDATE orders SET due = due - {20 - number} WHERE client_id = '{name(number)}'"
-            with sqlite3.connect(authority.state) as database:
+            with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
                 database.execute(with_due)
         said = [int(server.get(sha256(request)).headers["retry-after"]) for request in requests]
         assert said == [30, 1800, 3600, 5400, 7200, 9000]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_nothing_is_signed_that_is_not_on_the_list(authority: RegistrationAuthor
     request = csr("device")
     with authority.serving() as server:
         server.post(request)
-        with sqlite3.connect(authority.state) as database:
+        with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
             database.execute("UPDATE requests SET state = 'authorized'")
         reply = server.get(sha256(request))
     assert (reply.status, reply.json["detail"]) == (503, "device is authorized, and not on the list of devices")
@@ -191,7 +192,11 @@ def test_every_decision_is_in_the_log(server: Server) -> None:
 @pytest.mark.parametrize("statement", ["UPDATE log SET who = 'nobody'", "DELETE FROM log"])
 def test_the_log_is_never_rewritten(authority: RegistrationAuthority, statement: str) -> None:
     before = authority.log()
-    with sqlite3.connect(authority.state) as database, pytest.raises(sqlite3.IntegrityError, match="never rewritten"):
+    with (
+        contextlib.closing(sqlite3.connect(authority.state)) as database,
+        database,
+        pytest.raises(sqlite3.IntegrityError, match="never rewritten"),
+    ):
         database.execute(statement)
     assert authority.log() == before
 
