@@ -22,7 +22,7 @@ from needs import needs, require, slow
 from world import Daemon
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = needs("authority", "faketime", "openssl")
+pytestmark = [needs("authority", "faketime", "openssl"), slow]
 
 PROCESSES = 3
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from authority_world import Postgres, RegistrationAuthority, Server, csr, sha256
-from needs import needs
+from needs import needs, slow
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = needs("authority", "faketime", "openssl")
+pytestmark = [needs("authority", "faketime", "openssl"), slow]
 
 UUID = "0b6c1a52-94ef-4c6e-9d5b-6f2c8f0e7a31"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import authority_demo
 import world
-from needs import needs, require
+from needs import needs, require, slow
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = needs("authority", "faketime", "openssl")
+pytestmark = [needs("authority", "faketime", "openssl"), slow]
 
 
 def demo(tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:

@@ -23,11 +23,11 @@ from authority_world import (
     behind_tls,
 )
 from cryptography import x509
-from needs import needs, require
+from needs import needs, require, slow
 from world import Device
 
 pytest_plugins = ["authority_fixtures"]
-pytestmark = needs("authority", "faketime", "openssl", "nginx")
+pytestmark = [needs("authority", "faketime", "openssl", "nginx"), slow]
 
 EC = ("--key-type", "ec-p256")
 

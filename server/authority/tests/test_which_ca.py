@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import world
 from authority_world import BIN, DEPLOY
-from needs import needs, require
+from needs import needs, require, slow
 
 PAGE = world.ROOT / "docs" / "which-ca.md"
 pytest_plugins = ["authority_fixtures"]
-pytestmark = needs("authority", "faketime", "openssl")
+pytestmark = [needs("authority", "faketime", "openssl"), slow]
 
 FENCE = re.compile(r"^```(\w+) ?(\w*)\n(.*?)^```$", re.M | re.S)
 
