@@ -71,6 +71,10 @@ class Image:
         self.script("sleep", SLEEP.format(folder=folder))
         for name in ("until-enrolled", "until-certified", "keep-enrolled"):
             shutil.copy(LIBEXEC / name, self.bin)
+        text = (self.bin / "until-enrolled").read_text()
+        assert "/proc/uptime" in text
+        (self.bin / "until-enrolled").write_text(text.replace("/proc/uptime", str(folder / "uptime")))
+        self.write("uptime", "3.14 5.00\n")
         self.plan(0)
         self.write("status", "127\n")
         self.write("id", "fffbeec0ffee\n")
@@ -133,9 +137,20 @@ def test_it_waits_at_least_as_long_as_the_server_asks_for(image: Image) -> None:
     image.plan("127 700", "69 1", "69 null", 0)
     assert image.run("until-enrolled") == 0
     slept = [int(line) for line in image.lines("slept")]
+    # By chance as much again as the pause, but no more than RETRY_MAX, which is 10 here.
     for seconds, least in zip(slept, (700, 4, 8)):
-        assert least <= seconds < least + 8
+        assert least <= seconds < least + min(least, 10)
     assert len(slept) == 3
+
+
+def test_those_whom_the_server_sends_away_do_not_come_back_together(image: Image) -> None:
+    """All are told the same Retry-After, so chance has to be as long as that, and not as the first pause."""
+    for _ in range(8):
+        image.plan("127 1700", 0)
+        assert image.run("until-enrolled", RETRY_MAX="3600") == 0
+    slept = sorted(int(line) for line in image.lines("slept"))
+    assert slept[0] >= 1700 and slept[-1] < 3400
+    assert slept[-1] - slept[0] > 150
 
 
 @pytest.mark.parametrize("value", ["0", "0.5", "soon", "-1", "010", "1e3", "99999999999", ""])
@@ -176,21 +191,62 @@ def test_a_certificate_at_once_is_no_pause(image: Image) -> None:
 
 
 def test_a_device_with_a_certificate_does_not_hurry_and_one_without_does(image: Image) -> None:
-    assert image.run("until-enrolled", SPREAD="40") == 0
+    assert image.run("until-enrolled", SPREAD="4000") == 0
     assert image.lines("slept") == []
     image.write("status", "0\n")
-    assert image.run("until-enrolled", SPREAD="40") == 0
-    assert len(image.lines("slept")) == 1
-    assert 0 <= int(image.lines("slept")[0]) < 40
+    totals = []
+    for _ in range(8):
+        image.write("slept", "")
+        assert image.run("until-enrolled", SPREAD="2900") == 0
+        totals.append(sum(int(line) for line in image.lines("slept")))
+        assert all(0 <= int(line) <= 300 for line in image.lines("slept"))
+    assert min(totals) >= 0 and max(totals) < 2900
+    assert max(totals) - min(totals) > 300
+
+
+def test_with_a_certificate_a_check_that_fails_is_no_reason_to_hurry(image: Image) -> None:
+    image.write("status", "0\n")
+    image.plan(127, 127, 127, 0)
+    assert image.run("until-enrolled", SPREAD="1", RETRY_MAX="40") == 0
+    slept = [int(line) for line in image.lines("slept")]
+    assert slept[0] == 0  # of a spread of one second
+    for seconds, least in zip(slept[1:], (10, 20, 40)):
+        assert least <= seconds < 2 * least
+    assert len(slept) == 4
+
+
+@pytest.mark.parametrize(
+    ("uptime", "spread", "most"), [("2900.99 1.0", 2900, 60), ("31622400.5 9.9", 2900, 60), ("7200", 20, 20)]
+)
+def test_the_wait_is_for_the_time_after_the_boot(image: Image, uptime: str, spread: int, most: int) -> None:
+    """Cron and the hourly timer have spread the checks themselves, but for the minute in which cron counts."""
+    image.write("status", "0\n")
+    image.write("uptime", f"{uptime}\n")
+    for _ in range(8):
+        assert image.run("until-enrolled", SPREAD=str(spread)) == 0
+    slept = [int(line) for line in image.lines("slept")]
+    assert max(slept, default=0) < most
+    assert len(set(slept)) > 1
+
+
+def test_the_wait_is_over_when_the_certificate_has_ended(image: Image) -> None:
+    """Or when the clock is right at last, and shows that it had."""
+    image.write("status", "0\n")
+    image.script("sleep", f'#!/bin/sh\necho "$1" >>"{image.folder}/slept"\necho 127 >"{image.folder}/status"\n')
+    image.write("uptime", "unreadable\n")  # counts as no boot
+    assert image.run("until-enrolled", SPREAD="20000") == 0
+    (image.folder / "uptime").unlink()  # where it can't be had, every start counts as a boot
+    image.write("slept", "")
+    image.write("asked", "")
+    for _ in range(4):  # by chance the wait may be a short one, too
+        image.write("status", "0\n")
+        assert image.run("until-enrolled", "--syslog", SPREAD="30000") == 0
+    assert len(image.lines("slept")) <= 4
+    assert image.lines("asked").count("--json --syslog") == 4
+    assert 4 <= image.lines("asked").count("--syslog --status") <= 8
 
 
 def test_pauses_differ_from_device_to_device(image: Image) -> None:
-    image.write("status", "0\n")
-    for _ in range(12):
-        image.run("until-enrolled", SPREAD="2900")
-    assert len(set(image.lines("slept"))) > 8
-    image.write("slept", "")
-    image.write("status", "127\n")
     for _ in range(12):
         image.plan(69, 0)
         image.run("until-enrolled", RETRY_FIRST="1700")
