@@ -379,6 +379,21 @@ def test_without_cron_it_checks_every_hour_by_itself(plain: Image, without: str)
     assert not (folder / "root").exists()
 
 
+def test_without_cron_an_hourly_check_that_fails_is_no_reason_to_hurry(plain: Image) -> None:
+    plain.write("id", "unit-0001\n")
+    plain.write("status", "0\n")
+    plain.plan(0, 127, 0)
+    process = plain.start("keep-enrolled", CRON_COMMAND="", SPREAD="1", RETRY_MAX="40")
+    try:
+        until("it waits for an hour", lambda: "3600" in plain.lines("slept"))
+        own, _, retry = [int(line) for line in plain.lines("slept") if line not in ("3600",)][1:4]
+        assert own == minute("unit-0001") * 60 + 1
+        assert 10 <= retry < 20
+    finally:
+        process.terminate()
+        assert process.wait(10) == -signal.SIGTERM
+
+
 def test_the_minutes_of_a_fleet_are_spread_evenly() -> None:
     """MAC addresses in a row, as a maker's devices have them: chi-squared, 59 degrees of freedom, p about 1e-6."""
     count = 1500
