@@ -30,8 +30,9 @@ from fleet.morning_pace import BUSYBOX, SYSTEMD, Pace, shipped
 Figures = dict[str, Any]
 
 FLEETS = (1_000, 90_000, 1_000_000)
-#: How many devices a simulation has at most; in larger fleets each of them stands for some.
-SIMULATED = 12_000
+#: How many devices a simulation has at most, of a storm and else; in larger fleets each of them stands for some. What
+#: goes on in a storm takes long to simulate, and doesn't depend on single devices.
+STORM, SIMULATED = 5_000, 15_000
 #: How busy the hourly checks may keep a server: what the number of cores follows from.
 BUSY = 0.7
 #: Connections of one nginx worker on Debian (worker_connections), and there is one for each core.
@@ -82,7 +83,8 @@ def scenario(name: str, kind: str, devices: int, cost: dict[str, float]) -> Scen
     if name.endswith("Retry-After"):
         rate = LET_THROUGH * capacity
         machine = dataclasses.replace(machine, rate=rate, burst=math.ceil(2 * rate), retry_after=RETRY_AFTER)
-    each = math.ceil(devices / SIMULATED)
+    calm = name in ("now", "half", "late")
+    each = math.ceil(devices / (SIMULATED if calm else STORM))
     return Scenario(devices, pace, machine, certified=certified, each=each, until=4 * 3600.0)
 
 

@@ -213,7 +213,8 @@ class Scenario:
     """One morning after.
 
     Attributes: devices; pace; machine; certified: whether the devices have a usable certificate; boots_within: all
-    boot within so many seconds; round_trip: between a device and the server; until: the end of what is looked at;
+    boot within so many seconds; round_trip: between a device and the server; until: the end of what is looked at, or
+    two hours, if all have been served by then;
     each: how many devices one of the simulation stands for; hourly: whether those that were served check
     again; boots: when each device boots, where that is known; seed.
     """
@@ -365,5 +366,6 @@ def simulate(scenario: Scenario) -> Morning:
     for number in range(morning.devices):
         boot = scenario.boots[number] if scenario.boots else chance.uniform(0, scenario.boots_within)
         env.process(Device(env, morning, chance).live(boot, hour))
-    env.run(until=scenario.until)
+    while env.now < scenario.until and (env.now < 2 * HOUR or len(morning.first) < morning.devices):
+        env.run(until=min(env.now + HOUR / 2, scenario.until))
     return morning

@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -53,7 +54,8 @@ CURL = """ask() {{
         --user-agent "caramel-embedded/0 ($CLIENT)" --write-out '%{{http_code}} %header{{retry-after}}' "$@" \\
         "https://{address}/$HASH"
 }}
-said=$(ask --cert "$IDENTITY" --key "$IDENTITY") || case $? in 35 | 52 | 55 | 56) said=$(ask) ;; esac
+said=$(ask --cert "$IDENTITY" --key "$IDENTITY" --header "If-Modified-Since: $SINCE") ||
+    case $? in 35 | 52 | 55 | 56) said=$(ask) ;; esac
 case ${{said%% *}} in 200 | 304) status=0 ;; *) status=127 ;; esac
 after=${{said#* }}
 printf '{{"status": %s, "retry_after": %s}}\\n' "$status" "${{after:-null}}\""""
@@ -334,6 +336,7 @@ def storm(
                             CLIENT=str(identity.client_id),
                             IDENTITY=str(identity.key_file),
                             HASH=identity.request_hash(),
+                            SINCE=formatdate(identity.key_file.stat().st_mtime, usegmt=True),
                         ),
                         start_new_session=True,
                         preexec_fn=world.die_with_parent,
