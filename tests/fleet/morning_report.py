@@ -94,7 +94,6 @@ def page(seen: Figures) -> str:
             front=f"{1000 * cost['front']:.1f}",
             back=f"{1000 * cost['back']:.1f}",
             turned_away=f"{1000 * cost['turned_away']:.2f}",
-            rate=f"{cost['rate']:.0f}",
             left=cost["for who has left"],
             mornings="\n".join(parts),
             unserved=(
@@ -104,6 +103,7 @@ def page(seen: Figures) -> str:
             ),
             devices=_number(small["devices"]),
             programs=_number(small["programs"]),
+            boots=_time(max(_begun(small).values())),
             runs=_number(compared["runs"]),
             seconds=_number(small["seconds"]),
             slow=f"{sum(small['rates']) / len(small['rates']):.1f}",
@@ -123,6 +123,15 @@ def page(seen: Figures) -> str:
             timeout=f"{pace['systemd']['timeout']:.0f}",
         )
     )
+
+
+def _begun(small: Figures) -> dict[int, float]:
+    """When each device of the small fleet began its first run."""
+    begun: dict[int, float] = {}
+    for at, device, status in small["events"]:
+        if status is None:
+            begun.setdefault(device, at)
+    return begun
 
 
 def _at(first: Sequence[float], devices: int, share: float = 0.5) -> Optional[float]:
