@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -36,6 +38,10 @@ def _time(seconds: Optional[float]) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _seconds(seconds: Optional[float]) -> str:
+    return "never" if seconds is None else f"{seconds:.0f} s"
 
 
 def _share(value: float) -> str:
@@ -74,7 +80,7 @@ def page(seen: Figures) -> str:
                 ]
             )
         parts.append(
-            f"**{_number(devices)} devices**, {_number(devices / 3600)} checks a second on average, a server of "
+            f"**{_number(devices)} devices**, {devices / 3600:.3g} checks a second on average, a server of "
             f"{one['cores']} core{'s' if one['cores'] > 1 else ''} that can do {_number(one['capacity'])}:\n\n"
             + table(head, rows)
         )
@@ -82,7 +88,7 @@ def page(seen: Figures) -> str:
     unserved = [
         f"{_number(one['devices'])} devices, {one['kind']}, {names[one['name']]}: {_share(1 - one['share'])}"
         for one in seen["mornings"]
-        if one["share"] < 1
+        if one["share"] < 0.999
     ]
     return (
         (Path(__file__).parent / "morning.md.in")
@@ -96,22 +102,23 @@ def page(seen: Figures) -> str:
             turned_away=f"{1000 * cost['turned_away']:.2f}",
             left=cost["for who has left"],
             mornings="\n".join(parts),
-            unserved=(
-                "All had been served after four hours, but for these: " + "; ".join(unserved) + "."
-                if unserved
-                else "All had been served after four hours."
+            unserved=textwrap.fill(
+                "After four hours, more than one device of a thousand was still waiting in these: "
+                + ("; ".join(unserved) or "none")
+                + ".",
+                118,
             ),
             devices=_number(small["devices"]),
             programs=_number(small["programs"]),
-            boots=_time(max(_begun(small).values())),
+            boots=_seconds(max(_begun(small).values())),
             runs=_number(compared["runs"]),
             seconds=_number(small["seconds"]),
             slow=f"{sum(small['rates']) / len(small['rates']):.1f}",
             rates=" and ".join(f"{rate:.1f}" for rate in small["rates"]),
             served=_number(len(compared["first"])),
             served_foreseen=_number(len(compared["foreseen"])),
-            half=_time(_at(compared["first"], small["devices"])),
-            half_foreseen=_time(_at(compared["foreseen"], small["devices"])),
+            half=_seconds(_at(compared["first"], small["devices"])),
+            half_foreseen=_seconds(_at(compared["foreseen"], small["devices"])),
             failures=_share(compared["failures"]),
             failures_foreseen=_share(compared["failures foreseen"]),
             distance=_share(compared["distance"]),
@@ -227,7 +234,5 @@ def curves(seen: Figures) -> str:
 
 def _round(value: float) -> float:
     """The next number that divides into four nicely."""
-    step = 4.0
-    while step * 25 < value:
-        step *= 2 if str(int(step)).startswith(("4", "1")) else 1.25
-    return step * -(-value // step)
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * nice for nice in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if power * nice >= value)
