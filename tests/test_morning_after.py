@@ -41,7 +41,14 @@ def tree(tmp_path: Path) -> Path:
     [
         (BUSYBOX, FILES[0], '"${RETRY_FIRST-}" 15', '"${RETRY_FIRST-}" 20', "first", 20),
         (BUSYBOX, FILES[0], "delay=$((most / 4))", "delay=$((most / 2))", "unhurried", 1800),
-        (BUSYBOX, FILES[0], "more=$rest", "more=$delay", "chance", "delay"),
+        (
+            BUSYBOX,
+            FILES[0],
+            '$((1 + $(random "$((2 * delay))")))',
+            '$((delay + $(random "$delay")))',
+            "chance",
+            "rest",
+        ),
         (BUSYBOX, FILES[0], "-gt 60 ]; then\n\t\tleft=60", "-gt 90 ]; then\n\t\tleft=90", "least_spread", 90),
         (BUSYBOX, FILES[1], "SPREAD:-3600", "SPREAD:-300", "spread", 300),
         (SYSTEMD, FILES[2], "SPREAD=3600", "SPREAD=60", "spread", 60),

@@ -128,8 +128,8 @@ def test_it_checks_until_there_is_a_certificate_in_growing_pauses(image: Image) 
     assert image.run("until-enrolled", "--syslog") == 0
     assert image.lines("asked") == ["--json --syslog"] * 6
     slept = [int(line) for line in image.lines("slept")]
-    for seconds, least in zip(slept, (2, 4, 8, 10, 10)):
-        assert least <= seconds < 2 * least
+    for seconds, most in zip(slept, (4, 8, 16, 20, 20)):
+        assert 1 <= seconds <= most
     assert len(slept) == 5
 
 
@@ -138,8 +138,8 @@ def test_it_waits_at_least_as_long_as_the_server_asks_for(image: Image) -> None:
     assert image.run("until-enrolled") == 0
     slept = [int(line) for line in image.lines("slept")]
     # By chance as much again as the pause, but no more than RETRY_MAX, which is 10 here.
-    for seconds, least in zip(slept, (700, 4, 8)):
-        assert least <= seconds < least + min(least, 10)
+    for seconds, least, most in zip(slept, (700, 4, 1), (709, 7, 16)):
+        assert least <= seconds <= most
     assert len(slept) == 3
 
 
@@ -160,13 +160,13 @@ def test_no_setting_makes_a_storm_or_an_end(image: Image, value: str) -> None:
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, b"")
     slept = [int(line) for line in image.lines("slept")]
-    for seconds, least in zip(slept, (15, 10)):
-        assert least <= seconds < 2 * 15
+    for seconds, most in zip(slept, (30, 20)):
+        assert 1 <= seconds <= most
     assert len(slept) == 2
     image.plan(69, 69, 69, 0)
     image.write("slept", "")
     assert image.run("until-enrolled", RETRY_MAX=value) == 0
-    assert [int(line) >= least for line, least in zip(image.lines("slept"), (2, 4, 8))] == [True] * 3
+    assert [1 <= int(line) <= most for line, most in zip(image.lines("slept"), (4, 8, 16))] == [True] * 3
 
 
 @needs("mounts")
@@ -210,9 +210,17 @@ def test_with_a_certificate_a_check_that_fails_is_no_reason_to_hurry(image: Imag
     assert image.run("until-enrolled", SPREAD="1", RETRY_MAX="40") == 0
     slept = [int(line) for line in image.lines("slept")]
     assert slept[0] == 0  # of a spread of one second
-    for seconds, least in zip(slept[1:], (10, 20, 40)):
-        assert least <= seconds < 2 * least
+    for seconds, most in zip(slept[1:], (20, 40, 80)):
+        assert 1 <= seconds <= most
     assert len(slept) == 4
+    # By chance one may be short, but not eight of them.
+    longest = []
+    for _ in range(8):
+        image.write("slept", "")
+        image.plan(127, 0)
+        assert image.run("until-enrolled", SPREAD="1", RETRY_MAX="400") == 0
+        longest.append(int(image.lines("slept")[1]))
+    assert 20 < max(longest) <= 200
 
 
 @pytest.mark.parametrize(
@@ -388,7 +396,7 @@ def test_without_cron_an_hourly_check_that_fails_is_no_reason_to_hurry(plain: Im
         until("it waits for an hour", lambda: "3600" in plain.lines("slept"))
         own, _, retry = [int(line) for line in plain.lines("slept") if line not in ("3600",)][1:4]
         assert own == minute("unit-0001") * 60 + 1
-        assert 10 <= retry < 20
+        assert 1 <= retry <= 20
     finally:
         process.terminate()
         assert process.wait(10) == -signal.SIGTERM

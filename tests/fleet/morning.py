@@ -130,6 +130,7 @@ def small(folder: Path) -> Figures:
         "programs": real.programs,
         "rates": rates,
         "seconds": real.seconds,
+        "pace": dataclasses.asdict(shipped(BUSYBOX)),
         "events": [(event.at, event.device, event.status) for event in real.events],
     }
 
@@ -143,7 +144,7 @@ def foreseen(real: Figures, cost: Figures, seed: int = 1) -> Figures:
     rate = sum(real["rates"]) / len(real["rates"])
     # Two connections are nginx's own: what it listens on.
     machine = Machine(3, 1, cost["front"], lambda chance: 1 / rate, cost["turned_away"], int(SMALL["room"]) - 2)
-    pace = dataclasses.replace(shipped(BUSYBOX), spread=0)
+    pace = Pace(**{**real["pace"], "spread": 0})
     seen = simulate(
         Scenario(
             len(boots), pace, machine, until=real["seconds"], round_trip=0.0, hourly=False, seed=seed,

@@ -30,8 +30,9 @@ class Pace:
         least_spread: how long it waits, at most, where it was started later.
         first, most: the first and the longest pause between checks that fail.
         unhurried: the first one of a device that has a usable certificate.
-        chance: what is added by chance is up to as much again as the pause itself ("rest"), or as it would be without
-            the server's wish ("delay").
+        chance: "any": by chance a pause is anything up to twice as long, and where the server has a wish, up to as
+            much again is added to that; "rest": up to as much again is added to each; "delay": up to as much as the
+            pause would be without the server's wish. The last two are what once was.
         later_spread: within how long after each full hour the timer starts the later checks; cron's minute where it
             is 0.
         timeout: of one run.
@@ -51,8 +52,10 @@ class Pace:
 
     def pause(self, delay: int, retry_after: Optional[int], number: int) -> int:
         """The pause of until-enrolled after a check that failed; `number` is what chance gave."""
+        if self.chance == "any" and not retry_after:
+            return 1 + number % (2 * delay)
         rest = max(delay, retry_after or 0)
-        return rest + number % (min(rest, max(self.most, delay)) if self.chance == "rest" else delay)
+        return rest + number % (min(rest, max(self.most, delay)) if self.chance != "delay" else delay)
 
     def wait(self, up: float, number: int) -> int:
         """The wait before the first check of a start, `up` seconds after the boot, of a device with a certificate."""
@@ -89,7 +92,9 @@ def shipped(kind: str, root: Path = ROOT) -> Pace:
     )
     least = int(_found(r'"\$left" -gt ([0-9]+) \]; then\n\t\tleft=\1$', text, script))
     quarter = int(_found(r"\|\| delay=\$\(\(most / ([0-9]+)\)\)$", text, script))
-    chance = _found(r"^\tmore=\$(rest|delay)$", text, script)
+    chance = _found(r"^\t+more=\$(rest|delay)$", text, script)
+    if 'pause "$((1 + $(random "$((2 * delay))")))"' in text:
+        chance = "any"
     program = root / "caramel_embedded/settings.py"
     timeout = float(_found(r"^TIMEOUT(?:: \w+)? = ([0-9.]+)", program.read_text(), program))
     if kind == BUSYBOX:

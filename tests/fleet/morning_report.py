@@ -111,6 +111,7 @@ def page(seen: Figures) -> str:
             devices=_number(small["devices"]),
             programs=_number(small["programs"]),
             boots=_seconds(max(_begun(small).values())),
+            pauses=small["pace"]["chance"],
             runs=_number(compared["runs"]),
             seconds=_number(small["seconds"]),
             slow=f"{sum(small['rates']) / len(small['rates']):.1f}",
