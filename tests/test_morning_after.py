@@ -286,3 +286,16 @@ def test_a_server_that_can_bear_every_hour_can_bear_the_morning_after(kind: str)
     # What 2.0.0 first had is the herd that this is about.
     before = dataclasses.replace(shipped(kind), spread=300, least_spread=300)
     assert morning(before, devices=devices, machine=machine, until=3 * 3600.0).failures > 0.3
+
+
+def waves(pace: Pace) -> float:
+    """How much busier two minutes are than two earlier ones, at most, in the first part of a storm."""
+    machine = Machine(1, 1, 0.1, lambda chance: 0.25, 0.002, 24)
+    seen = morning(hurried(pace), devices=2000, machine=machine, certified=False, until=3000.0)
+    rates = seen.rate(seen.begun, 120)[1:]
+    return max(later / max(earlier, 0.01) for number, earlier in enumerate(rates) for later in rates[number:])
+
+
+def test_retries_do_not_come_in_waves() -> None:
+    pace = shipped(BUSYBOX)
+    assert waves(pace) < 4 < 8 < waves(dataclasses.replace(pace, chance="rest"))
