@@ -126,6 +126,7 @@ NEEDS: dict[str, Need] = {
     "knotd": program("knotd", "knot"),
     "knsupdate": program("knsupdate", "knot-dnsutils"),
     "lintian": program("lintian"),
+    "locust": Need(lambda: (BUILD / "fleet/bin/locust").exists(), what="Locust (make build/fleet/installed)"),
     "logger": program("logger", "bsdutils"),
     "login": Need(
         lambda: not re.search(r"/(nologin|false)$", pwd.getpwuid(os.getuid()).pw_shell),

@@ -3,7 +3,7 @@
 
 `make bench` starts this. It starts the real Caramel server behind a real nginx, gives each program the same
 identity, lets them take turns (so that a busy machine is as busy for all of them) and hands what it saw to
-`report.py` and `fleet.py`. How each figure is taken stands in README.md.
+`report.py`. How each figure is taken stands in README.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from bench import elliptic, fleet, flushes, records, report
+from bench import elliptic, flushes, records, report
 from bench.filtered import FilteredCaramel, MeteredNginx
 from bench.proxy import DelayingProxy, Traffic, medians
 
@@ -930,9 +930,8 @@ def main() -> None:
     docs.mkdir(exist_ok=True)
     (docs / "bench.md").write_text(report.page(seen))
     (docs / "bench.svg").write_text(report.picture(seen))
-    (docs / "fleet.md").write_text(fleet.page(seen))
     print(report.targets(seen))
-    print(f"\nWritten: docs/bench.md, docs/bench.svg, docs/fleet.md (from {figures.relative_to(world.ROOT)})")
+    print(f"\nWritten: docs/bench.md, docs/bench.svg (from {figures.relative_to(world.ROOT)})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+# `make fleet`: what a fleet costs its server. See tests/fleet/README.md.
+
+# Seconds that each load is measured for, and how many devices take turns.
+FLEET_SECONDS ?= 10
+FLEET_DEVICES ?= 2000
+
+.PHONY: fleet
+
+fleet: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/authority/installed \
+		$(BUILD)/caramel/postgresql $(BUILD)/fleet/installed ## what a fleet costs its server, under load (15 min; as root or as any user)
+	@cd tests && FLEET_SECONDS="$(FLEET_SECONDS)" FLEET_DEVICES="$(FLEET_DEVICES)" \
+	$(CURDIR)/$(BUILD)/tests/bin/python -Es -m fleet.measure
+
+test-all: $(BUILD)/fleet/installed $(BUILD)/caramel/postgresql
+
+# Locust brings a web framework and much more, so it has an environment of its own.
+$(BUILD)/fleet/installed: tests/fleet/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP_INSTALL) -r tests/fleet/requirements.txt
+	@touch $@
+
+# Caramel's SQLAlchemy takes this driver for an address that begins with `postgresql://`.
+$(BUILD)/caramel/postgresql: $(BUILD)/caramel/installed
+	$(@D)/bin/python $(PIP_INSTALL) psycopg2-binary
+	@touch $@
