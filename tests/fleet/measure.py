@@ -350,6 +350,7 @@ def machine(folder: Path) -> dict[str, str]:
 
     return {
         "processor": (model[1] if model else platform.machine()) + f", {os.cpu_count()} cores",
+        "cores": str(os.cpu_count()),
         "kernel": f"Linux {platform.release().split('-')[0]}, {platform.machine()}",
         "nginx": said(world.Nginx.program() or "nginx", "-v"),
         "PostgreSQL": said(Postgres.program("postgres"), "--version"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -220,6 +221,12 @@ def _loads(seen: Figures) -> Iterator[Figures]:
         yield from looks
 
 
+def others(seen: Figures) -> float:
+    """Cores that neither servers nor load had, nor were idle, on average: other programs, and the kernel's own work."""
+    cores = int(seen["machine"]["cores"])
+    return statistics.mean(max(0.0, cores - sum(load["busy"].values())) for load in _loads(seen))
+
+
 # --- What is computed ---------------------------------------------------------------------------------------
 
 
@@ -343,6 +350,8 @@ def page(seen: Figures) -> str:
         saturation=saturation(seen),
         spread=spread(seen),
         year=number(YEAR),
+        others=number(others(seen)),
+        cores_there=seen["machine"]["cores"],
         busy=f"{100 * BUSY:.0f} %",
         share=BUSY,
         headers=HEADERS,
