@@ -222,9 +222,9 @@ def _loads(seen: Figures) -> Iterator[Figures]:
 
 
 def others(seen: Figures) -> float:
-    """Cores that neither servers nor load had, nor were idle, on average: other programs, and the kernel's own work."""
+    """Cores that others had on average: neither idle, nor used by servers and load. The kernel's own work counts."""
     cores = int(seen["machine"]["cores"])
-    return statistics.mean(max(0.0, cores - sum(load["busy"].values())) for load in _loads(seen))
+    return statistics.fmean(max(0.0, cores - sum(load["busy"].values())) for load in _loads(seen))
 
 
 # --- What is computed ---------------------------------------------------------------------------------------

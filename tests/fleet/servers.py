@@ -120,7 +120,7 @@ class Postgres(Service):
         if Path("/proc/self").stat().st_uid == 0:
             names = {entry.pw_name for entry in pwd.getpwall()}
             user = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
-            # setpriv becomes the server itself, so that there is no process between it and the daemon. Whoever becomes
+            # setpriv becomes the server itself, so that there is no process between it and the daemon. Who has become
             # another user would outlive us (prctl(2), PR_SET_PDEATHSIG); SIGQUIT is PostgreSQL's "immediate".
             become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
             become += ["--pdeathsig", "QUIT"]
