@@ -184,7 +184,8 @@ class Stage:
     def wire(self) -> dict[str, int]:
         """Bytes and packets of one check of the program itself, with the identity of one of the devices."""
         device = self.fleet[0]
-        kind = b"EC" if b"id-ecPublicKey" in device.key or len(device.key) < 500 else b"RSA"
+        key = x509.load_pem_x509_certificate(device.certificate).public_key()
+        kind = b"EC" if isinstance(key, ec.EllipticCurvePublicKey) else b"RSA"
         ca = self._ca.read_bytes()
         content = device.key + device.certificate + device.request.replace(b" CERT", b" NEW CERT")
         with DelayingProxy(self.front.port, 0.0) as proxy:
@@ -300,11 +301,13 @@ class Fleet:
             # Beside the loads' checks, the program made five: see `Stage.wire`.
             checks = stage.checks + 5
             seen["growth"] = {
-                "bytes": round((database.size() - size) / checks, 1),
+                "bytes": round(max(0, database.size() - size) / checks, 1),
                 "log": round((after - log) / checks, 1) if after is not None and log is not None else None,
                 "rows": stage.backend.rows() - 5 if isinstance(stage.backend, Caramel) else 0,
                 "checks": stage.checks,
             }
+            if isinstance(stage.backend, Caramel):
+                seen["growth"]["bytes"] = round(stage.backend.row(), 1)
         return seen
 
     def sizes(self, configuration: Configuration) -> list[dict[str, Any]]:

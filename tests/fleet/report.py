@@ -175,7 +175,7 @@ def growth(seen: Figures) -> str:
                 "" if log is None else number(log),
             ]
         )
-    head = [*KIND[:4], "checks", "rows in `accesslog`", "bytes of the database a check", "of its write-ahead log"]
+    head = [*KIND[:4], "checks", "rows in `accesslog`", "bytes a check", "of the write-ahead log a check"]
     return table(head, rows, 4)
 
 
@@ -198,7 +198,7 @@ def sizes(seen: Figures) -> str:
                 ]
             )
     head = ["server", "database", "devices in it", "index", "checks/s", "Python ms", "database ms", "50 % within ms"]
-    return table([*head, "database"], rows, 2)
+    return table([*head, "size"], rows, 2)
 
 
 def counts(seen: Figures) -> str:
@@ -225,6 +225,18 @@ def others(seen: Figures) -> float:
     """Cores that others had on average: neither idle, nor used by servers and load. The kernel's own work counts."""
     cores = int(seen["machine"]["cores"])
     return statistics.fmean(max(0.0, cores - sum(load["busy"].values())) for load in _loads(seen))
+
+
+def quiet(seen: Figures) -> str:
+    """What a reader has to know before all else, where the machine had other things to do."""
+    had = others(seen)
+    if had < 0.3:
+        return ""
+    return (
+        f"\n**The machine was not quiet in this run:** other programs had {number(had)} of its "
+        f"{seen['machine']['cores']} cores on average. So rates are too low, and latencies too high. "
+        "Processor times suffer less.\n"
+    )
 
 
 # --- What is computed ---------------------------------------------------------------------------------------
@@ -351,6 +363,7 @@ def page(seen: Figures) -> str:
         spread=spread(seen),
         year=number(YEAR),
         others=number(others(seen)),
+        quiet=quiet(seen),
         cores_there=seen["machine"]["cores"],
         busy=f"{100 * BUSY:.0f} %",
         share=BUSY,

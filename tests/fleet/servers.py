@@ -343,6 +343,15 @@ listen = 127.0.0.1:{self.ports[number]}
         )
         self.database.analyze()
 
+    def row(self, copies: int = 100_000) -> float:
+        """Bytes by which the database grows with a row of the log; from many copies, because it grows by pages."""
+        before = self.database.size()
+        self.database.execute(
+            f'INSERT INTO {self.LOG} ("when", addr, csr_id) SELECT l."when", l.addr, l.csr_id'
+            f" FROM {self.database.series(1, copies)} JOIN {self.LOG} l ON l.id = 1"
+        )
+        return (self.database.size() - before) / copies
+
     def rows(self) -> int:
         """How many checks it has written down."""
         return int(self.database.execute(f"SELECT count(*) FROM {self.LOG}")[0][0])
