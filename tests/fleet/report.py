@@ -476,6 +476,7 @@ def picture_of_sizes(seen: Figures) -> str:
             lines.append((f"Caramel, {database}, index", "index", points[-1:]))
         else:
             lines.append((f"authority, {database}", "", points))
+    lines.sort(key=lambda line: -line[2][-1][1])  # as their ends lie on the right, from the top
     values = [point for _, _, points in lines for point in points]
     first, last = min(x for x, _ in values), max(x for x, _ in values)
     least = 10.0 ** math.floor(math.log10(min(y for _, y in values)))
@@ -491,12 +492,14 @@ def picture_of_sizes(seen: Figures) -> str:
     for devices in sorted({x for x, _ in values}):
         parts.append(f'<text x="{scale[0](devices):.1f}" y="{bottom + 18}" class="middle">{number(devices)}</text>')
     parts.append(f'<text x="{(left + right) // 2}" y="{bottom + 36}" class="middle">devices in the database</text>')
-    colors = ("#b5651d", "#b5651d", "#3b6ea5", "#3b6ea5", "#6a9955", "#8250df")
+    colors = {"SQLite": "#b5651d", "PostgreSQL": "#3b6ea5"}
     ends: list[float] = []
-    for (name, kind, points), color in zip(lines, colors):
+    for name, kind, points in lines:
+        color = colors[name.split(", ")[1]]
+        dashes = ' stroke-dasharray="5 4"' if name.startswith("authority") else ""
         at = [(scale[0](x), scale[1](y)) for x, y in points]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-        parts.append(f'<path d="{path}" class="line" stroke="{color}"/>')
+        parts.append(f'<path d="{path}" class="line" stroke="{color}"{dashes}/>')
         fill = "#fff" if kind else color
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{color}"/>' for x, y in at]
         y = at[-1][1] + 4
