@@ -7,14 +7,14 @@ FLEET_DEVICES ?= 2000
 .PHONY: fleet
 
 fleet: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/authority/installed \
-		$(BUILD)/caramel/postgresql $(BUILD)/fleet/installed ## what a fleet costs its server, under load (15 min; as root or as any user)
+		$(BUILD)/fleet/installed ## what a fleet costs its server, under load (15 min; as root or as any user)
 	@cd tests && FLEET_SECONDS="$(FLEET_SECONDS)" FLEET_DEVICES="$(FLEET_DEVICES)" \
 	$(CURDIR)/$(BUILD)/tests/bin/python -Es -m fleet.measure
 
-test-all: $(BUILD)/fleet/installed $(BUILD)/caramel/postgresql
+test-all: $(BUILD)/fleet/installed
 
 # Locust brings a web framework and much more, so it has an environment of its own.
-$(BUILD)/fleet/installed: tests/fleet/requirements.txt
+$(BUILD)/fleet/installed: tests/fleet/requirements.txt $(BUILD)/caramel/postgresql
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) -r tests/fleet/requirements.txt
 	@touch $@
