@@ -7,7 +7,7 @@ FLEET_DEVICES ?= 2000
 .PHONY: fleet
 
 fleet: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/authority/installed \
-		$(BUILD)/fleet/installed ## what a fleet costs its server, under load (15 min; as root or as any user)
+		$(BUILD)/fleet/installed ## what a fleet costs its server, under load (15 min)
 	@cd tests && FLEET_SECONDS="$(FLEET_SECONDS)" FLEET_DEVICES="$(FLEET_DEVICES)" \
 	$(CURDIR)/$(BUILD)/tests/bin/python -Es -m fleet.measure
 
