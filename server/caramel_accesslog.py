@@ -6,9 +6,9 @@ batch is a transaction of its own, and after it the database belongs to the serv
 took. That matters for SQLite, where one writer keeps all others out. Whoever ends this program loses nothing.
 
 There is no index on the time, only on the number of a row, and rows are numbered in the order of their time. So the
-oldest numbers are looked at first, and it ends at the first batch that has nothing to delete: the rest of the table is
-never read. A row without a time, or from a day that is still to come, was written while the server's clock was wrong.
-It is deleted as well, because no day would ever come on which it is old.
+smallest numbers are looked at first, and it ends at the first batch that has nothing to delete: the rest of the table
+is never read. A row without a time, or from a day that is still to come, was written while the server's clock was
+wrong. It is deleted as well, because it may be long until it is old.
 
 SQLite keeps the room and writes the next rows into it: the file stops growing, and doesn't shrink.
 """

@@ -63,12 +63,27 @@ def status(address: Address, seconds: float = 10) -> Optional[int]:
         return None
 
 
+def runs(process: int) -> bool:
+    """Whether there is a process of this number. /proc doesn't show it where each of a unit's commands has a user
+    namespace of its own (`PrivateUsers=` with `ProtectProc=`).
+    """
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def main() -> None:
     """The command `caramel-wait-online`."""
     parser = argparse.ArgumentParser(description="Wait until a Caramel server answers.")
     parser.add_argument("ini", type=Path, help="Caramel's INI file, for the address at which it listens")
     parser.add_argument("--seconds", type=float, default=60, help="how long to wait (60)")
-    parser.add_argument("--pid", type=int, help="the server's process: where it is gone, there is nothing to wait for")
+    parser.add_argument(
+        "--pid", type=int, help="the server's process: where it is gone, there is nothing to wait for"
+    )
     arguments = parser.parse_args()
     try:
         address = listens_at(arguments.ini)
@@ -79,7 +94,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     said = None
     while time.monotonic() < deadline:
-        if arguments.pid and not os.path.exists(f"/proc/{arguments.pid}"):
+        if arguments.pid and not runs(arguments.pid):
             sys.exit("caramel-wait-online: the server has ended")
         said = status(address, max(0.1, min(10, deadline - time.monotonic())))
         if said == 404:
