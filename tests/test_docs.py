@@ -138,22 +138,6 @@ caramel-embedded() { "$COMMAND" --config "$CONFIG" "$@"; }
 curl() { command curl --noproxy '*' "$@"; }
 nginx() { command "$NGINX_PROGRAM" -p "$ROOT/nginx/" -e error.log -c "$ROOT/nginx/nginx.conf" "$@"; }
 listens() { for _ in $(seq 300); do (: <>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return; sleep 0.1; done; return 1; }
-systemctl() {
-    case "$*" in
-        daemon-reload) ;;
-        "enable --now caramel" | "restart caramel")
-            [ -z "${SERVER-}" ] || { kill "$SERVER"; wait "$SERVER" || :; }
-            unit=$ROOT/etc/systemd/system/caramel.service
-            if command -v systemd-analyze >/dev/null; then systemd-analyze verify "$unit"; fi
-            $(sed -n 's/^ExecStart=//p' "$unit") >>"$ROOT/server.log" 2>&1 &
-            SERVER=$! ;; # as with systemd, it need not listen yet
-        "reload nginx")
-            # (`nginx -t` makes an empty one.)
-            if [ -s "$ROOT/nginx/nginx.pid" ]; then nginx -s reload && sleep 0.3; else nginx 2>"$ROOT/log" & fi
-            listens "$TLS_PORT" ;;
-        *) echo "systemctl $*?" >&2; return 1 ;;
-    esac
-}
 cd "$ROOT"
 """
 
@@ -241,7 +225,7 @@ def follow(
                 start_new_session=True,
             )
         try:
-            status = bash.wait(180)
+            status = bash.wait(300)
         finally:
             world.end(bash)
     text = re.sub(r"[.+*]{20,}", "", said.read_text())

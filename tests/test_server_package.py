@@ -364,7 +364,7 @@ def walk(folder: Path, tree: Path, packages: Path, script: str, database: str) -
         *(["systemd.mask=postgresql.service"] if database == "sqlite" else []),
     ]  # fmt: skip
     with world.Daemon(command, folder / "boot.log") as machine:
-        world.until("the machine has gone down", lambda: not machine.alive, 300, 0.2)
+        world.until("the machine has gone down", lambda: not machine.alive, 600, 0.2)
     said = {
         name: (control / name).read_text(errors="replace") if (control / name).exists() else ""
         for name in ("out", "err", "journal")
@@ -447,7 +447,9 @@ WantedBy=multi-user.target
 
 @slow
 @needs("nspawn", "mmdebstrap", "debian-tools")
-def test_a_server_of_the_first_release_goes_on(tmp_path: Path, tree: Path, packages: Path) -> None:
+def test_a_server_of_the_first_release_goes_on_and_what_cant_be_made_again_outlives_the_package(
+    tmp_path: Path, tree: Path, packages: Path
+) -> None:
     page = PAGE.read_text()
     (ini,) = re.findall(r"^```ini\n(\[app:main\]\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
     ini = re.sub(r"(?ms)^filter-with.*?$|^\[filter:.*?(?=^\[)", "", ini)
@@ -471,6 +473,10 @@ def test_a_server_of_the_first_release_goes_on(tmp_path: Path, tree: Path, packa
         "stat -c '%U' /proc/$(systemctl show -P MainPID caramel)\n"
         "systemctl start caramel-refresh caramel-clean caramel-accesslog\n"
         "systemctl show -P FragmentPath caramel\n"
+        "echo '--- without it'\n"
+        "apt-get purge -y caramel-embedded-server | grep ^caramel\n"
+        "systemctl is-active caramel caramel-refresh.timer || :\n"
+        "ls /etc/caramel/ca.key /var/lib/caramel-server/caramel.sqlite\n"
         ": >done\n"
     )
     walk(tmp_path, tree, packages, script, "sqlite")
@@ -482,4 +488,9 @@ def test_a_server_of_the_first_release_goes_on(tmp_path: Path, tree: Path, packa
         "root caramel-ca 640 /etc/caramel/ca.key\n"
         "caramel\n"
         "/lib/systemd/system/caramel.service\n"
+        "--- without it\n"
+        "caramel-embedded-server: left in place: /etc/caramel\n"
+        "caramel-embedded-server: left in place: /var/lib/caramel-server\n"
+        "inactive\ninactive\n"
+        "/etc/caramel/ca.key\n/var/lib/caramel-server/caramel.sqlite\n"
     )
