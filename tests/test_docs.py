@@ -328,6 +328,7 @@ def test_the_page_for_server_administrators_says_what_to_install() -> None:
     installed = re.findall(r"^apt-get install (.*)$", page.read_text(), re.MULTILINE)[0].split()
     commands = "".join(text for kind, text, _ in blocks(page) if kind == "sh")
     programs = {"nginx": "nginx-light", "openssl": "openssl", "curl": "curl"}
+    assert "logrotate" in installed
     for program, package in {**programs, "python3 -m venv": "python3-venv"}.items():
         assert re.search(rf"(?m)^(.*[;|] )?{program} ", commands) and package in installed, program
     assert "sqlite3 " not in commands and "cron" not in commands

@@ -238,6 +238,8 @@ echo "--- what runs"
 for unit in caramel caramel-autosign caramel-refresh.timer caramel-clean.timer caramel-accesslog.timer; do
     echo "$unit $(systemctl is-active $unit) $(systemctl is-enabled $unit)"
 done
+systemctl is-active logrotate.timer
+logrotate --debug /etc/logrotate.d/nginx 2>&1 | grep -c 'considering log /var/log/nginx/access.log'
 systemctl list-units --failed --no-legend --plain
 stat -c '%U' /proc/$(systemctl show -P MainPID caramel) /proc/$(systemctl show -P MainPID caramel-autosign)
 echo "--- how confined"
@@ -275,6 +277,8 @@ caramel-autosign active enabled
 caramel-refresh.timer active enabled
 caramel-clean.timer active enabled
 caramel-accesslog.timer active enabled
+active
+1
 caramel
 caramel-ca
 --- how confined
