@@ -1,6 +1,6 @@
 #!/bin/sh
-# make server-package: the Debian package of the server's half, with the wheel that $1 names in it; built as packaging/deb.sh
-# builds the device's.
+# make server-package: the Debian package of the server's half, with the wheel that $1 names in it; built as
+# packaging/deb.sh builds the device's.
 set -eu
 
 wheel=$(realpath -- "$1")

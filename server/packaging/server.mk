@@ -1,5 +1,5 @@
-# `make server-package`: what the administrator of a Caramel server installs, as a wheel and as a Debian package with that
-# wheel in it. Both land in build/server/, and the same sources give the same bits.
+# `make server-package`: what the administrator of a Caramel server installs, as a wheel and as a Debian package with
+# that wheel in it. Both land in build/server/, and the same sources give the same bits.
 
 SERVER_SOURCES := server/pyproject.toml server/README.md $(wildcard server/*.py server/*.conf LICENSE-*) \
 	$(shell find server/packaging -type f)
@@ -18,6 +18,6 @@ $(BUILD)/server/built: $(SERVER_SOURCES)
 	@cp -R server/pyproject.toml server/README.md server/*.py server/*.conf server/packaging LICENSE-* $(@D)/source
 	@rm -f $(@D)/source/test_*.py
 	$(PYTHON) -m venv $(@D)/builder
-	SOURCE_DATE_EPOCH=$(SERVER_EPOCH) $(@D)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
-		--wheel-dir $(@D) $(@D)/source
+	SOURCE_DATE_EPOCH=$(SERVER_EPOCH) $(@D)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check \
+		--no-deps --wheel-dir $(@D) $(@D)/source
 	@touch $@

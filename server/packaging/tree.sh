@@ -1,7 +1,7 @@
 #!/bin/bash
-# A new Debian 12 with systemd, for the test that walks the page for server administrators, with all that its installation
-# fetches from elsewhere: $1 are the Debian packages, $2 what pip installs into /opt/caramel. Into build/server-tree, once.
-# The walk itself has no network.
+# A new Debian 12 with systemd, for the test that walks the page for server administrators, with all that its
+# installation fetches from elsewhere: $1 are the Debian packages, $2 what pip installs into /opt/caramel. It is made once
+# and stays in build/server-tree. The walk itself has no network.
 #
 # Needs root and mmdebstrap(1).
 set -eu
@@ -9,7 +9,8 @@ set -eu
 cd "$(dirname "$0")/../.."
 # What apt fills in looks like a shell's.
 # shellcheck disable=SC2016
-mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1)}
+here=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security | head -n 1)
+mirror=${DEBIAN_MIRROR:-$here}
 tree=$PWD/${BUILD:-build}/server-tree
 
 mkdir -p "$tree"
@@ -38,8 +39,9 @@ unshare --mount --pid --fork --kill-child bash -c '
     mount --rbind /dev "$1/dev"
     mount -t proc proc "$1/proc"
     certificates=/etc/ssl/certs/ca-certificates.crt
-    chroot "$1" /usr/bin/env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 ${https_proxy:+https_proxy="$https_proxy"} \
-        PIP_CERT=$certificates SSL_CERT_FILE=$certificates PIP_DISABLE_PIP_VERSION_CHECK=1 bash -euc "
+    chroot "$1" /usr/bin/env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
+        ${https_proxy:+https_proxy="$https_proxy"} PIP_CERT=$certificates SSL_CERT_FILE=$certificates \
+        PIP_DISABLE_PIP_VERSION_CHECK=1 bash -euc "
             python3 -m venv /opt/caramel
             /opt/caramel/bin/pip install --quiet $2
             # The device of the trials; its modules are those of this checkout.
@@ -48,6 +50,7 @@ unshare --mount --pid --fork --kill-child bash -c '
         "
 ' bash "$tree" "$2"
 printf '127.0.0.1 localhost ca.example.com\n' >"$tree/etc/hosts"
-printf '#!/bin/sh\nPYTHONPATH=/project exec /opt/device/bin/python -m caramel_embedded "$@"\n' >"$tree/usr/local/bin/caramel-embedded"
-chmod 755 "$tree/usr/local/bin/caramel-embedded"
+program=$tree/usr/local/bin/caramel-embedded
+printf '#!/bin/sh\nPYTHONPATH=/project exec /opt/device/bin/python -m caramel_embedded "$@"\n' >"$program"
+chmod 755 "$program"
 echo "$recipe" >"$tree/.complete"
