@@ -98,7 +98,7 @@ def make(folder: Path, **env: str) -> Path:
         text=True,
         # What else pip needs on this machine is in its environment.
         env={**{name: text for name, text in os.environ.items() if not name.startswith("COVERAGE_")}, **env},
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return folder / "server"
@@ -337,7 +337,7 @@ def tree() -> Path:
     debian = " ".join(re.findall(r"^apt-get install -y --no-install-recommends (.*)$", fetched, re.MULTILINE))
     pip = " ".join(re.findall(r"^/opt/caramel/bin/pip install (.*)$", PAGE.read_text(), re.MULTILINE))
     pip = " ".join(shlex.quote(word) for word in shlex.split(pip) if not word.startswith("/"))
-    done = subprocess.run([PACKAGING / "tree.sh", debian, pip], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([PACKAGING / "tree.sh", debian, pip], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return TREE
 
