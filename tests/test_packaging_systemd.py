@@ -7,10 +7,8 @@ one boot: each has an instance of its own, and the first one has the device's ow
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -21,7 +19,6 @@ from pathlib import Path
 import pytest
 from needs import needs, slow
 from world import (
-    BUILD,
     ROOT,
     Authority,
     Caramel,
@@ -29,8 +26,6 @@ from world import (
     Front,
     environment,
     free_port,
-    new_key,
-    signing_request,
     until,
 )
 
@@ -50,14 +45,6 @@ def make(*words: str) -> None:
         env={"PATH": environment()["PATH"]},  # and no coverage
     )
     assert done.returncode == 0, done.stderr
-
-
-def documented(language: str, word: str) -> str:
-    """The block of the administrators' page that has this word in it."""
-    page = (ROOT / "docs/server-administrators.md").read_text()
-    found = [text for text in re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S) if word in text]
-    assert len(found) == 1
-    return str(found[0])
 
 
 @needs("systemd")
@@ -93,7 +80,7 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
 
 
 @needs("systemd")
-@pytest.mark.parametrize("name", [*SERVICES, "own user", "server"])
+@pytest.mark.parametrize("name", [*SERVICES, "own user"])
 def test_a_unit_has_what_it_needs_and_no_more(tmp_path: Path, name: str) -> None:
     """systemd-analyze's exposure level: 10 is everything open, 3 is where "OK" ends for most who ask."""
     path = tmp_path / "caramel-embedded@.service"
@@ -101,8 +88,6 @@ def test_a_unit_has_what_it_needs_and_no_more(tmp_path: Path, name: str) -> None
         path.write_text(
             "".join((UNITS / part).read_text() for part in (path.name, "examples/instance-own-user.conf"))
         )
-    elif name == "server":
-        path.write_text(documented("ini", "ExecStart="))
     else:
         path = UNITS / name
     most = 15 if name == "own user" else 29
@@ -427,52 +412,6 @@ def test_an_instance_with_a_user_of_its_own(machine: Machine, caramel: Caramel) 
     machine.becomes(service, "inactive")
     assert machine.inside("stat", "-L", "-c", "%U %a", key_file) == "root 600"
     assert [now.sha256 for now in caramel.requests(instance)] == [request.sha256]
-
-
-@pytest.fixture(scope="module")
-def server_program() -> Path:
-    """Caramel for the system's Python, as the page has it installed; made once."""
-    folder = BUILD / "system-caramel"
-    if not (folder / "installed").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        page = (ROOT / "docs/server-administrators.md").read_text()
-        (install,) = re.findall(r"^/opt/caramel/bin/pip install (.*)$", page, re.M)
-        subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder)], check=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-qq", *shlex.split(install)], check=True)
-        for program in (folder / "bin").iterdir():
-            if program.is_file() and not program.is_symlink() and program.read_bytes()[:2] == b"#!":
-                program.write_text(program.read_text().replace(str(folder), "/opt/caramel"))
-        (folder / "installed").touch()
-    return folder
-
-
-@slow
-@needs("nspawn")
-def test_the_documented_server_works_confined(tmp_path: Path, server_program: Path, authority: Authority) -> None:
-    """The page's own commands, files and unit; a request, and a signature by root while the server runs."""
-    machine = Machine(tmp_path, "localhost", authority.certificate_file)
-    shutil.copytree(server_program, machine.opt / "caramel", symlinks=True)
-    machine.unit("caramel.service", documented("ini", "ExecStart="))
-    port = str(free_port())
-    setup = documented("sh", "caramel_initialize_db")
-    settings = documented("ini", "egg:caramel").replace("6543", port)
-    script = f"set -eu\nmkdir -p /etc/caramel\ncat >/etc/caramel/caramel.ini <<'END'\n{settings}END\n{setup}\n"
-    client_id, url = "server-test", f"http://127.0.0.1:{port}"
-    with machine.booted():
-        (machine.control / "setup").write_text(script)
-        machine.inside("sh", "/control/setup")
-        assert machine.inside("systemctl", "start", "caramel.service") == ""
-        until("it listens", lambda: "CERTIFICATE" in machine.inside("curl", "-s", f"{url}/root.crt"), PATIENCE)
-        assert 61184 <= user_of(machine, "caramel.service") <= 65519
-        subject = [("C", "SE"), ("ST", "Östergötland"), ("L", "Linköping"), ("O", "Example AB"), ("OU", "Devices")]
-        request = signing_request(new_key(), [*subject, ("CN", client_id)])
-        sha256 = hashlib.sha256(request).hexdigest()
-        (machine.control / "request").write_bytes(request)
-        machine.inside("curl", "-sS", "--fail", "--data-binary", "@/control/request", f"{url}/{sha256}")
-        tool = ["/opt/caramel/bin/caramel_tool", "/etc/caramel/caramel.ini"]
-        assert client_id in machine.inside(*tool, "--list")
-        machine.inside(*tool, "--sign=1")
-        assert "BEGIN CERTIFICATE-" in machine.inside("curl", "-sS", "--fail", f"{url}/{sha256}")
 
 
 @slow
