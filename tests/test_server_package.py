@@ -191,6 +191,12 @@ SELECT CAST('2020-01-01 00:00:00.000000' AS {time}), '127.0.0.1', 1 FROM n"""
 MOST = """SELECT max(n) FROM (SELECT count(*) AS n FROM certificate
 WHERE csr_id NOT IN (SELECT id FROM csr WHERE rejected) GROUP BY csr_id) AS c"""
 
+#: Whether the table of certificates has its index.
+INDEXED = {
+    "sqlite": "SELECT count(*) FROM sqlite_master WHERE name = 'certificate_of_request'",
+    "postgresql": "SELECT count(*) FROM pg_indexes WHERE indexname = 'certificate_of_request'",
+}
+
 #: With this, the next `--refresh` would sign a request that nobody has signed.
 MADE_UP = """INSERT INTO certificate (id, pem, not_before, not_after, csr_id)
 SELECT 1000, pem, not_before, not_after, 1 FROM certificate LIMIT 1"""
@@ -228,6 +234,7 @@ ca=$(sed -n 's/^ca.cert = //p' /etc/caramel/caramel.ini)
 ask() { curl -sS -o /dev/null -w '%{http_code}\n' --cacert $ca "$@"; }
 echo "--- the database"
 sql "$MOST"
+sql "$INDEXED"
 stat -c '%U %G %a %n' /etc/caramel/*.key /etc/caramel/*.pem
 echo "--- renewed"
 requests=$(sql 'SELECT count(DISTINCT csr_id) FROM certificate JOIN csr ON csr.id = csr_id WHERE NOT rejected')
@@ -266,6 +273,7 @@ ask -H "If-Modified-Since: $date" $request
 """
 
 SAYS = """--- the database
+1
 1
 {keys}root root 600 /etc/caramel/server.key
 root root 600 /etc/caramel/server.pem
@@ -393,7 +401,7 @@ def test_the_page_for_server_administrators_on_a_new_debian(
         time, keys = "TIMESTAMP", "root caramel-ca 640 /etc/caramel/ca.key\n"
     (_, first), *others = found
     assert first.startswith("apt-get install") and first.endswith(f"./{DEB}\n")
-    script = first + WATCH
+    script = f"INDEXED={shlex.quote(INDEXED[database])}\n" + first + WATCH
     for heading, step in others:
         if heading == "What grows":
             script += f"sql {shlex.quote(OLD_ROWS.format(time=time))}\n"
