@@ -243,6 +243,7 @@ sed "s,/etc/caramel,$ROOT&,; s,127.0.0.1:6543,127.0.0.1:$PLAIN_PORT,; s,listen 4
 rm "$ROOT/opt/caramel/bin"
 mkdir "$ROOT/opt/caramel/bin"
 ln -s "$CARAMEL"/* "$ROOT/opt/caramel/bin"
+ln -s "${CARAMEL%/bin}"/pyvenv.cfg "${CARAMEL%/bin}"/lib "$ROOT/opt/caramel"
 export PYTHONPATH=$SOURCES PYTHONDONTWRITEBYTECODE=1
 for program in accesslog wait_online; do
     printf '#!/bin/sh\nexec %s -c "import caramel_%s; caramel_%s.main()" "$@"\n' "$CARAMEL/python" $program $program \
