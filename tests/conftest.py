@@ -23,6 +23,11 @@ from world import Authority, Caramel, Device, Front, Nginx, any_front
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what it puts in the background with these ignored, and so does nohup(1). The programs under test
+    # would inherit that, and tests of signals would see nothing.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     world.adopt_orphans()
 
 
