@@ -441,15 +441,16 @@ def _create_locked(folder: Folder, owner: int, group: int, mode: int) -> Optiona
     except FileExistsError:
         return None
     try:
-        _hand_over(lock.fd, owner, group, mode)
         taken = lock.take()
+        _hand_over(lock.fd, owner, group, mode)
         if nameless:
             os.link("/proc/self/fd/%d" % lock.fd, folder.name, dst_dir_fd=folder.fd, follow_symlinks=True)
         made = taken and folder.leads_to(folder.name, lock.fd)
     except FileExistsError:
         pass
     except BaseException:
-        if not nameless:
+        # What somebody else has locked, or has put there meanwhile, may hold a key.
+        if not nameless and lock.acquired and folder.leads_to(folder.name, lock.fd):
             folder.discard(folder.name)
         raise
     finally:

@@ -126,6 +126,23 @@ def test_two_make_the_file_and_the_other_was_first(path: str, monkeypatch: pytes
     assert Path(path).read_bytes() == b"theirs", "it is not ours to remove"
 
 
+def test_a_file_that_was_put_there_meanwhile_is_not_ours_to_remove(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no O_TMPFILE, our file has its name before it is all that it should be."""
+
+    def replaced(*_: Any) -> None:
+        Path(path + ".theirs").write_bytes(b"theirs")
+        os.replace(path + ".theirs", path)
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(keyfile, "_PROC", False)
+    monkeypatch.setattr(keyfile, "_hand_over", replaced)
+    with pytest.raises(StorageError, match="can't make"):
+        KeyFile.create(path, *OURS)
+    assert Path(path).read_bytes() == b"theirs"
+
+
 def test_a_file_that_is_replaced_again_and_again_counts_as_locked(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(path).write_bytes(b"")
     monkeypatch.setattr(keyfile.Folder, "leads_to", lambda folder, name, fd: False)
