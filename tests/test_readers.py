@@ -198,13 +198,13 @@ def test_mosquitto(device: Device, root: Authority, tmp_path: Path) -> None:
     )
     upstream = ["-h", "localhost", "-p", str(port), "--cafile", str(ca), "--cert", str(file), "--key", str(file)]
     with Daemon(["mosquitto", "-c", broker], tmp_path / "broker.log") as server:
-        world.until("the broker listens", lambda: listens(port) or not server.alive)
+        world.until("the broker listens", lambda: world.listens(port) or not server.alive)
         assert server.alive, server.text()
         assert run("mosquitto_pub", *upstream[:6], "-t", "a", "-m", "b").returncode != 0, "not let in without one"
         done = run("mosquitto_pub", *upstream, "-t", "client", "-m", "hello", "-r", "-q", "1")
         assert done.returncode == 0, (done, server.text())
         with Daemon(["mosquitto", "-c", bridge], tmp_path / "bridge.log") as other:
-            world.until("the bridge listens", lambda: listens(local) or not other.alive)
+            world.until("the bridge listens", lambda: world.listens(local) or not other.alive)
             done = run("mosquitto_pub", "-p", str(local), "-t", "bridge", "-m", "hello", "-r", "-q", "1")
             assert done.returncode == 0, (done, other.text())
             got = run("mosquitto_sub", *upstream, "-t", "#", "-C", "2", "-W", "20", "-F", "%t:%p")
@@ -222,19 +222,10 @@ def test_stunnel(device: Device, strict: Front, root: Authority, text: bytes, tm
         f"connect = localhost:{strict.port}\n"
     )
     with Daemon(["stunnel4", configuration], tmp_path / "stunnel.log") as server:
-        world.until("stunnel listens", lambda: listens(port) or not server.alive)
+        world.until("stunnel listens", lambda: world.listens(port) or not server.alive)
         assert server.alive, server.text()
         got = run("curl", "-sSf", "--cacert", root.certificate_file, f"https://localhost:{port}/root.crt")
     assert got.stdout == text, (got, server.text())
-
-
-def listens(port: int) -> bool:
-    """Whether somebody takes connections at this port of the loopback interface."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1):
-            return True
-    except OSError:
-        return False
 
 
 def test_python(device: Device, strict: Front, root: Authority, text: bytes) -> None:

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -337,7 +336,7 @@ def test_mosquitto_as_bridge(start: Start) -> None:
 
         def arrives(value: int) -> None:
             """Read with the device's own certificate: the broker shows nobody else's topics."""
-            world.until("the local broker listens", lambda: listens(local))
+            world.until("the local broker listens", lambda: world.listens(local))
             device.sh(publish.replace("21", str(value)) + " -r -q 1")
             seen = (
                 f"mosquitto_sub -h localhost -p {port} --cafile /etc/caramel-ca.pem --cert {device.key_file}"
@@ -359,12 +358,6 @@ def test_mosquitto_as_bridge(start: Start) -> None:
         server.renew()
         place.until_shown(port)
         arrives(24)
-
-
-def listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
-        return True
-    return False
 
 
 @contextlib.contextmanager
@@ -677,7 +670,7 @@ def test_ssh(start: Start, request: pytest.FixtureRequest) -> None:
         privileged.mkdir(mode=0o755)
         request.addfinalizer(privileged.rmdir)
     with world.Daemon([shutil.which("sshd", path=PATH) or "", "-D", "-e", "-f", conf], server.folder / "sshd.log"):
-        world.until("sshd listens", lambda: listens(port))
+        world.until("sshd listens", lambda: world.listens(port))
         direct = place.section.command("ssh -i") + options + " echo in"
         assert device.sh(direct) == "in\n"
         # What the section is about: the key alone still opens, when the server has long rejected the device.

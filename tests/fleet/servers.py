@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pwd
 import shutil
-import socket
 import sqlite3
 import subprocess
 import time
@@ -19,7 +18,7 @@ from typing import Any, Optional, Union
 
 import world
 from bench.filtered import SERVER
-from world import BUILD, CARAMEL, Authority, Daemon, Service, environment, free_port, until
+from world import BUILD, CARAMEL, Authority, Daemon, Service, environment, free_port, listens, until
 
 from fleet.devices import Device
 
@@ -28,14 +27,6 @@ AUTHORITY = BUILD / "authority" / "bin" / "caramel-authority"
 SUBJECT = "C=SE,O=Example AB,OU=Devices,CN=Example Device CA"
 
 Row = Sequence[Any]
-
-
-def listens(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1):
-            return True
-    except OSError:
-        return False
 
 
 def started(daemon: Daemon, what: str, port: int) -> None:

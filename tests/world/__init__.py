@@ -46,6 +46,7 @@ from world.processes import (
     environment,
     forget_false_clocks,
     free_port,
+    listens,
     strays,
     until,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "installation",
     "interpreters",
     "key_file_content",
+    "listens",
     "name_of",
     "new_key",
     "now",

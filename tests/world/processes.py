@@ -39,6 +39,13 @@ def forget_false_clocks() -> None:
                 left.unlink()
 
 
+def listens(port: int) -> bool:
+    """Whether somebody takes connections at this port of the loopback interface."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+    return False
+
+
 def until(what: str, happened: Callable[[], Any], seconds: float = PATIENCE, pause: float = 0.02) -> Any:
     """Waits until `happened()` is true, and returns what it returned; an AssertionError if it takes too
     long.
