@@ -22,35 +22,12 @@ from .errors import (
     printable,
 )
 from .keyfile import KeyFile
-from .settings import Settings
+from .settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     import argparse
 
 NAME = "caramel-embedded"
-
-# Options that are settings: flag, placeholder, name in the environment, help.
-SETTINGS = (
-    ("--server", "HOST[:PORT]", "CARAMEL_CA", "the Caramel server; port 443 if none is given"),
-    ("--ca-cert", "PATH", "CARAMEL_CA_CERT", "PEM file of the only CA that is trusted"),
-    (
-        "--identity-ca",
-        "PATH",
-        "CARAMEL_IDENTITY_CA",
-        "PEM file of the CA that signs this device, where that is another",
-    ),
-    ("--key-file", "PATH", "CARAMEL_KEY_FILE", "where key, certificate and request are kept, in one file"),
-    ("--client-id", "ID", "CARAMEL_CN", "who this device is; by default the hardware says"),
-    ("--interfaces", "A,B", "CARAMEL_INTERFACES", "network interfaces whose MAC address may be the client ID"),
-    ("--domain", "NAME", "CARAMEL_DOMAIN", "makes a host name of an ID from the hardware"),
-    ("--key-type", "TYPE", "CARAMEL_KEY_TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
-    ("--owner", "USER", "CARAMEL_OWNER", "owner of the key file; by default the caller"),
-    ("--group", "GROUP", "CARAMEL_GROUP", "group of the key file; by default the caller's"),
-    ("--mode", "OCTAL", "CARAMEL_MODE", "mode of the key file; by default 0600"),
-    ("--timeout", "SECONDS", "CARAMEL_TIMEOUT", "limit on all that waits on the network; by default 60"),
-    ("--hook", "COMMAND", "CARAMEL_HOOK", "run after a new certificate is in place"),
-    ("--config", "PATH", "CARAMEL_CONFIG", "configuration file; by default /etc/caramel-embedded.conf"),
-)
 
 
 class Asked(Exception):
@@ -86,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
     )
-    for flag, placeholder, name, text in SETTINGS:
+    for name, _, flag, placeholder, text in SETTINGS:
         made.add_argument(flag, metavar=placeholder, dest=name, help="%s (%s)" % (text, name))
     made.add_argument("--status", action="store_true", help="print what the key file holds, and exit")
     made.add_argument(
@@ -168,11 +145,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], log: Log) -> 
     status = False
     if arguments:
         parsed = vars(parser().parse_args(arguments))
-        options = {name: parsed[name] for _, _, name, _ in SETTINGS if parsed[name] is not None}
+        options = {name: parsed[name] for name, *_ in SETTINGS if parsed[name] is not None}
         status = parsed["status"]
         log.verbose, log.quiet, log.syslog = parsed["verbose"], parsed["quiet"], parsed["syslog"]
         log.json = parsed["json"] and not status
-        for flag, _, name, _ in SETTINGS:
+        for name, _, flag, *_ in SETTINGS:
             if options.get(name) == "":
                 raise UsageError("%s: its value is empty" % flag)
     settings = Settings(options, environment)

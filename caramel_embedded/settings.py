@@ -156,23 +156,24 @@ def _hook(text: str) -> tuple[str, ...]:
     return words
 
 
-# Name in the environment and the files, and what makes a value of its text.
-VALUES: dict[str, Callable[[str], Any]] = {
-    "CARAMEL_CA": server,
-    "CARAMEL_CA_CERT": _path,
-    "CARAMEL_IDENTITY_CA": _path,
-    "CARAMEL_KEY_FILE": _path,
-    "CARAMEL_CN": client_id,
-    "CARAMEL_INTERFACES": _interfaces,
-    "CARAMEL_DOMAIN": domain,
-    "CARAMEL_KEY_TYPE": key_type,
-    "CARAMEL_OWNER": _owner,
-    "CARAMEL_GROUP": _group,
-    "CARAMEL_MODE": _mode,
-    "CARAMEL_TIMEOUT": _timeout,
-    "CARAMEL_HOOK": _hook,
-    "CARAMEL_CONFIG": _path,
-}
+# Name in the environment and the files; what makes a value of its text; option, placeholder, help.
+SETTINGS: tuple[tuple[str, Callable[[str], Any], str, str, str], ...] = (
+    ("CARAMEL_CA", server, "--server", "HOST[:PORT]", "the Caramel server; port 443 if none is given"),
+    ("CARAMEL_CA_CERT", _path, "--ca-cert", "PATH", "PEM file of the only CA that is trusted"),
+    ("CARAMEL_IDENTITY_CA", _path, "--identity-ca", "PATH", "PEM file of the CA that signs this device, if another"),
+    ("CARAMEL_KEY_FILE", _path, "--key-file", "PATH", "where key, certificate and request are kept, in one file"),
+    ("CARAMEL_CN", client_id, "--client-id", "ID", "who this device is; by default the hardware says"),
+    ("CARAMEL_INTERFACES", _interfaces, "--interfaces", "A,B", "interfaces whose MAC address may be the client ID"),
+    ("CARAMEL_DOMAIN", domain, "--domain", "NAME", "makes a host name of an ID from the hardware"),
+    ("CARAMEL_KEY_TYPE", key_type, "--key-type", "TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
+    ("CARAMEL_OWNER", _owner, "--owner", "USER", "owner of the key file; by default the caller"),
+    ("CARAMEL_GROUP", _group, "--group", "GROUP", "group of the key file; by default the caller's"),
+    ("CARAMEL_MODE", _mode, "--mode", "OCTAL", "mode of the key file; by default 0600"),
+    ("CARAMEL_TIMEOUT", _timeout, "--timeout", "SECONDS", "limit on all that waits on the network; by default 60"),
+    ("CARAMEL_HOOK", _hook, "--hook", "COMMAND", "run after a new certificate is in place"),
+    ("CARAMEL_CONFIG", _path, "--config", "PATH", "configuration file; by default /etc/caramel-embedded.conf"),
+)
+VALUES: Mapping[str, Callable[[str], Any]] = {name: value for name, value, *_ in SETTINGS}
 
 
 def parse(text: str, source: str) -> dict[str, str]:

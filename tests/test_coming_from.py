@@ -14,7 +14,7 @@ import world
 from needs import require, slow
 from world import Caramel, TlsFront
 
-from caramel_embedded import cli
+from caramel_embedded import cli, settings
 
 PAGE = world.ROOT / "docs" / "coming-from-caramel-client.md"
 CLIENT = world.BUILD / "bench" / "client" / "bin"
@@ -176,8 +176,8 @@ def test_the_table_names_what_there_is() -> None:
         row.split("|")[4] for row in PAGE.read_text().splitlines() if row.startswith("| ") and row.count("|") == 5
     ]
     known = {text for action in cli.parser()._actions for text in action.option_strings}
-    names = {name for flag, placeholder, name, _ in cli.SETTINGS}
+    names = {name for name, _, flag, placeholder, _ in settings.SETTINGS}
     named = [word for cell in ours for word in re.findall(r"`(--?[\w-]+|CARAMEL_\w+)`", cell)]
     assert len(named) > 12 and set(named) <= known | names
     pairs = re.findall(r"`(--[\w-]+)`, `(CARAMEL_\w+)`", "".join(ours))
-    assert set(pairs) <= {(flag, name) for flag, _, name, _ in cli.SETTINGS}
+    assert set(pairs) <= {(flag, name) for name, _, flag, *_ in settings.SETTINGS}

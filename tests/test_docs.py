@@ -107,7 +107,7 @@ def test_the_settings_table_is_that_of_the_program() -> None:
     table = text.partition("<!-- settings -->")[2].partition("<!-- end -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
     promised = {row[0].strip("`"): (row[1].strip("`"), row[2].strip("`")) for row in rows}
-    for flag, placeholder, name, _ in cli.SETTINGS:
+    for name, _, flag, placeholder, _ in settings.SETTINGS:
         assert promised.pop(f"{flag} {placeholder}")[0] == name
     switches = {word.strip("`,") for option in promised for word in option.split()}
     known = {text for action in cli.parser()._actions for text in action.option_strings}

@@ -17,7 +17,7 @@ COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
 
 def options() -> dict[str, str]:
     """Every option of the command with the name of its setting, if it is one."""
-    names = {flag: name for flag, _, name, _ in cli.SETTINGS}
+    names = {flag: name for name, _, flag, *_ in settings.SETTINGS}
     actions = cli.parser()._actions
     return {string: names.get(string, "") for action in actions for string in action.option_strings}
 
@@ -91,6 +91,6 @@ def test_the_completion_knows_what_an_option_takes() -> None:
     assert "root" in complete("--owner", "ro")
     assert "lo" in complete("--interfaces", "l")
     assert complete("--config", "setup.c") == ["setup.cfg"]
-    for flag, *_ in cli.SETTINGS:
+    for _, _, flag, *_ in settings.SETTINGS:
         # Whatever it offers behind an option that takes a value, it is not another option.
         assert not [word for word in complete(flag, "-") if word.startswith("-")]
