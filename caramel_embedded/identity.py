@@ -53,31 +53,22 @@ class Issued(NamedTuple):
         return self.pem + self.chain
 
 
-class Identity:
+class Identity(NamedTuple):
     """What a device is: a private key, the request for a certificate, and the certificate once there is one.
 
-    An immutable value; every part is PEM. ``bytes(identity)`` is the combined form in which it is kept.
+    ``bytes(identity)`` is the combined form in which it is kept.
+
+    Attributes: key: PEM; request: PEM, under its usual label; client_id; trusted: what it was judged under, see
+    `Trust.digest`; hardware: fingerprints of the IDs that the hardware had, see ``hardware``; issued: the certificate
+    and what is known of it, or None.
     """
 
-    __slots__ = ("client_id", "hardware", "issued", "key", "request", "trusted")
-
-    def __init__(
-        self,
-        key: bytes,
-        request: bytes,
-        client_id: str,
-        trusted: bytes,
-        hardware: tuple[str, ...] = (),
-        issued: Optional[Issued] = None,
-    ) -> None:
-        """`request` under its usual label. `trusted`: what it was judged under, see `Trust.digest`. `hardware`:
-        fingerprints of the IDs that the hardware had, see ``hardware``."""
-        self.key = key
-        self.request = request
-        self.client_id = client_id
-        self.trusted = trusted
-        self.hardware = hardware
-        self.issued = issued
+    key: bytes
+    request: bytes
+    client_id: str
+    trusted: bytes
+    hardware: tuple[str, ...] = ()
+    issued: Optional[Issued] = None
 
     @classmethod
     def sealed(cls, data: bytes, trusted: bytes, modified: Optional[float] = None) -> Optional[Identity]:
@@ -125,7 +116,8 @@ class Identity:
         head = _MAGIC + " ".join(fields)
         return ("%s%s%s\n" % (head, _SEAL, _seal(head, self.trusted, body))).encode("ascii") + body
 
-    def __repr__(self) -> str:  # never the key
+    def __repr__(self) -> str:
+        # Never the key.
         return "<Identity %s>" % self.request_hash
 
     @property
@@ -155,7 +147,7 @@ class Identity:
 
     def with_issued(self, issued: Optional[Issued]) -> Identity:
         """The same key and request with another certificate, or with none."""
-        return Identity(self.key, self.request, self.client_id, self.trusted, self.hardware, issued)
+        return self._replace(issued=issued)
 
     def load_into(self, context: ssl.SSLContext) -> None:
         """Makes `context` show this identity in TLS, as a client or a server, without a file on any disk.

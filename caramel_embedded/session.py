@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from . import enrollment, settings
 from .enrollment import Action, Event, State
@@ -20,36 +20,25 @@ from .stored import Stored, usable
 from .trust import Trust, pem_certificates
 
 
-class Outcome:
+class Outcome(NamedTuple):
     """How things stand after a check.
 
     Attributes:
+        identity: the `Identity` as it has been stored.
         certified: whether the identity has a certificate that the server vouches for now; False: nobody has signed
             the request yet.
         new: whether that certificate was fetched by this very check.
-        identity: the `Identity` as it has been stored.
         not_after: when its certificate ends, seconds since 1970, UTC; None where there is no usable one.
         retry_after: seconds that the server asked to wait before the next check; None where it didn't.
         notes: what a person has to know beside it, such as why the identity was started over; as a rule nothing.
     """
 
-    __slots__ = ("certified", "identity", "new", "not_after", "notes", "retry_after")
-
-    def __init__(
-        self,
-        identity: Identity,
-        certified: bool,
-        new: bool,
-        not_after: Optional[float],
-        retry_after: Optional[int],
-        notes: tuple[str, ...],
-    ) -> None:
-        self.identity = identity
-        self.certified = certified
-        self.new = new
-        self.not_after = not_after
-        self.retry_after = retry_after
-        self.notes = notes
+    identity: Identity
+    certified: bool
+    new: bool
+    not_after: Optional[float]
+    retry_after: Optional[int]
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
         """One line for a person: what happened, and until when the certificate is valid."""

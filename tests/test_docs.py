@@ -394,7 +394,7 @@ def test_the_page_for_application_authors(
     for name in caramel_embedded.__all__:
         assert f"`{name}" in text or f"{name}(" in text, name
     for kind in (caramel_embedded.Outcome, caramel_embedded.Identity):
-        for name in kind.__slots__:
+        for name in kind._fields:
             assert f"`{name}`" in text, name
 
 
