@@ -12,11 +12,10 @@ import hashlib
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from typing import Optional
 
 from .errors import CaramelError, StorageError
 from .identity import certificate_in, remembered, utc
-from .keyfile import MAXIMUM, FileLock, Folder
+from .keyfile import MAXIMUM, FileLock, Folder, doing
 
 
 class HookFailed(CaramelError):
@@ -29,19 +28,18 @@ def owe(key_file: str, certificate: bytes) -> None:
     What is owed for the one that is there stays owed until then. Raises `StorageError`.
     """
     with Folder(key_file) as folder:
-        try:
+        name = folder.beside("hook")
+        with doing("write", folder.path_of(name)):
             lines = [_hash(certificate)]
             current = certificate_in(_content(folder))
             if current is not None and current != certificate and _hash(current) in _owed(folder):
                 lines.append(_hash(current))
             note = b"".join(line + b"\n" for line in lines)
-            lock = folder.put(folder.beside("hook"), note, None, os.geteuid(), os.getegid(), 0o600)
+            lock = folder.put(name, note, None, os.geteuid(), os.getegid(), 0o600)
             try:
                 folder.sync(lock.fd)
             finally:
                 lock.drop()
-        except OSError as error:
-            raise _problem("write", folder, error) from None
 
 
 def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) -> bool:
@@ -49,41 +47,32 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
 
     `limit`: seconds. Raises `HookFailed`, `StorageError`.
     """
+    missing = (FileNotFoundError,)
     try:
         with Folder(key_file) as folder:
-            return _settle(folder, command, client_id, limit)
+            note = folder.beside("hook")
+            with doing("read", folder.path_of(note), missing):
+                lock = FileLock(folder.open(note))
+            try:
+                with doing("settle", folder.path_of(note), missing):
+                    # Where another run is at it, perhaps the hook itself has started this one.
+                    return lock.take() and _settle(folder, note, lock, command, client_id, limit)
+            finally:
+                lock.drop()
     except FileNotFoundError:
         return False  # nothing is owed
 
 
-def _settle(folder: Folder, command: Sequence[str], client_id: str, limit: float) -> bool:
-    note = folder.beside("hook")
-    lock: Optional[FileLock] = None
-    try:
-        lock = FileLock(folder.open(note))
-        if not lock.take():
-            return False  # another run is at it; perhaps the hook itself has started this one
-        data = _content(folder)
-        certificate = certificate_in(data)
-        owed = os.pread(lock.fd, 4096, 0).split()
-        if certificate is None or _hash(certificate) not in owed or not folder.leads_to(note, lock.fd):
-            return False
-        _run(command, _environment(folder.path, data, client_id), limit)
-        if folder.leads_to(note, lock.fd):
-            os.unlink(note, dir_fd=folder.fd)
-        return True
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise _problem("settle" if lock else "read", folder, error) from None
-    finally:
-        if lock is not None:
-            lock.drop()
-
-
-def _problem(doing: str, folder: Folder, error: OSError) -> StorageError:
-    note = os.path.join(os.path.dirname(folder.path), folder.beside("hook"))
-    return StorageError("can't %s %s: %s" % (doing, note, error.strerror))
+def _settle(folder: Folder, note: str, lock: FileLock, command: Sequence[str], client_id: str, limit: float) -> bool:
+    data = _content(folder)
+    certificate = certificate_in(data)
+    owed = os.pread(lock.fd, 4096, 0).split()
+    if certificate is None or _hash(certificate) not in owed or not folder.leads_to(note, lock.fd):
+        return False
+    _run(command, _environment(folder.path, data, client_id), limit)
+    if folder.leads_to(note, lock.fd):
+        os.unlink(note, dir_fd=folder.fd)
+    return True
 
 
 def is_owed(key_file: str) -> bool:

@@ -15,6 +15,8 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 from fasteners import InterProcessLock  # type: ignore[import-untyped, unused-ignore]
@@ -25,8 +27,18 @@ MAXIMUM = 1 << 20  # bytes; a longer file is nothing that this program wrote
 MAXIMUM_LINKS = 40  # as the kernel's, path_resolution(7)
 
 
-def _problem(what: str, path: str, error: OSError) -> StorageError:
-    return StorageError("%s %s: %s" % (what, path, error.strerror or error))
+@contextmanager
+def doing(what: str, path: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+    """Turns what the system says into a `StorageError` that names what was done, "store" say, and to which file.
+
+    `but`: errors that are left as they are.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except OSError as error:
+        raise StorageError("can't %s %s: %s" % (what, path, error.strerror or error)) from None
 
 
 class FileLock(InterProcessLock):  # type: ignore[misc, unused-ignore]  # no types in older releases
@@ -79,16 +91,17 @@ class Folder:
         A symbolic link is followed where it and its folder belong to root or the caller, and nobody else may write
         there. Raises FileNotFoundError where a folder is missing, `StorageError`.
         """
+        self.path = path
         self.fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self.name = self._follow(path, make)
-            self.shared = self._is_shared()
-        except BaseException as error:
+            with doing("open the folder of", path, but=(FileNotFoundError,)):
+                self.name = self._follow(path, make)
+                self.shared = self._is_shared()
+        except BaseException:
             self.close()
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise _problem("can't open the folder of", path, error) from None
             raise
-        self.path = os.path.join(os.readlink("/proc/self/fd/%d" % self.fd), self.name) if _PROC else path
+        if _PROC:
+            self.path = os.path.join(os.readlink("/proc/self/fd/%d" % self.fd), self.name)
 
     def _follow(self, path: str, make: bool) -> str:
         left, links = _parts(path), 0
@@ -153,7 +166,7 @@ class Folder:
             wrong = "is a hard link that somebody else may have put there"
         if wrong:
             os.close(fd)
-            raise StorageError("%s %s" % (os.path.join(os.path.dirname(self.path), name), wrong))
+            raise StorageError("%s %s" % (self.path_of(name), wrong))
         return fd
 
     def create(self, name: str) -> int:
@@ -167,6 +180,10 @@ class Folder:
             return os.path.samestat(os.stat(name, dir_fd=self.fd, follow_symlinks=False), os.fstat(fd))
         except FileNotFoundError:
             return False
+
+    def path_of(self, name: str) -> str:
+        """The path of the file `name`, for a person."""
+        return os.path.join(os.path.dirname(self.path), name)
 
     def beside(self, suffix: str) -> str:
         """The name of a file that belongs to the key file: hidden, and as long as a name can be (255 bytes)."""
@@ -205,7 +222,7 @@ class Folder:
 
     def sync(self, fd: Optional[int] = None) -> None:
         """Makes the names in the folder durable, then that of the file `fd` on a FAT. Raises `StorageError`."""
-        try:
+        with doing("flush the folder of", self.path):
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
             try:
                 os.fsync(folder)
@@ -219,8 +236,6 @@ class Folder:
                 # the folder: without this the renamed file is empty after a power cut. After the folder, because
                 # two slots with one content make fsck.fat empty one of them.
                 os.fsync(fd)
-        except OSError as error:
-            raise _problem("can't flush the folder of", getattr(self, "path", "the key file"), error) from None
 
     def discard(self, name: str) -> None:
         """Removes the file `name`, where that is possible."""
@@ -252,7 +267,7 @@ class KeyFile:
 
     def __init__(self, folder: Folder, lock: FileLock, created: bool = False) -> None:
         self._folder = folder
-        self._locks = [lock]
+        self._lock = lock
         self._created = created
 
     @classmethod
@@ -276,23 +291,20 @@ class KeyFile:
 
         Raises `Locked`, `StorageError`.
         """
-        try:
+        with doing("make the folder of", path):
             folder = Folder(path, make=True)
-        except FileNotFoundError as error:
-            raise _problem("can't make the folder of", path, error) from None
         try:
             for _ in range(3):
                 lock = _open_locked(folder)
                 if lock is not None:
                     return cls(folder, lock)
-                lock = _create_locked(folder, owner, group, mode)
+                with doing("make", path):
+                    lock = _create_locked(folder, owner, group, mode)
                 if lock is not None:
                     return cls(folder, lock, created=True)
             raise Locked("another process is making " + path)
-        except BaseException as error:
+        except BaseException:
             folder.close()
-            if isinstance(error, OSError):
-                raise _problem("can't make", path, error) from None
             raise
 
     @property
@@ -302,7 +314,7 @@ class KeyFile:
 
     @property
     def _fd(self) -> int:
-        return self._locks[-1].fd
+        return self._lock.fd
 
     @property
     def modified(self) -> float:
@@ -319,14 +331,15 @@ class KeyFile:
         `modified`: the modification time in seconds since 1970, UTC; None: now. When this returns, a power cut can
         no longer bring back the old content. Raises `StorageError`: then the old content is still there.
         """
-        try:
+        with doing("store", self.path):
             lock = self._folder.put(self._folder.name, data, modified, owner, group, mode)
-        except OSError as error:
-            raise _problem("can't store", self.path, error) from None
         # From here on the new content is there, and locked, whatever happens to the rest.
         self._created = False
-        self._locks.append(lock)
-        self._folder.sync(self._fd)
+        self._lock, former = lock, self._lock
+        try:
+            self._folder.sync(self._fd)
+        finally:
+            former.drop()
 
     @property
     def is_others(self) -> bool:
@@ -336,13 +349,11 @@ class KeyFile:
     def settle(self, owner: int, group: int, mode: int) -> None:
         """Gives the file this owner, group and mode in its place. Raises `StorageError`."""
         has = stat.S_IMODE(os.fstat(self._fd).st_mode)
-        try:
+        with doing("set owner, group and mode of", self.path):
             # Never more than one of the two allows: first what both do, then the owner, then the rest.
             if has & ~mode:
                 os.fchmod(self._fd, has & mode)
             _hand_over(self._fd, owner, group, mode)
-        except OSError as error:
-            raise _problem("can't set owner, group and mode of", self.path, error) from None
 
     def misplaced(self, owner: int, group: int, mode: int) -> Optional[str]:
         """What the file system keeps in the place of this owner, group and mode; None where it is right."""
@@ -371,24 +382,18 @@ class KeyFile:
         """Gives the lock back. A file that this run made and put nothing in is removed."""
         if self._created:
             self._folder.discard(self._folder.name)
-        for lock in self._locks:
-            lock.drop()
-        self._locks = []
+        self._lock.drop()
         self._folder.close()
 
 
 def read(fd: int, path: str) -> bytes:
     """The content of an opened key file. Raises `StorageError`."""
-    data = b""
-    try:
-        while len(data) <= MAXIMUM:
-            piece = os.pread(fd, 65536, len(data))
-            if not piece:
-                return data
-            data += piece
-    except OSError as error:
-        raise _problem("can't read", path, error) from None
-    raise StorageError("%s is longer than %d bytes: it is no key file, and left as it is" % (path, MAXIMUM))
+    with doing("read", path), open(fd, "rb", closefd=False) as file:
+        file.seek(0)
+        data = file.read(MAXIMUM + 1)
+    if len(data) > MAXIMUM:
+        raise StorageError("%s is longer than %d bytes: it is no key file, and left as it is" % (path, MAXIMUM))
+    return data
 
 
 def _open_locked(folder: Folder) -> Optional[FileLock]:
@@ -396,28 +401,25 @@ def _open_locked(folder: Folder) -> Optional[FileLock]:
     flags = os.O_RDONLY  # a read-only file system will do; and no stray output can ever land in the file
     for _ in range(3):
         try:
-            lock = FileLock(folder.open(folder.name, flags))
+            with doing("open", folder.path, but=(FileNotFoundError,)):
+                lock = FileLock(folder.open(folder.name, flags))
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise _problem("can't open", folder.path, error) from None
+        found = False
         try:
-            taken = lock.take()
+            if not lock.take():
+                raise Locked("another process holds the lock on " + folder.path)
+            found = folder.leads_to(folder.name, lock.fd)  # it may have been replaced between open and flock
         except OSError as error:
-            lock.drop()
-            if error.errno == errno.EBADF and flags == os.O_RDONLY:
-                flags = os.O_RDWR  # NFS makes a record lock of it, which wants a file that can be written
-                continue
-            raise _problem("can't lock", folder.path, error) from None
-        except BaseException:
-            lock.drop()
-            raise
-        if not taken:
-            lock.drop()
-            raise Locked("another process holds the lock on " + folder.path)
-        if folder.leads_to(folder.name, lock.fd):
+            # NFS makes a record lock of it, which wants a file that can be written.
+            if error.errno != errno.EBADF or flags == os.O_RDWR:
+                raise StorageError("can't lock %s: %s" % (folder.path, error.strerror)) from None
+            flags = os.O_RDWR
+        finally:
+            if not found:
+                lock.drop()
+        if found:
             return lock
-        lock.drop()  # it was replaced or removed between open and flock
     raise Locked("another process is replacing " + folder.path)
 
 

@@ -11,9 +11,9 @@ import time
 from typing import Any, Optional
 
 from . import __version__, certificates, cli, device, hook
-from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING, StorageError
+from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING
 from .identity import certificate_in, utc
-from .keyfile import Folder, read
+from .keyfile import Folder, doing, read
 from .settings import Settings
 from .stored import Stored, usable
 
@@ -76,13 +76,12 @@ def collect(settings: Settings) -> dict[str, Any]:
 
 
 def _read(path: str) -> tuple[bytes, Optional[os.stat_result]]:
+    missing = (FileNotFoundError,)
     try:
-        with Folder(path) as folder, open(folder.open(folder.name), "rb") as file:
+        with doing("read", path, missing), Folder(path) as folder, open(folder.open(folder.name), "rb") as file:
             return read(file.fileno(), path), os.fstat(file.fileno())
     except FileNotFoundError:
         return b"", None
-    except OSError as error:
-        raise StorageError("can't read %s: %s" % (path, error.strerror)) from None
 
 
 def _certificate(found: Stored) -> Optional[dict[str, Any]]:
