@@ -7,8 +7,9 @@ what has ended counts for nothing, and nothing is refused for not having begun.
 from __future__ import annotations
 
 import calendar
+import select
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 from .errors import NotReady, UsageError, lacking, printable
@@ -39,7 +40,7 @@ REQUIRED = (
     NameOID.LOCALITY_NAME,
     NameOID.ORGANIZATION_NAME,
 )
-PEM = serialization.Encoding.PEM
+PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
 
 
 class Foreign(Exception):
@@ -280,39 +281,29 @@ def verify_server(sent: Sequence[bytes], anchors: Anchors, now: float) -> None:
     verify(certificate, intermediates, anchors, now)
 
 
-def chain_sent(connected: socket.socket, host: str) -> list[bytes]:
+def chain_sent(connected: socket.socket, host: str, left: Callable[[], float]) -> list[bytes]:
     """The certificates, DER, that the TLS server behind `connected` sends, unverified. Raises OSError.
 
-    `ssl` tells only the first of them before Python 3.13.
+    `left`: tells the seconds until the time limit. `ssl` tells only the first of them before Python 3.13.
     """
+    connected.settimeout(0)
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
-    tls = SSL.Connection(context, None)
+    tls = SSL.Connection(context, connected)
     if not host.replace(".", "").isdigit() and ":" not in host:
         tls.set_tlsext_host_name(host.encode("ascii"))
     tls.set_connect_state()
-    try:
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except SSL.WantReadError:
-                _exchange(tls, connected)
-    except SSL.Error as error:
-        raise ConnectionError(None, "no TLS: %s" % error) from None
-    return [c.to_cryptography().public_bytes(serialization.Encoding.DER) for c in tls.get_peer_cert_chain() or ()]
-
-
-def _exchange(tls: SSL.Connection, connected: socket.socket) -> None:
-    """Sends what `tls` has to say, and gives it what comes back."""
-    try:
-        connected.sendall(tls.bio_read(65536))
-    except SSL.WantReadError:
-        pass  # nothing to say
-    received = connected.recv(65536)
-    if not received:
-        raise ConnectionError(None, "the connection broke off")
-    tls.bio_write(received)
+    poll = select.poll()
+    poll.register(connected, select.POLLIN)
+    while True:
+        try:
+            tls.do_handshake()
+            return [c.to_cryptography().public_bytes(DER) for c in tls.get_peer_cert_chain() or ()]
+        except SSL.WantReadError:
+            if not poll.poll(left() * 1000):
+                raise TimeoutError from None
+        except SSL.Error as error:
+            raise ConnectionError(None, "no TLS: %s" % error) from None
 
 
 def _loaded_key(identity: Identity) -> Any:
@@ -321,7 +312,7 @@ def _loaded_key(identity: Identity) -> Any:
 
 def _public(holder: Any) -> bytes:
     form = serialization.PublicFormat.SubjectPublicKeyInfo
-    encoded: bytes = holder.public_key().public_bytes(serialization.Encoding.DER, form)
+    encoded: bytes = holder.public_key().public_bytes(DER, form)
     return encoded
 
 

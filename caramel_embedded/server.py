@@ -224,8 +224,7 @@ class Server:
             except certificates.Unusable:
                 # It has intermediates, then. The handshake has looked at them, but not at their ends.
                 with self.tcp() as connected:
-                    connected.settimeout(self.left())
-                    sent = certificates.chain_sent(connected, self.address[0])
+                    sent = certificates.chain_sent(connected, self.address[0], self.left)
                 certificates.verify_server([own, *sent[1:]], anchors, self.trust.now())
         except certificates.Unusable as reason:
             raise Untrusted("the certificate of %s:%d %s" % (*self.address, reason)) from None

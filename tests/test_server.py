@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from caramel_embedded import server
+from caramel_embedded import certificates, server
 
 
 def limit(seconds: float) -> Callable[[], float]:
@@ -97,6 +97,28 @@ def test_a_name_without_an_address() -> None:
 def test_no_time_left() -> None:
     with pytest.raises(TimeoutError), socket.create_server(("127.0.0.1", 0)) as listening:
         server.connect_to_one(found(listening.getsockname()), limit(-1))
+
+
+def test_a_server_that_sends_its_chain_byte_by_byte_makes_nobody_wait_longer() -> None:
+    over = threading.Event()
+    ours, theirs = socket.socketpair()
+
+    def dribble() -> None:
+        with theirs:
+            # The head of a handshake's record of 4096 bytes (RFC 8446, 5.1), and then its bytes, one at a time.
+            theirs.sendall(b"\x16\x03\x03\x10\x00")
+            for _ in range(200):
+                if not over.wait(0.05):
+                    theirs.sendall(b"\x02")
+
+    thread = threading.Thread(target=dribble)
+    thread.start()
+    try:
+        with ours, pytest.raises(TimeoutError):
+            certificates.chain_sent(ours, "caramel.example", limit(0.3))
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
