@@ -113,7 +113,7 @@ class Server:
     def reach(self) -> None:
         """Makes sure that the server is there, and can be trusted. Raises `Unreachable`, `Untrusted`."""
         self._open(None)
-        self._believed(lambda: self._pool.connect())
+        self._persistently(lambda: self._pool.connect())
 
     def get(self, request_hash: str, since: Optional[float], shown: Optional[Identity]) -> Response:
         """Asks for the certificate of the request. `since`: what it has to be newer than, seconds since 1970, UTC.
@@ -230,30 +230,24 @@ class Server:
             raise Untrusted("the certificate of %s:%d %s" % (*self.address, reason)) from None
 
     def _ask(self, method: str, path: str, body: Optional[bytes], headers: dict[str, str]) -> Response:
-        def ask() -> Response:
-            return self._asked_once(method, path, body, headers)
-
-        try:
-            response = self._believed(ask)
-        except _Dropped as dropped:
-            # A server may close a connection that it has answered on at any time (RFC 9112, 9.3.1 and 9.5).
-            if self._requests < 2:
-                raise
-            self.say("%s: once more on a new connection" % dropped)
-            self._open(self._shown)
-            response = self._believed(ask)
+        response = self._persistently(lambda: self._asked_once(method, path, body, headers))
         self.say("%s: %s, %d bytes" % (method, response, len(response.body)))
         return response
 
-    def _believed(self, act: Callable[[], _T]) -> _T:
-        """Does something on the connection; once more where OpenSSL refused only what hasn't begun."""
-        try:
-            return self._guarded(act)
-        except _Early as early:
-            self.say("%s: looking at ends only" % early)
-            self._dates = False
+    def _persistently(self, act: Callable[[], _T]) -> _T:
+        """Does something on the connection; on a new one where that can help, and that is once for each reason."""
+        while True:
+            try:
+                return self._guarded(act)
+            except _Early as early:  # which OpenSSL says only where it looks at dates
+                self.say("%s: looking at ends only" % early)
+                self._dates = False
+            except _Dropped as dropped:
+                # A server may close a connection that it has answered on at any time (RFC 9112, 9.3.1 and 9.5).
+                if self._requests < 2:
+                    raise
+                self.say("%s: once more on a new connection" % dropped)
             self._open(self._shown)
-            return self._guarded(act)
 
     def _asked_once(self, method: str, path: str, body: Optional[bytes], headers: dict[str, str]) -> Response:
         self._requests += 1
