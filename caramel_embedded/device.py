@@ -42,7 +42,7 @@ def _check(file: Optional[KeyFile], settings: Settings, log: cli.Log) -> tuple[O
     try:
         if settings.server is None:
             raise UsageError("no server: name one with --server or CARAMEL_CA")
-        found = judge(settings, file.read() if file else b"", file.modified if file else None, log)
+        found = stored_identity(settings, file.read() if file else b"", file.modified if file else None, log)
         if file is None:
             # Only now: whatever is wrong with the settings shows before anything is made.
             file = KeyFile.create(settings.key_file, *place)
@@ -67,8 +67,8 @@ def _check(file: Optional[KeyFile], settings: Settings, log: cli.Log) -> tuple[O
             file.close()
 
 
-def judge(settings: Settings, data: bytes, modified: Optional[float], log: cli.Log) -> Stored:
-    """What the key file holds, judged for the client ID of this device, which the hardware tells if nobody does."""
+def stored_identity(settings: Settings, data: bytes, modified: Optional[float], log: cli.Log) -> Stored:
+    """What the key file holds, examined for the client ID of this device, which the hardware tells if nobody does."""
     require_entropy()  # before anything is loaded that would wait for it
     trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
     fingerprints: tuple[str, ...] = ()

@@ -37,7 +37,7 @@ def collect(settings: Settings) -> dict[str, Any]:
     source = settings.source("CARAMEL_CN")
     data, status = _read(settings.key_file)
     log = cli.Log()
-    found = device.judge(settings, data, status and int(status.st_mtime), log)
+    found = device.stored_identity(settings, data, status and int(status.st_mtime), log)
     if source is None:
         source = "the " + log.source
     identity, trust = found.identity, found.trust

@@ -21,7 +21,7 @@ from werkzeug.wrappers import Request, Response
 from .assembly import assemble
 from .configuration import Configuration
 from .errors import BadRequest, TryLater, WrongUsage
-from .registry import Answer, Registry
+from .registry import Registry, RequestStatus
 from .signing_request import LONGEST
 from .store import REJECTED
 
@@ -80,24 +80,24 @@ class Application:
         return self._wait(request, sha256, self._registry.post(request.get_data(), sha256, request.remote_addr))
 
     def _tell(self, request: Request, sha256: str) -> Response:
-        answer = self._registry.answer(sha256, request.remote_addr)
-        if answer is None:
+        status = self._registry.status(sha256, request.remote_addr)
+        if status is None:
             return problem(404)
-        if answer.state == REJECTED:
+        if status.state == REJECTED:
             return problem(403)
-        if answer.pem is None:
-            return self._wait(request, sha256, answer)
+        if status.pem is None:
+            return self._wait(request, sha256, status)
         headers = {}
-        if answer.modified is not None:
-            headers["Last-Modified"] = http_date(answer.modified)
-            if answer.modified == _asked_since(request):
+        if status.modified is not None:
+            headers["Last-Modified"] = http_date(status.modified)
+            if status.modified == _asked_since(request):
                 return Response(status=304)
-        return Response(answer.pem, content_type=OCTETS, headers=headers)
+        return Response(status.pem, content_type=OCTETS, headers=headers)
 
     @staticmethod
-    def _wait(request: Request, sha256: str, answer: Answer) -> Response:
+    def _wait(request: Request, sha256: str, status: RequestStatus) -> Response:
         body = json.dumps({"sha256": sha256, "url": request.base_url})
-        return Response(body, 202, {"Retry-After": str(answer.retry_after)}, content_type="application/json")
+        return Response(body, 202, {"Retry-After": str(status.retry_after)}, content_type="application/json")
 
     def _accepted(self, request: Request) -> Response:
         """For nginx's auth_request: is the certificate with the number in X-Client-Serial (hexadecimal) still

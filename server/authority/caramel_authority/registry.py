@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 from . import store
 from .configuration import Rules
 from .errors import BadRequest, WrongUsage
-from .signing_request import CLIENT_ID, SigningRequest, Subject, in_zone, judge
+from .signing_request import CLIENT_ID, SigningRequest, Subject, in_zone, validate
 from .store import AUTHORIZED, PENDING, REJECTED, Store, certificates, devices, now, orders, requests
 
 UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
@@ -61,7 +61,7 @@ class Signer(Protocol):
 
 
 @dataclass(frozen=True)
-class Answer:
+class RequestStatus:
     """What a device is told of its request. With `pem` there is a certificate, without it has to wait or give up."""
 
     state: str
@@ -81,9 +81,9 @@ class Registry:
 
     # --- For devices ---
 
-    def post(self, body: bytes, sha256: str, address: str | None) -> Answer:
+    def post(self, body: bytes, sha256: str, address: str | None) -> RequestStatus:
         """Takes a request, and decides about it where a rule does. Raises BadRequest, and then nothing is stored."""
-        request = judge(body, sha256, self.signer.prefixes)
+        request = validate(body, sha256, self.signer.prefixes)
         refused = self.signer.refuses(request)
         if refused:
             raise BadRequest(refused)
@@ -101,9 +101,9 @@ class Registry:
             if rule and self._admit_by_rule(db, request.client_id, sha256):
                 self._decide(db, sha256, AUTHORIZED, f"rule:{rule}")
             state = db.execute(select(requests.c.state).where(requests.c.sha256 == sha256)).scalar_one()
-        return Answer(state, retry_after=self._retry_after)
+        return RequestStatus(state, retry_after=self._retry_after)
 
-    def answer(self, sha256: str, address: str | None) -> Answer | None:
+    def status(self, sha256: str, address: str | None) -> RequestStatus | None:
         """What the device with this request is told now; None where nobody knows the request."""
         with self.store.reading() as db:
             request, newest = self._find(db, sha256)
@@ -116,11 +116,11 @@ class Registry:
         if address and address != request.address and self._addresses == "check":
             self._seen_at(request, address)
         if request.state != AUTHORIZED:
-            return Answer(request.state, retry_after=self._retry_after)
+            return RequestStatus(request.state, retry_after=self._retry_after)
         if newest is None or newest.not_after < now():
-            return Answer(AUTHORIZED, retry_after=waits or self._retry_after)
+            return RequestStatus(AUTHORIZED, retry_after=waits or self._retry_after)
         # A date in the future must not be said (RFC 9110, 8.8.2.1).
-        return Answer(AUTHORIZED, newest.pem, newest.modified if newest.modified <= now() else None)
+        return RequestStatus(AUTHORIZED, newest.pem, newest.modified if newest.modified <= now() else None)
 
     def is_accepted(self, serial: int) -> bool:
         """Whether whoever showed the certificate with this number is still to be let in."""

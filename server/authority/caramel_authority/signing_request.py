@@ -60,7 +60,7 @@ def key_sha256(key: object) -> str:
     return hashlib.sha256(info).hexdigest()
 
 
-def judge(body: bytes, sha256: str, prefixes: Sequence[Subject] | None) -> SigningRequest:
+def validate(body: bytes, sha256: str, prefixes: Sequence[Subject] | None) -> SigningRequest:
     """The request in these bytes, which were posted under this hash. Raises BadRequest.
 
     `prefixes` are those of the CA's names (one has to fit), None where the CA looks at nothing but the host name.
