@@ -9,7 +9,6 @@ identity, lets them take turns (so that a busy machine is as busy for all of the
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
@@ -602,80 +601,6 @@ def read_trace(text: str) -> dict[str, int]:
     return seen
 
 
-def processor_time(processes: Sequence[int]) -> float:
-    """Seconds of processor time that these processes, with all their threads, have had so far."""
-    total = 0
-    for process in processes:
-        for thread in Path(f"/proc/{process}/task").iterdir():
-            with contextlib.suppress(OSError):
-                total += int((thread / "schedstat").read_text().split()[0])
-    return total / 1e9
-
-
-def server_costs(stages: Mapping[str, Stage], checks: int, blocks: int = 7) -> dict[str, dict[str, float]]:
-    """Milliseconds of processor time of nginx and of Caramel for one check, on each of the stages.
-
-    Medians of several blocks of `checks`, in turns; also the answer's status, and the bytes by which the
-    database grows.
-    """
-    costs: dict[str, dict[str, list[float]]] = {
-        name: {"nginx": [], "caramel": [], "row": [], "answer": []} for name in stages
-    }
-    for _ in range(blocks):
-        for name, stage in stages.items():
-            one_block(stage, checks, costs[name])
-    medians = {
-        name: {what: statistics.median(values) for what, values in cost.items()} for name, cost in costs.items()
-    }
-    for name, cost in costs.items():
-        medians[name]["row"] = statistics.mean(cost["row"])  # the file grows by pages: no median of that
-    return medians
-
-
-def one_block(stage: Stage, checks: int, cost: dict[str, list[float]]) -> None:
-    """Makes so many unchanged checks, one after the other, and adds what each one cost the server."""
-    caramel, nginx = stage.caramel._server.process, getattr(stage.nginx._daemon, "process", None)
-    assert caramel and nginx
-    tls = ssl.create_default_context(cafile=str(stage.caramel.authority.certificate_file))
-    identity = stage.folder / "load.pem"
-    identity.write_bytes(stage.known.file(1))
-    tls.load_cert_chain(str(identity))
-    since = formatdate(stage.modified, usegmt=True)
-    before = processor_time([nginx.pid]), processor_time([caramel.pid]), stage.caramel.database.stat().st_size
-    for _ in range(checks):
-        connection = http.client.HTTPSConnection("localhost", stage.nginx.port, context=tls, timeout=30)
-        connection.request("GET", f"/{stage.known.sha256}", headers={"If-Modified-Since": since})
-        answer = connection.getresponse()
-        answer.read()
-        connection.close()
-    cost["nginx"].append(1000 * (processor_time([nginx.pid]) - before[0]) / checks)
-    cost["caramel"].append(1000 * (processor_time([caramel.pid]) - before[1]) / checks)
-    cost["row"].append((stage.caramel.database.stat().st_size - before[2]) / checks)
-    cost["answer"].append(answer.status)
-
-
-def capacity(stage: Stage, seconds: float = 2.0, tries: int = 6) -> float:
-    """Checks a second that one process of Caramel answers at best: four at a time, without TLS."""
-    since = formatdate(stage.modified, usegmt=True)
-
-    def ask(until: float) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", stage.caramel.port, timeout=30)
-        count = 0
-        while time.monotonic() < until:
-            connection.request("GET", f"/{stage.known.sha256}", headers={"If-Modified-Since": since})
-            connection.getresponse().read()
-            count += 1
-        connection.close()
-        return count
-
-    rates = []
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for _ in range(tries):
-            until = time.monotonic() + seconds
-            rates.append(sum(pool.map(ask, [until] * 4)) / seconds)
-    return max(rates)
-
-
 def metered(bench: Bench, program: Program, stage: Stage, tries: int = 3) -> dict[str, int]:
     """What an unchanged check puts on the wire; the median of a few runs, because TLS has fields of varying
     length."""
@@ -873,9 +798,6 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
         metered_nginx.certificate = leaf
         metered_nginx.restart()
         progress.step("nginx, line by line")
-        seen["server"] = server_costs({"plain": plain, "filter": filtered, "metered": cheap}, 10 if quick else 60)
-        seen["capacity"] = capacity(filtered)
-        progress.step("the server's processor time")
     return seen
 
 
