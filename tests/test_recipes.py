@@ -206,6 +206,7 @@ def test_zabbix(start: Start) -> None:
     assert not place.welcomes_anybody(port)
 
 
+@slow
 def test_an_api(start: Start) -> None:
     require("nginx", "curl", "openssl")
     place, port, plain = (
@@ -521,6 +522,7 @@ def test_stunnel(start: Start) -> None:
         assert device.pid("stunnel@mqtt") == before, "reloaded, not restarted"
 
 
+@slow
 def test_a_program_that_wants_two_files(start: Start) -> None:
     place = start("A program that wants two files")
     device, split = place.device, place.device.folder / "var/lib/caramel/split"

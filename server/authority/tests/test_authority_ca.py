@@ -13,7 +13,7 @@ from authority_world import SUBJECT, RegistrationAuthority, at, csr, rsa_key, sh
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from needs import needs
+from needs import needs, slow
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = needs("authority", "faketime", "openssl")
@@ -80,6 +80,7 @@ def serial_of(path: Path) -> int:
     return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
 
 
+@slow
 def test_serial_numbers_are_never_used_again(authority: RegistrationAuthority, tmp_path: Path) -> None:
     """Not by a new CA, not for the CA itself, not after the clock went back, not with a database from yesterday."""
     numbers = [serial_of(authority.ca)]
@@ -150,6 +151,7 @@ def test_a_ca_at_its_end(tmp_path: Path) -> None:
         assert server.get(sha256(request)).status == 200
 
 
+@slow
 def test_an_intermediate_of_somebody_elses_ca(tmp_path: Path) -> None:
     """The chain goes to the device, without the root; the root and the bundle are to be had."""
     above = world.Authority(tmp_path / "above", [("C", "SE"), ("O", "Above"), ("CN", "Above Root")])
