@@ -26,7 +26,6 @@ REQUEST = b"CERTIFICATE REQUEST"  # PKCS #10, RFC 2986
 FILED_REQUEST = b"NEW CERTIFICATE REQUEST"
 
 _MAGIC = "# caramel-embedded/1 "
-_SEAL = " seal="
 _BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\n[A-Za-z0-9+/=\n]+-----END \1-----\n")
 # Beside `from` and `until`; the name of the extended key usage (RFC 5280, 4.2.1.12).
 _SERVERS_ONLY = "serverAuth"
@@ -72,18 +71,15 @@ class Identity(NamedTuple):
 
     @classmethod
     def sealed(cls, data: bytes, trusted: bytes, modified: Optional[float] = None) -> Optional[Identity]:
-        """The identity in `data` if its seal holds under `trusted`, else None.
+        """The identity in `data` if it is just what is written for one under `trusted`, its seal included; else None.
 
         `modified`: the certificate's time, seconds since 1970, UTC; None: its notBefore.
         """
-        line, _, body = data.partition(b"\n")
-        head, _, seal = line.decode("ascii", "replace").rpartition(_SEAL)
-        if not head.startswith(_MAGIC) or seal != _seal(head, trusted, body):
-            return None
         try:
-            return cls._parsed(remembered(data), body, trusted, modified)
+            identity = cls._parsed(remembered(data), data.partition(b"\n")[2], trusted, modified)
+            return identity if bytes(identity) == data else None
         except (ValueError, LookupError, OverflowError):
-            return None  # sealed by somebody who isn't us
+            return None
 
     @classmethod
     def _parsed(cls, fields: Mapping[str, str], body: bytes, trusted: bytes, modified: Optional[float]) -> Identity:
@@ -113,8 +109,9 @@ class Identity(NamedTuple):
                 fields.append("use=" + _SERVERS_ONLY)
         if self.hardware:
             fields.append("hw=" + ",".join(self.hardware))
-        head = _MAGIC + " ".join(fields)
-        return ("%s%s%s\n" % (head, _SEAL, _seal(head, self.trusted, body))).encode("ascii") + body
+        head = (_MAGIC + " ".join(fields)).encode("ascii")
+        seal = hashlib.sha256(b"\n".join((head, self.trusted, body))).hexdigest().encode("ascii")
+        return b"%s seal=%s\n%s" % (head, seal, body)
 
     def __repr__(self) -> str:
         # Never the key.
@@ -198,10 +195,6 @@ def utc(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
     except (ValueError, OverflowError, OSError):
         return "%d seconds after 1970" % seconds
-
-
-def _seal(head: str, trusted: bytes, body: bytes) -> str:
-    return hashlib.sha256(b"\n".join((head.encode("ascii", "replace"), trusted, body))).hexdigest()
 
 
 def _iso(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 
@@ -124,6 +125,26 @@ def test_a_seal_of_another_ca_or_another_family_of_keys_is_none(
         assert Identity.sealed(data, other.digest) is None
     for same in (Trust(authority.pem, authority.pem), Trust(authority.pem, key_type="rsa-4096")):
         assert Identity.sealed(data, same.digest) is not None
+
+
+def test_a_right_seal_on_what_is_never_written_is_no_identity(whole: bytes, anchors: Anchors, trust: Trust) -> None:
+    identity, wrong = examine(whole, ID, anchors, trust, ("1f0c22ab",), None)
+    assert not wrong
+    line, _, body = bytes(identity).partition(b"\n")
+    head = line.rpartition(b" seal=")[0]
+
+    def sealed(head: bytes, body: bytes) -> bytes:
+        seal = hashlib.sha256(b"\n".join((head, trust.digest, body))).hexdigest()
+        return b"%s seal=%s\n%s" % (head, seal.encode(), body)
+
+    assert sealed(head, body) == bytes(identity)
+    for head_of_others, body_of_others in (
+        (head + b" more=1", body),
+        (head.replace(b" until=", b" from=2000-01-01T00:00:00Z until="), body),
+        (head, body + b"# a note\n"),
+        (head, b"# a note\n" + body),
+    ):
+        assert Identity.sealed(sealed(head_of_others, body_of_others), trust.digest) is None
 
 
 def test_a_seal_by_somebody_else_on_nonsense_is_no_identity(trust: Trust) -> None:
