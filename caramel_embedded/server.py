@@ -388,16 +388,17 @@ def look_up(host: str, port: int, left: Callable[[], float]) -> list[Any]:
     `left`: tells the seconds until the time limit. getaddrinfo(3) has no time limit and can't be interrupted: it gets
     a thread of its own, which ends with us.
     """
+    name = host.encode("ascii")  # as bytes: for a text Python loads its codec for international names
     try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except (socket.gaierror, UnicodeError):
+        return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
         pass  # a name, then
     found: list[Any] = []
 
     def resolve() -> None:
         try:
-            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except Exception as error:  # UnicodeError too: what is no name in DNS
+            found.append(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
+        except OSError as error:
             found.append(error)
 
     thread = threading.Thread(target=resolve, daemon=True)

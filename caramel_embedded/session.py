@@ -7,7 +7,6 @@ global state. The command is a thin skin over it (``cli``), and so is every appl
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, Union
 
@@ -224,7 +223,7 @@ class Check:
             return Event.REJECTED, None
         if response.status != 200:
             return {202: Event.PENDING, 404: Event.UNKNOWN}.get(response.status, Event.UNEXPECTED), None
-        text = re.sub(rb"\r?\n(?:[ \t]*\r?\n)*", b"\n", response.body.strip() + b"\n")
+        text = b"".join(line.strip() + b"\n" for line in response.body.splitlines() if line.strip())
         current = identity.issued
         if current and usable(identity, self._trust) and text == current.text:
             time = current.modified if response.last_modified is None else response.last_modified

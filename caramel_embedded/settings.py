@@ -7,9 +7,7 @@ locked pays for this module, so it imports next to nothing.
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
@@ -109,6 +107,8 @@ def _interfaces(text: str) -> tuple[str, ...]:
 
 
 def _owner(text: str) -> int:
+    import pwd  # most devices name no owner
+
     try:
         return _number(text) if text.isdigit() else pwd.getpwnam(text).pw_uid
     except KeyError:
@@ -116,6 +116,8 @@ def _owner(text: str) -> int:
 
 
 def _group(text: str) -> int:
+    import grp
+
     try:
         return _number(text) if text.isdigit() else grp.getgrnam(text).gr_gid
     except KeyError:

@@ -7,7 +7,6 @@ OpenSSL below `ssl` does all that a run needs.
 from __future__ import annotations
 
 import hashlib
-import re
 import ssl
 import time
 from typing import Any, Optional
@@ -23,7 +22,7 @@ PARTIAL_CHAIN = 0x80000
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 TLSEXT_PADDING = ssl.Options(0x10)  # OpenSSL's SSL_OP_TLSEXT_PADDING, part of SSL_OP_ALL, which `ssl` sets
 
-_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----[ \t]*\r?\n[A-Za-z0-9+/=\s]+?-----END CERTIFICATE-----")
+_BEGIN, _END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
 
 
 class Trust:
@@ -93,13 +92,20 @@ class _Context(ssl.SSLContext):
     def load_default_certs(self, *_: Any, **__: Any) -> None:
         """Trusts nobody more: Debian's urllib3 wants the system's CAs."""
 
+    def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+        """Gives the server's name as bytes: for a text `ssl` loads Python's codec for international names."""
+        if options.get("server_hostname"):
+            options["server_hostname"] = options["server_hostname"].encode("ascii")
+        return super().wrap_socket(*arguments, **options)
+
     def set_alpn_protocols(self, *_: Any) -> None:
         """Offers nothing: a server that speaks HTTP/1.1 needs no 15 bytes more to say so."""
 
 
 def pem_certificates(text: bytes) -> list[bytes]:
     """The PEM certificates in `text`, which may have any line ends and other text around them."""
-    return _PEM.findall(text)
+    begun = (piece.partition(_END) for piece in text.split(_BEGIN)[1:])
+    return [_BEGIN + inside + end for inside, end, _ in begun if end]
 
 
 def show(identity: Identity, context: ssl.SSLContext) -> Optional[str]:
