@@ -237,10 +237,11 @@ class Folder:
                 # two slots with one content make fsck.fat empty one of them.
                 os.fsync(fd)
 
-    def discard(self, name: str) -> None:
-        """Removes the file `name`, where that is possible."""
+    def discard(self, name: str, fd: Optional[int] = None) -> None:
+        """Removes the file `name`, where that is possible; with `fd`, only if it is the file that `fd` is open on."""
         try:
-            os.unlink(name, dir_fd=self.fd)
+            if fd is None or self.leads_to(name, fd):
+                os.unlink(name, dir_fd=self.fd)
         except OSError:
             pass  # not there, as a rule; where it can't be removed, making the next one fails and says why
 
@@ -379,9 +380,9 @@ class KeyFile:
         self._folder.discard(self._folder.beside("new"))
 
     def close(self) -> None:
-        """Gives the lock back. A file that this run made and put nothing in is removed."""
+        """Gives the lock back. The file that this run made and put nothing in is removed."""
         if self._created:
-            self._folder.discard(self._folder.name)
+            self._folder.discard(self._folder.name, self._fd)
         self._lock.drop()
         self._folder.close()
 
@@ -452,8 +453,8 @@ def _create_locked(folder: Folder, owner: int, group: int, mode: int) -> Optiona
         pass
     except BaseException:
         # What somebody else has locked, or has put there meanwhile, may hold a key.
-        if not nameless and lock.acquired and folder.leads_to(folder.name, lock.fd):
-            folder.discard(folder.name)
+        if not nameless and lock.acquired:
+            folder.discard(folder.name, lock.fd)
         raise
     finally:
         if not made:

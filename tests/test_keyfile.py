@@ -143,6 +143,14 @@ def test_a_file_that_was_put_there_meanwhile_is_not_ours_to_remove(
     assert Path(path).read_bytes() == b"theirs"
 
 
+def test_a_file_that_was_put_in_the_place_of_an_empty_one_is_not_ours_to_remove(path: str) -> None:
+    file = KeyFile.create(path, *OURS)
+    Path(path + ".theirs").write_bytes(b"theirs")
+    os.replace(path + ".theirs", path)
+    file.close()
+    assert Path(path).read_bytes() == b"theirs"
+
+
 def test_a_file_that_is_replaced_again_and_again_counts_as_locked(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(path).write_bytes(b"")
     monkeypatch.setattr(keyfile.Folder, "leads_to", lambda folder, name, fd: False)
