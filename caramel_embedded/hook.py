@@ -47,14 +47,13 @@ def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) 
 
     `limit`: seconds. Raises `HookFailed`, `StorageError`.
     """
-    missing = (FileNotFoundError,)
     try:
         with Folder(key_file) as folder:
             note = folder.beside("hook")
-            with doing("read", folder.path_of(note), missing):
+            with doing("read", folder.path_of(note), but=FileNotFoundError):
                 lock = FileLock(folder.open(note))
             try:
-                with doing("settle", folder.path_of(note), missing):
+                with doing("settle", folder.path_of(note), but=FileNotFoundError):
                     # Where another run is at it, perhaps the hook itself has started this one.
                     return lock.take() and _settle(folder, note, lock, command, client_id, limit)
             finally:

@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Optional, Union
 
 from fasteners import InterProcessLock  # type: ignore[import-untyped, unused-ignore]
 
@@ -28,7 +28,7 @@ MAXIMUM_LINKS = 40  # as the kernel's, path_resolution(7)
 
 
 @contextmanager
-def doing(what: str, path: str, but: tuple[type[OSError], ...] = ()) -> Iterator[None]:
+def doing(what: str, path: str, but: Union[type[OSError], tuple[()]] = ()) -> Iterator[None]:
     """Turns what the system says into a `StorageError` that names what was done, "store" say, and to which file.
 
     `but`: errors that are left as they are.
@@ -94,7 +94,7 @@ class Folder:
         self.path = path
         self.fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with doing("open the folder of", path, but=(FileNotFoundError,)):
+            with doing("open the folder of", path, but=FileNotFoundError):
                 self.name = self._follow(path, make)
                 self.shared = self._is_shared()
         except BaseException:
@@ -268,7 +268,8 @@ class KeyFile:
 
     def __init__(self, folder: Folder, lock: FileLock, created: bool = False) -> None:
         self._folder = folder
-        self._lock = lock
+        # Those of what was replaced too: who waits for one of them waits until the run ends.
+        self._locks = [lock]
         self._created = created
 
     @classmethod
@@ -315,7 +316,7 @@ class KeyFile:
 
     @property
     def _fd(self) -> int:
-        return self._lock.fd
+        return self._locks[-1].fd
 
     @property
     def modified(self) -> float:
@@ -336,11 +337,8 @@ class KeyFile:
             lock = self._folder.put(self._folder.name, data, modified, owner, group, mode)
         # From here on the new content is there, and locked, whatever happens to the rest.
         self._created = False
-        self._lock, former = lock, self._lock
-        try:
-            self._folder.sync(self._fd)
-        finally:
-            former.drop()
+        self._locks.append(lock)
+        self._folder.sync(self._fd)
 
     @property
     def is_others(self) -> bool:
@@ -383,7 +381,9 @@ class KeyFile:
         """Gives the lock back. The file that this run made and put nothing in is removed."""
         if self._created:
             self._folder.discard(self._folder.name, self._fd)
-        self._lock.drop()
+        for lock in self._locks:
+            lock.drop()
+        self._locks = []
         self._folder.close()
 
 
@@ -402,7 +402,7 @@ def _open_locked(folder: Folder) -> Optional[FileLock]:
     flags = os.O_RDONLY  # a read-only file system will do; and no stray output can ever land in the file
     for _ in range(3):
         try:
-            with doing("open", folder.path, but=(FileNotFoundError,)):
+            with doing("open", folder.path, but=FileNotFoundError):
                 lock = FileLock(folder.open(folder.name, flags))
         except FileNotFoundError:
             return None

@@ -76,10 +76,11 @@ def collect(settings: Settings) -> dict[str, Any]:
 
 
 def _read(path: str) -> tuple[bytes, Optional[os.stat_result]]:
-    missing = (FileNotFoundError,)
     try:
-        with doing("read", path, missing), Folder(path) as folder, open(folder.open(folder.name), "rb") as file:
-            return read(file.fileno(), path), os.fstat(file.fileno())
+        with doing("read", path, but=FileNotFoundError), Folder(path) as folder:
+            fd = folder.open(folder.name)
+            with open(fd, "rb"):  # closes it
+                return read(fd, path), os.fstat(fd)
     except FileNotFoundError:
         return b"", None
 

@@ -151,6 +151,17 @@ def test_a_file_that_was_put_in_the_place_of_an_empty_one_is_not_ours_to_remove(
     assert Path(path).read_bytes() == b"theirs"
 
 
+def test_who_waits_for_what_was_replaced_waits_until_the_end(path: str) -> None:
+    """flock(1) without -n has opened what was there when it began to wait."""
+    file = KeyFile.create(path, *OURS)
+    with open(path, "rb") as before:
+        file.replace(b"new", None, *OURS)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(before, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.close()
+        fcntl.flock(before, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_file_that_is_replaced_again_and_again_counts_as_locked(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(path).write_bytes(b"")
     monkeypatch.setattr(keyfile.Folder, "leads_to", lambda folder, name, fd: False)
