@@ -239,7 +239,9 @@ class Server:
         while True:
             try:
                 return self._guarded(act)
-            except _Early as early:  # which OpenSSL says only where it looks at dates
+            except _Early as early:
+                if not self._dates:
+                    raise
                 self.say("%s: looking at ends only" % early)
                 self._dates = False
             except _Dropped as dropped:
@@ -398,7 +400,7 @@ def look_up(host: str, port: int, left: Callable[[], float]) -> list[Any]:
     def resolve() -> None:
         try:
             found.append(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
-        except OSError as error:
+        except Exception as error:  # whatever it is, it is said in the run's own line
             found.append(error)
 
     thread = threading.Thread(target=resolve, daemon=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from caramel_embedded import certificates, server
+from caramel_embedded import Untrusted, certificates, server, trust
 
 
 def limit(seconds: float) -> Callable[[], float]:
@@ -152,3 +152,28 @@ def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.Monkey
 )
 def test_dates(text: Any, seconds: Any) -> None:
     assert server.seconds(text) == seconds
+
+
+def test_a_certificate_that_is_early_even_without_dates_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every TLS library has to know OpenSSL's flag."""
+    tries = []
+
+    def early(*_: Any) -> None:
+        tries.append(1)
+        assert len(tries) < 9, "for ever"
+        raise server._Early("has not begun")
+
+    asked = server.Server(("127.0.0.1", 9), trust.Trust(b""), "a", 20, lambda _: None)
+    monkeypatch.setattr(server.Server, "_open", lambda *_: None)
+    with pytest.raises(Untrusted):
+        asked._persistently(early)
+    assert len(tries) == 2
+
+
+def test_whatever_a_look_up_raises_is_said_in_the_runs_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, flags: int = 0, **__: Any) -> Any:
+        raise socket.gaierror("not an address") if flags else MemoryError("no room")
+
+    monkeypatch.setattr(socket, "getaddrinfo", broken)
+    with pytest.raises(OSError, match="name look-up failed: no room"):
+        server.look_up("caramel.example", 443, soon())
