@@ -223,7 +223,8 @@ class Check:
             return Event.REJECTED, None
         if response.status != 200:
             return {202: Event.PENDING, 404: Event.UNKNOWN}.get(response.status, Event.UNEXPECTED), None
-        text = b"".join(line.strip() + b"\n" for line in response.body.splitlines() if line.strip())
+        lines = response.body.strip().replace(b"\r\n", b"\n").split(b"\n")
+        text = b"".join(line + b"\n" for line in lines if line.strip(b" \t"))
         current = identity.issued
         if current and usable(identity, self._trust) and text == current.text:
             time = current.modified if response.last_modified is None else response.last_modified

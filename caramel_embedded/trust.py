@@ -7,6 +7,7 @@ OpenSSL below `ssl` does all that a run needs.
 from __future__ import annotations
 
 import hashlib
+import re
 import ssl
 import time
 from typing import Any, Optional
@@ -22,7 +23,7 @@ PARTIAL_CHAIN = 0x80000
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 TLSEXT_PADDING = ssl.Options(0x10)  # OpenSSL's SSL_OP_TLSEXT_PADDING, part of SSL_OP_ALL, which `ssl` sets
 
-_BEGIN, _END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----[ \t]*\r?\n[A-Za-z0-9+/=\s]+?-----END CERTIFICATE-----")
 
 
 class Trust:
@@ -104,8 +105,7 @@ class _Context(ssl.SSLContext):
 
 def pem_certificates(text: bytes) -> list[bytes]:
     """The PEM certificates in `text`, which may have any line ends and other text around them."""
-    begun = (piece.partition(_END) for piece in text.split(_BEGIN)[1:])
-    return [_BEGIN + inside + end for inside, end, _ in begun if end]
+    return _PEM.findall(text)
 
 
 def show(identity: Identity, context: ssl.SSLContext) -> Optional[str]:
