@@ -454,7 +454,7 @@ def test_haproxy(start: Start) -> None:
                 "api.example.com": "localhost",
                 "127.0.0.1:8080": f"127.0.0.1:{local}",
             },
-            server={"bind :443": f"bind 127.0.0.1:{port}"},  # and not the beginning of a port in the settings
+            server={":443": f"127.0.0.1:{port}"},
         )
         who = place.section.command("http-request")
         base = "defaults\n    mode http\n" + "".join(

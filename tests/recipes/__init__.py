@@ -115,7 +115,8 @@ class Machine:
             (folder / name).mkdir(parents=True)
         self._device = Device(folder, key_file=folder / "var/lib/caramel/identity.pem")
         self.key_file = self._device.key_file
-        self.base = f"CARAMEL_CA={address}\nCARAMEL_CA_CERT=/etc/caramel-ca.pem\nCARAMEL_CN={client_id}\n"
+        self.address = address
+        self.base = f"CARAMEL_CA_CERT=/etc/caramel-ca.pem\nCARAMEL_CN={client_id}\n"
         self.base += "CARAMEL_KEY_FILE=/var/lib/caramel/identity.pem\n"
         shutil.copy(caramel.authority.certificate_file, folder / "etc" / "caramel-ca.pem")
         self.program("systemctl", SYSTEMCTL)
@@ -214,7 +215,9 @@ class Machine:
         settings = self.section.settings(self.side)
         if os.getuid() != 0:
             settings = re.sub(r"^CARAMEL_(OWNER|GROUP)=.*\n", "", settings, flags=re.MULTILINE)
-        self.write("/etc/caramel-embedded.conf", self.base + settings)
+        file = self.write("/etc/caramel-embedded.conf", self.base + settings)
+        # No word of the page's: ":443" would be found at the beginning of a port.
+        file.write_text(f"CARAMEL_CA={self.address}\n" + file.read_text())
 
     def check(self) -> world.Run:
         """One run of the program."""
