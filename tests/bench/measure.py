@@ -691,7 +691,7 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
     if quick:
         distances = distances[:1]
     runs = [(program, state) for program in contestants for state in STATES if state in program.statuses]
-    steps = sum(count for _, count in distances) * len(STATES) + len(runs) + 2 * len(contestants) + 14
+    steps = sum(count for _, count in distances) * len(STATES) + len(runs) + 2 * len(contestants) + 13
     progress = Progress(steps)
     seen: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "runs": {}, "ratios": {}}
     seen.update({"traces": {}, "instructions": {}})
