@@ -7,7 +7,7 @@ BUILD := build
 # Names of tests for `make test`, options for pytest, and how many run at a time:
 # make test TESTS=tests/test_world.py PYTEST=-x JOBS=1
 # With COVERAGE=1 it also says which lines of the program were not reached.
-TESTS ?= tests server
+TESTS ?= tests server authority
 PYTEST ?=
 JOBS ?= 2
 
@@ -39,7 +39,7 @@ UNDER_COVERAGE = COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_
 test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and the tests that this machine can do in 4 min
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
-	$(BUILD)/tests/bin/mypy caramel_embedded packaging server tests examples
+	$(BUILD)/tests/bin/mypy caramel_embedded packaging server authority tests examples
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
 	$(if $(COVERAGE),$(UNDER_COVERAGE)) \
 	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST) $(TESTS)
@@ -92,4 +92,4 @@ $(BUILD)/caramel/installed:
 	@touch $@
 
 # packaging.mk, which also works by itself, brings what stands in its folders.
--include $(wildcard packaging/*.mk tests/*/*.mk server/*/*.mk)
+-include $(wildcard packaging/*.mk tests/*/*.mk server/*/*.mk authority/*.mk)

@@ -31,7 +31,7 @@ PAGES = [
         world.ROOT / name / "README.md"
         for name in (
             "server",
-            "server/authority",
+            "authority",
             "tests/bench",
             "buildroot",
             "packaging/yocto",

@@ -20,12 +20,12 @@ from bench import records
 from bench.proxy import DelayingProxy, Traffic, medians
 
 # What starts the registration authority stands beside its tests, and knows nothing of this program either.
-sys.path.append(str(world.ROOT / "server/authority/tests"))
+sys.path.append(str(world.ROOT / "authority/tests"))
 
 from authority_world import COMMAND as COMMAND
 from authority_world import Front, RegistrationAuthority
 
-#: As in the README of server/authority.
+#: As in the README of authority.
 SUBJECT = "C=SE,O=Example AB,OU=Devices,CN=Example Device CA"
 #: Behind which configuration of nginx: that for metered links, which asks for the device's certificate, and that
 #: which comes with the authority, which doesn't.

@@ -1,7 +1,7 @@
 # The registration authority: an environment of its own, its types, its demo. Its tests are among those of `make test`.
 # It needs Python 3.11; where there is only an older one, it isn't installed, and its tests say that they were skipped.
 
-AUTHORITY := server/authority
+AUTHORITY := authority
 AUTHORITY_SOURCES := $(wildcard $(AUTHORITY)/pyproject.toml $(AUTHORITY)/README.md $(AUTHORITY)/caramel_authority/*)
 
 .PHONY: authority-demo authority-types
