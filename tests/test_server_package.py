@@ -23,7 +23,6 @@ UNITS = PACKAGING / "systemd"
 PAGE = world.ROOT / "docs/server-administrators.md"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
 TIMERS = sorted(path.name for path in UNITS.glob("*.timer"))
-TREE = world.BUILD / "server-tree"
 VERSION = caramel_embedded.__version__
 WHEEL = f"caramel_embedded_server-{VERSION}-py3-none-any.whl"
 DEB = f"caramel-embedded-server_{VERSION}_all.deb"
@@ -338,6 +337,18 @@ def commands(kind: str) -> str:
     return str(text)
 
 
+#: What pip brings into the tree, and the device of the trials, whose modules are those of this checkout.
+TREE = """
+python3 -m venv /opt/caramel
+/opt/caramel/bin/pip install --quiet {pip}
+python3 -m venv /opt/device
+/opt/device/bin/pip install --quiet cryptography fasteners pyOpenSSL urllib3
+program=/usr/local/bin/caramel-embedded
+printf '#!/bin/sh\\nPYTHONPATH=/project exec /opt/device/bin/python -m caramel_embedded "$@"\\n' >$program
+chmod 755 $program
+"""
+
+
 @pytest.fixture(scope="module")
 def tree() -> Path:
     """A new Debian with what the page fetches from elsewhere; made once."""
@@ -345,9 +356,8 @@ def tree() -> Path:
     debian = " ".join(re.findall(r"^apt-get install -y --no-install-recommends (.*)$", fetched, re.MULTILINE))
     pip = " ".join(re.findall(r"^/opt/caramel/bin/pip install (.*)$", PAGE.read_text(), re.MULTILINE))
     pip = " ".join(shlex.quote(word) for word in shlex.split(pip) if not word.startswith("/"))
-    done = subprocess.run([PACKAGING / "tree.sh", debian, pip], capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return TREE
+    packages = ",".join(["systemd-sysv", "dbus", *debian.split()])
+    return world.tree("server-tree", "bookworm", packages, TREE.format(pip=pip))
 
 
 def walk(folder: Path, tree: Path, packages: Path, script: str, database: str) -> str:
@@ -357,6 +367,7 @@ def walk(folder: Path, tree: Path, packages: Path, script: str, database: str) -
         made.mkdir()
     shutil.copytree(world.ROOT / "caramel_embedded", project / "caramel_embedded")
     shutil.copy(packages / DEB, control)
+    (control / "hosts").write_text("127.0.0.1 localhost ca.example.com\n")
     for name, text in (("sql.py", SQL), ("spy.py", SPY), ("script", f"MOST={shlex.quote(MOST)}\n{BEFORE}{script}")):
         (control / name).write_text(text)
     (units / "boot.target").write_text(
@@ -371,6 +382,7 @@ def walk(folder: Path, tree: Path, packages: Path, script: str, database: str) -
         "systemd-nspawn", "--quiet", f"--directory={tree}", "--volatile=overlay", "--register=no", "--keep-unit",
         "--settings=no", "--link-journal=no", "--private-network", "--resolv-conf=off", "--boot", "--console=pipe",
         f"--machine=server-{os.getpid()}", f"--bind={control}:/control", f"--bind-ro={project}:/project",
+        f"--bind-ro={control}/hosts:/etc/hosts",
         *(f"--bind-ro={unit}:/etc/systemd/system/{unit.name}" for unit in units.iterdir()),
         "systemd.unit=boot.target",
         *(["systemd.mask=postgresql.service"] if database == "sqlite" else []),

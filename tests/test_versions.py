@@ -27,7 +27,10 @@ def lives(device: Device, caramel: Caramel) -> None:
 def python(version: str) -> tuple[list[str], str]:
     """An interpreter of that version, and what has to stand before it: this machine's own, or that of a Debian."""
     mine = dict(world.interpreters()).get(version)
-    return ([], mine) if mine else (world.in_tree(world.DEBIANS[version]), "/usr/bin/python3")
+    if mine:
+        return [], mine
+    suite = world.DEBIANS[version]
+    return world.in_tree(world.tree(f"fresh/{suite}", suite)), "/usr/bin/python3"
 
 
 @slow

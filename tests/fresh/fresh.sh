@@ -1,6 +1,6 @@
 #!/bin/bash
 # The first hour of somebody new: `make demo` and `make test`, as an ordinary user, on a Debian that has nothing but what
-# debootstrap puts there and python3, python3-venv, make and git (tests/fresh/tree.sh).
+# debootstrap puts there and python3, python3-venv, make and git (tests/world/tree.sh).
 #
 #     tests/fresh/fresh.sh [SUITE]     bookworm (Debian 12) unless it is given; others: trixie, forky
 #
@@ -21,7 +21,7 @@ mkdir -p "$folder"
 exec 9>"$folder/lock"
 flock --nonblock 9 || fail "another one is at work in $folder"
 
-tree=$(tests/fresh/tree.sh "$suite")
+tree=$(tests/world/tree.sh "fresh/$suite" "$suite")
 
 # A clone, with what isn't committed yet.
 home=$tree/home/somebody

@@ -64,6 +64,8 @@ from world.programs import (
     in_tree,
     installation,
     interpreters,
+    tree,
+    trixie,
     wheel,
 )
 from world.scripted import Scripted, hang_up, reset, silence
@@ -127,6 +129,8 @@ __all__ = [
     "signing_request",
     "silence",
     "strays",
+    "tree",
+    "trixie",
     "unsealed",
     "until",
     "wheel",

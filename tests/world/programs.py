@@ -115,15 +115,25 @@ exec chroot "$tree" "$@"
 """
 
 
-def in_tree(suite: str) -> list[str]:
-    """What stands before a command, to run it in a Debian of its own that has little more than Python: bookworm, ...
+def tree(name: str, suite: str, *more: str) -> Path:
+    """The Debian `suite` in build/`name`, made once, which takes a minute; `more` as for tests/world/tree.sh.
 
-    The tree is made once, which takes a minute. Needs root, mmdebstrap(1) and unshare(1).
+    Needs root, mmdebstrap(1) and unshare(1).
     """
-    script = str(ROOT / "tests/fresh/tree.sh")
-    done = subprocess.run([script, suite], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True)
-    tree = done.stdout.strip()
-    return ["unshare", "--mount", "sh", "-c", _IN_TREE, "sh", tree, str(ROOT)]
+    line = [str(ROOT / "tests/world/tree.sh"), name, suite, *more]
+    done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True)
+    return Path(done.stdout.strip())
+
+
+def trixie() -> Path:
+    """The Debian 13 that has what a device with a TPM or a token has, and what plays those; see world.mk."""
+    subprocess.run(["make", "--silent", "build/trixie/installed"], cwd=ROOT, stdin=subprocess.DEVNULL, check=True)
+    return BUILD / "trixie"
+
+
+def in_tree(root: Path) -> list[str]:
+    """What stands before a command, to make a Debian's tree its root folder."""
+    return ["unshare", "--mount", "sh", "-c", _IN_TREE, "sh", str(root), str(ROOT)]
 
 
 def debian_python() -> Optional[str]:
