@@ -2,7 +2,8 @@
 # It needs Python 3.11; where there is only an older one, it isn't installed, and its tests say that they were skipped.
 
 AUTHORITY := authority
-AUTHORITY_SOURCES := $(wildcard $(AUTHORITY)/pyproject.toml $(AUTHORITY)/README.md $(AUTHORITY)/caramel_authority/*)
+AUTHORITY_SOURCES := $(AUTHORITY)/pyproject.toml $(AUTHORITY)/README.md \
+	$(shell find $(AUTHORITY)/caramel_authority -type f -not -name '*.py[co]')
 
 .PHONY: authority-demo authority-types
 

@@ -162,7 +162,7 @@ class CertificateAuthority:
 
     def obtain(self, db: Connection, request: Row[Any]) -> Issued:
         """Signs the request, of a device that is on the list."""
-        if not db.execute(select(devices).where(devices.c.client_id == request.client_id)).first():
+        if not db.execute(select(devices).where(devices.c.client_id == request.device)).first():
             raise TryLater(f"{request.client_id} is authorized, and not on the list of devices")
         csr = x509.load_pem_x509_csr(request.pem.encode())
         names = [request.client_id] if HOST_NAME.fullmatch(request.client_id) else []

@@ -23,7 +23,7 @@ from .ca import KEY_TYPES, CertificateAuthority
 from .configuration import PATH, Configuration
 from .errors import TryLater, WrongUsage
 from .registry import newest_certificate
-from .store import AUTHORIZED, REJECTED
+from .store import AUTHORIZED, REJECTED, Store
 
 
 def who() -> str:
@@ -32,6 +32,18 @@ def who() -> str:
 
 def when(moment: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+# --- The database ---
+
+
+def init(configuration: Configuration, options: argparse.Namespace) -> None:
+    print("made" if Store.init(configuration.database) else "already there")
+
+
+def upgrade(configuration: Configuration, options: argparse.Namespace) -> None:
+    before, after = Store.upgrade(configuration.database)
+    print(f"{before} -> {after}" if before != after else f"{after} already")
 
 
 # --- What runs all the time ---
@@ -167,10 +179,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
-    def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: object, text: str, *, makes: bool = False, unmade: bool = False) -> Any:
+        """`makes`: makes the database where there is none. `unmade`: needs none, and gets the configuration only."""
         made = verbs.add_parser(name, help=text, description=text)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, makes=makes, unmade=unmade)
         return made
+
+    verb("init", init, "make the database; what is there already is left alone", unmade=True)
+    verb("upgrade", upgrade, "bring the database of an older version up to this one", unmade=True)
 
     one = verb("serve", serve, "answer devices")
     one.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT|unix:PATH")
@@ -193,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb("minimum-serial", minimum, "the smallest serial number that is accepted")
     one.add_argument("--now", action="store_true", help="accept nothing that was signed before this moment")
 
-    one = verb("ca-create", ca_create, "make a CA")
+    one = verb("ca-create", ca_create, "make a CA, and the database where there is none", makes=True)
     one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
     one.add_argument("--days", type=int, default=7300)
@@ -202,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one = verb("ca-renew", ca_renew, "a new certificate of the CA, with the same key and name")
     one.add_argument("--days", type=int, default=7300)
-    one = verb("ca-request", ca_request, "print a request for another CA to sign")
+    one = verb("ca-request", ca_request, "print a request for another CA to sign", makes=True)
     one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
     one.add_argument("--replace", action="store_true")
@@ -223,7 +239,10 @@ def main() -> int:
     options = parser().parse_args()
     os.umask(0o027)
     try:
-        return options.run(assemble(Configuration.read(options.config)), options) or 0
+        configuration = Configuration.read(options.config)
+        if options.makes:
+            Store.init(configuration.database)
+        return options.run(configuration if options.unmade else assemble(configuration), options) or 0
     except (WrongUsage, TryLater, OSError) as error:
         print(f"caramel-authority: {error}", file=sys.stderr)
     except DBAPIError as error:

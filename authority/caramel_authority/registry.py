@@ -13,14 +13,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 
 from . import store
 from .configuration import Rules
 from .errors import BadRequest, WrongUsage
-from .signing_request import CLIENT_ID, SigningRequest, Subject, in_zone, validate
-from .store import AUTHORIZED, PENDING, REJECTED, Store, certificates, devices, now, orders, requests
+from .signing_request import CLIENT_ID, SigningRequest, Subject, device_of, in_zone, validate
+from .store import AUTHORIZED, PENDING, REJECTED, Store, certificates, devices, keys, now, orders, requests
 
+USAGES = {ExtendedKeyUsageOID.CLIENT_AUTH: "client", ExtendedKeyUsageOID.SERVER_AUTH: "server"}
 UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
@@ -88,13 +91,12 @@ class Registry:
         if refused:
             raise BadRequest(refused)
         with self.store.writing() as db:
-            other = select(requests.c.client_id).where(
-                requests.c.key_sha256 == request.key_sha256, requests.c.client_id != request.client_id
-            )
-            if db.execute(other).first():
+            store.insert_new(db, keys, key_sha256=request.key_sha256, device=request.device)
+            owner = select(keys.c.device).where(keys.c.key_sha256 == request.key_sha256)
+            if db.execute(owner).scalar_one() != request.device:
                 # Devices that make keys without entropy make the same ones (Heninger et al., 2012).
                 raise BadRequest("Bad key: another device has it")
-            row = {name: getattr(request, name) for name in ("sha256", "pem", "client_id", "key_sha256")}
+            row = {name: getattr(request, name) for name in ("sha256", "pem", "client_id", "device", "key_sha256")}
             if not store.insert_new(db, requests, **row, posted=now(), state=PENDING, address=address):
                 raise BadRequest("duplicate request")
             rule = self._rule_for(request.client_id)
@@ -178,8 +180,8 @@ class Registry:
         somebody else, and that is for a person to say, unless the rules say `again`.
         """
         if self._rule_for(client_id) != "listed":
-            store.insert_new(db, devices, client_id=client_id, added=now())
-        free = devices.c.client_id == client_id
+            store.insert_new(db, devices, client_id=device_of(client_id), added=now())
+        free = devices.c.client_id == device_of(client_id)
         if not self._rules.again:
             free &= devices.c.sha256.is_(None)
         return db.execute(update(devices).where(free).values(sha256=sha256)).rowcount == 1
@@ -189,8 +191,8 @@ class Registry:
         values = update(requests).where(requests.c.sha256 == sha256).values(state=state).returning(requests)
         request = db.execute(values).one()
         if state == AUTHORIZED:
-            store.insert_new(db, devices, client_id=request.client_id, added=now())
-            admitted = update(devices).where(devices.c.client_id == request.client_id).values(sha256=sha256)
+            store.insert_new(db, devices, client_id=request.device, added=now())
+            admitted = update(devices).where(devices.c.client_id == request.device).values(sha256=sha256)
             if request.address and self._addresses != "off":
                 admitted = admitted.values(address=request.address)
             db.execute(admitted)
@@ -232,11 +234,12 @@ class Registry:
             for client_id in client_ids:
                 if not CLIENT_ID.fullmatch(client_id):
                     raise WrongUsage(f"{client_id!r} is no client ID: it has 1 to 64 of A-Z a-z 0-9 . _ : -")
-                if not store.insert_new(db, devices, client_id=client_id, added=now()):
+                device = device_of(client_id)
+                if not store.insert_new(db, devices, client_id=device, added=now()):
                     continue
                 new += 1
                 store.write_log(db, who, "allowed", client_id)
-                wait = select(requests.c.sha256).where(requests.c.client_id == client_id, requests.c.state == PENDING)
+                wait = select(requests.c.sha256).where(requests.c.device == device, requests.c.state == PENDING)
                 waiting = db.execute(wait).scalars().all()
                 if self._rules.listed and len(waiting) == 1:
                     self._decide(db, waiting[0], AUTHORIZED, "rule:listed")
@@ -246,9 +249,9 @@ class Registry:
         """Takes an ID off the list of devices and rejects all of its requests. Raises WrongUsage."""
         with self.store.writing() as db:
             known = or_(requests.c.state == PENDING, requests.c.state == AUTHORIZED)
-            mine = select(requests.c.sha256).where(requests.c.client_id == client_id, known)
+            mine = select(requests.c.sha256).where(requests.c.device == device_of(client_id), known)
             rejected = db.execute(mine).scalars().all()
-            gone = db.execute(delete(devices).where(devices.c.client_id == client_id)).rowcount
+            gone = db.execute(delete(devices).where(devices.c.client_id == device_of(client_id))).rowcount
             if not gone and not rejected:
                 raise WrongUsage(f"{client_id}: no such device")
             store.write_log(db, who, "disallowed", client_id)
@@ -277,6 +280,13 @@ def keep(db: Connection, request: Row[Any], issued: Issued) -> None:
     modified = max(now(), before.modified + 1 if before else 0)
     ended = (certificates.c.sha256 == request.sha256) & (certificates.c.not_after < now())
     db.execute(delete(certificates).where(ended))
-    values = {**vars(issued), "serial": f"{issued.serial:x}"}
+    leaf = x509.load_pem_x509_certificate(issued.pem.encode())
+    extended = [one.value for one in leaf.extensions if isinstance(one.value, x509.ExtendedKeyUsage)]
+    values = {
+        **vars(issued),
+        "serial": f"{issued.serial:x}",
+        "not_before": int(leaf.not_valid_before_utc.timestamp()),
+        "usages": " ".join(sorted(USAGES[one] for value in extended for one in value if one in USAGES)),
+    }
     db.execute(insert(certificates).values(sha256=request.sha256, modified=modified, **values))
     store.write_log(db, "signer", "signed", request.client_id, request.sha256, f"serial {issued.serial:x}")

@@ -40,6 +40,10 @@ class SigningRequest:
     key_sha256: str
 
     @property
+    def device(self) -> str:
+        return device_of(self.client_id)
+
+    @property
     def csr(self) -> x509.CertificateSigningRequest:
         return x509.load_pem_x509_csr(self.pem.encode())
 
@@ -124,6 +128,11 @@ def _judge_names(extensions: x509.Extensions, client_id: str) -> None:
                 raise BadRequest("Bad subjectAltName: it may hold the CN as its only DNS name")
         elif isinstance(extension.value, x509.BasicConstraints) and extension.value.ca:
             raise BadRequest("Bad extension: asks to be a CA")
+
+
+def device_of(client_id: str) -> str:
+    """What IDs of the same device share: as host names, they differ neither by case nor by a final dot."""
+    return client_id.lower().rstrip(".")
 
 
 def in_zone(client_id: str, zone: str) -> bool:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The tables, and how a transaction begins. SQLite on one machine, PostgreSQL where several serve.
 
+A change of the tables is a step in `migrations` as well; `schema` takes it. `device` is a client ID as IDs are
+compared (`signing_request.device_of`).
+
 Everything that several processes could do at once is decided here, in transactions that write: on SQLite there is
 only one at a time, on PostgreSQL those that are about the same thing lock the same row first. A process that is
 killed leaves no transaction behind, neither half nor whole.
@@ -11,7 +14,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import (
     DDL,
@@ -19,6 +24,7 @@ from sqlalchemy import (
     Column,
     Connection,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -28,15 +34,23 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    make_url,
     select,
     text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError
+
+from . import schema
+from .errors import WrongUsage
 
 metadata = MetaData()
 
-PENDING, AUTHORIZED, REJECTED = "pending", "authorized", "rejected"
+#: What was decided about a request. Retired: another key of the same device was authorized after it.
+PENDING, AUTHORIZED, REJECTED, RETIRED = "pending", "authorized", "rejected", "retired"
+#: What was decided about a device, whatever it asks with and whatever the rules say.
+BARRED, SUSPENDED = "barred", "suspended"
 
 requests = Table(
     "requests",
@@ -44,24 +58,63 @@ requests = Table(
     Column("sha256", String(64), primary_key=True),
     Column("pem", Text, nullable=False),
     Column("client_id", String(64), nullable=False, index=True),
+    Column("device", String(64), nullable=False, server_default="", index=True),
     Column("key_sha256", String(64), nullable=False, index=True),
     Column("posted", BigInteger, nullable=False),
     Column("state", String(10), nullable=False, default=PENDING),
     Column("address", String(45)),
+    Index("ix_requests_state", "state", "posted"),
 )
+#: Whose a key is. Two processes that take it for two devices at once meet here.
+keys = Table(
+    "keys",
+    metadata,
+    Column("key_sha256", String(64), primary_key=True),
+    Column("device", String(64), nullable=False),
+)
+#: When a request was last asked about, and from where. A table of its own: it is written often, and read whole.
+sightings = Table(
+    "sightings",
+    metadata,
+    Column("sha256", String(64), ForeignKey("requests.sha256"), primary_key=True),
+    Column("at", BigInteger, nullable=False, index=True),
+    Column("address", String(45)),
+)
+TO_PUBLISH = text("address IS NOT NULL AND (published IS NULL OR published <> address)")
 #: Who may have a certificate: put there from the production line's list, by a rule, or by the administrator's
-#: decision. `sha256` is the request that was admitted last, `address` where the device was seen, `published` what DNS
-#: says of it.
+#: decision. `client_id` is the device; `sha256` the request that was admitted last, `address` where the device was
+#: seen, `published` what DNS says of it. `again` is 1 where its next key is to be admitted as well. `expected` is the
+#: SHA-256 of the only request or public key that a rule may admit.
 devices = Table(
     "devices",
     metadata,
     Column("client_id", String(64), primary_key=True),
     Column("added", BigInteger, nullable=False),
-    Column("sha256", String(64)),
+    Column("sha256", String(64), index=True),
     Column("address", String(45)),
     Column("published", String(45)),
+    Column("publish_after", BigInteger, nullable=False, server_default="0"),
+    Column("publish_problem", Text),
+    Column("again", Integer, nullable=False, server_default="0"),
+    Column("expected", String(64)),
+    Index(
+        "ix_devices_to_publish",
+        "publish_after",
+        sqlite_where=TO_PUBLISH,
+        postgresql_where=TO_PUBLISH,
+    ),
+)
+#: The devices about which something was decided that outlives rules, lists and keys: `kind` is BARRED or SUSPENDED.
+bars = Table(
+    "bars",
+    metadata,
+    Column("device", String(64), primary_key=True),
+    Column("kind", String(10), nullable=False),
+    Column("since", BigInteger, nullable=False),
+    Column("who", String(100), nullable=False),
 )
 #: `pem` is the leaf and its chain. `modified` is what Last-Modified says: no two certificates of a request share one.
+#: `usages` are the extended key usages of the leaf, as the configuration writes them, with blanks between them.
 certificates = Table(
     "certificates",
     metadata,
@@ -69,23 +122,42 @@ certificates = Table(
     Column("sha256", String(64), ForeignKey("requests.sha256"), nullable=False, index=True),
     Column("serial", String(40), nullable=False, unique=True),
     Column("pem", Text, nullable=False),
-    Column("not_after", BigInteger, nullable=False),
+    Column("not_before", BigInteger, nullable=False, server_default="0"),
+    Column("not_after", BigInteger, nullable=False, index=True),
     Column("renew_after", BigInteger, nullable=False),
     Column("modified", BigInteger, nullable=False),
     Column("ask_renewal_info", BigInteger, index=True),
+    Column("usages", String(60)),
 )
 #: What the ACME CA owes: at most one order for a device. `resource` is the CA's order, once there is one; `leased`
-#: until when some worker has it in hand; `due` from when on it may be tried.
+#: until when some worker has it in hand; `due` from when on it may be tried; `renewal` is 1 where the device has a
+#: certificate that is still good.
 orders = Table(
     "orders",
     metadata,
     Column("client_id", String(64), primary_key=True),
-    Column("sha256", String(64), ForeignKey("requests.sha256"), nullable=False),
-    Column("due", BigInteger, nullable=False),
+    Column("sha256", String(64), ForeignKey("requests.sha256"), nullable=False, index=True),
+    Column("due", BigInteger, nullable=False, index=True),
     Column("leased", BigInteger, nullable=False, default=0),
     Column("attempts", Integer, nullable=False, default=0),
     Column("resource", Text),
     Column("problem", Text),
+    Column("renewal", Integer, nullable=False, server_default="0"),
+)
+#: Until when the ACME CA wants to be left alone about what `name` names: an account, a client ID, a domain.
+limits = Table(
+    "limits",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("until", BigInteger, nullable=False),
+    Column("reason", Text),
+)
+#: Names that the devices' zone needs for itself, as a worker found them there: nobody's.
+zone_names = Table(
+    "zone_names",
+    metadata,
+    Column("name", String(255), primary_key=True),
+    Column("seen", BigInteger, nullable=False),
 )
 numbers = Table(
     "numbers",
@@ -104,6 +176,8 @@ log = Table(
     Column("client_id", String(64)),
     Column("sha256", String(64)),
     Column("detail", Text),
+    Index("ix_log_action", "action", "at"),
+    Index("ix_log_client_id", "client_id"),
 )
 
 #: `serial` was used last; nothing below `minimum` is accepted; no new order before `paused`.
@@ -130,20 +204,52 @@ def now() -> int:
 
 
 class Store:
-    """The database at this address (an SQLAlchemy URL); its tables are made where they are missing."""
+    """The database at this address (an SQLAlchemy URL). Raises WrongUsage where it isn't one of this version."""
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(url, pool_pre_ping=True)
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _open_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
-        with self.writing() as db:
-            if self._engine.dialect.name == "postgresql":
-                # Several processes may start at once; the number is any that nobody else takes.
-                db.execute(text("SELECT pg_advisory_xact_lock(8319204)"))
-            metadata.create_all(db)
+        self._connect(url, "rw")
+        with self.reading() as db:
+            schema.check(db)
+
+    @classmethod
+    def init(cls, url: str) -> bool:
+        """Makes the database; whether there was none. Raises WrongUsage."""
+        store = cls.__new__(cls)
+        store._connect(url, "rwc")
+        with store.writing() as db:
+            made = schema.init(db, metadata)
             for name in NUMBERS:
                 insert_new(db, numbers, name=name, value=0)
+        return made
+
+    @classmethod
+    def upgrade(cls, url: str) -> tuple[str, str]:
+        """Brings a database of an older version up to this one; its version before and after. Raises WrongUsage."""
+        store = cls.__new__(cls)
+        store._connect(url, "rw")
+        with store.writing() as db:
+            versions = schema.upgrade(db)
+            for name in NUMBERS:
+                insert_new(db, numbers, name=name, value=0)
+        return versions
+
+    def _connect(self, url: str, mode: str) -> None:
+        try:
+            parsed = make_url(url)
+            #: Where an SQLite database is, None where it is none.
+            self.path: Path | None = None
+            if parsed.get_backend_name() == "sqlite":
+                self.path = Path(parsed.database or "").absolute()
+                # SQLite would make an empty database of a path that somebody mistyped (sqlite.org/uri.html, "mode").
+                parsed = parsed.set(database=f"file:{quote(str(self.path))}", query={"mode": mode, "uri": "true"})
+                if mode == "rw" and not self.path.is_file():
+                    raise WrongUsage(f"{self.path}: there is no database; caramel-authority init makes one")
+            self._engine = create_engine(parsed, pool_pre_ping=True)
+        except (ArgumentError, ModuleNotFoundError) as error:
+            raise WrongUsage(f"database: {error}") from None
+        if self.path:
+            event.listen(self._engine, "connect", _open_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import pwd
@@ -124,6 +125,7 @@ class RegistrationAuthority:
         self.config = self.folder / "caramel-authority.toml"
         self.configure(settings, database or f"sqlite:///{self.state}", signer)
         self._logs = 0
+        self._made = False
 
     def configure(self, settings: str, database: str, signer: str) -> None:
         tables = (
@@ -146,11 +148,19 @@ class RegistrationAuthority:
         assert done.returncode == status, (arguments, done.returncode, done.stdout)
         return done.stdout
 
+    def init(self) -> None:
+        """Makes the database, once."""
+        if not self._made:
+            self.command("init")
+            self._made = True
+
     def create_ca(self, *options: str) -> None:
         self.command("ca-create", "--subject", SUBJECT, *options)
+        self._made = True
 
     @contextmanager
     def serving(self, *, before: Sequence[str] = (), options: Sequence[str] = ()) -> Iterator[Server]:
+        self.init()
         server = Server(self, before, options)
         server.start()
         try:
@@ -160,6 +170,7 @@ class RegistrationAuthority:
 
     @contextmanager
     def working(self, *, before: Sequence[str] = ()) -> Iterator[Daemon]:
+        self.init()
         self._logs += 1
         command: list[Union[str, Path]] = [*before, COMMAND, "--config", self.config, "work", "--pause", "0.2"]
         with Daemon(command, self.folder / f"worker-{self._logs}.log") as worker:
@@ -249,6 +260,7 @@ class Postgres:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.port = world.free_port()
+        self._numbers = itertools.count()
         self.url = f"postgresql+psycopg://authority@127.0.0.1:{self.port}/postgres"
 
     @staticmethod
@@ -288,11 +300,23 @@ class Postgres:
     def _answers(self) -> bool:
         return bool(self._daemon.alive) and self.sql("SELECT 1", check=False) == "1"
 
-    def sql(self, statement: str, check: bool = True) -> str:
-        command = [str(self.program("psql")), "-At", "-h", "127.0.0.1", "-p", str(self.port), "-U", "authority"]
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The address of a database of its own, which goes with the block."""
+        name = f"d{next(self._numbers)}"
+        self.sql(f"CREATE DATABASE {name}")
+        try:
+            yield self.url.removesuffix("/postgres") + f"/{name}"
+        finally:
+            self.sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def sql(self, statement: str, url: str = "", check: bool = True) -> str:
+        """What `psql` prints, in the database of this address."""
+        address = (url or self.url).replace("+psycopg", "")
         done = subprocess.run(
-            [*command, "-d", "postgres", "-c", statement], capture_output=True, text=True, timeout=30, cwd="/"
-        )
+            [str(self.program("psql")), "-At", "-d", address, "-c", statement],
+            capture_output=True, text=True, timeout=30, cwd="/",
+        )  # fmt: skip
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -463,7 +487,7 @@ class Pebble:
 
 # --- TLS in front -------------------------------------------------------------------------------------------
 
-DEPLOY = world.ROOT / "server" / "authority" / "deploy"
+DEPLOY = world.ROOT / "authority" / "deploy"
 
 
 class Front:

@@ -204,6 +204,7 @@ def test_the_log_is_never_rewritten(authority: RegistrationAuthority, statement:
 @pytest.mark.parametrize("statement", ["UPDATE log SET who = 'nobody'", "DELETE FROM log", "TRUNCATE log"])
 def test_the_log_is_never_rewritten_by_postgresql(tmp_path: Path, postgres: Postgres, statement: str) -> None:
     authority = RegistrationAuthority(tmp_path, database=postgres.url)
+    authority.init()
     authority.command("allow", f"device-{len(statement)}")
     before = postgres.sql("SELECT count(*) FROM log")
     with pytest.raises(AssertionError, match="never rewritten"):
