@@ -17,7 +17,7 @@ from . import signals
 from .errors import EXIT_FAILED, CaramelError, lacking
 
 if TYPE_CHECKING:
-    from .cli import Log
+    from .log import Log
 
 # What can steer OpenSSL or Python's ssl from outside. Whoever configured one CA trusts that one only.
 STEERING = (
@@ -49,7 +49,7 @@ def main(arguments: Optional[list[str]] = None, statuses: Optional[Mapping[int, 
     `statuses`: others for some exit statuses, where the starter wants such as no crash and no empty interpreter has.
     """
     status = EXIT_FAILED
-    log: Optional[Log] = None
+    words: Optional[Log] = None
     output = True
     try:
         gc.disable()  # a run is over before collecting garbage would pay
@@ -58,33 +58,29 @@ def main(arguments: Optional[list[str]] = None, statuses: Optional[Mapping[int, 
         for name in STEERING:
             os.environ.pop(name, None)
         output = _open_standard_descriptors()
-        from . import cli  # with this, anything may be lacking
+        from . import cli, log  # with this, anything may be lacking
 
-        log = cli.Log()
-        try:
-            status = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, log)
-            signals.rest()
-        except cli.Asked as asked:
-            signals.rest()
-            _print(asked.text, output)
-            status = asked.status
+        words = log.Log()
+        status, text = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, words)
+        signals.exit_at_once()
+        _print(text, output)
     except BaseException as error:
-        signals.rest()
+        signals.exit_at_once()
         status = EXIT_FAILED
-        _report(error, log, output)
+        _report(error, words, output)
     finally:
         os._exit((statuses or {}).get(status, status))
 
 
 def _print(text: str, output: bool) -> None:
-    if not output:
+    if text and not output:
         raise OSError("standard output is closed")
     data = text.encode("utf-8", "backslashreplace")
     while data:
         data = data[os.write(1, data) :]
 
 
-def _report(error: BaseException, log: Optional[Log], output: bool) -> None:
+def _report(error: BaseException, words: Optional[Log], output: bool) -> None:
     """One line on what went wrong. Of an error that nobody foresaw only its type and place: its text may hold
     anything, a key too."""
     if isinstance(error, (CaramelError, signals.Interrupted)):
@@ -101,12 +97,12 @@ def _report(error: BaseException, log: Optional[Log], output: bool) -> None:
             where = "%s:%d" % (os.path.basename(place.tb_frame.f_code.co_filename), place.tb_lineno)
             place = place.tb_next
         text = "internal error: %s at %s" % (type(error).__name__, where)
-    if log is None:
+    if words is None:
         os.write(2, ("caramel-embedded: %s\n" % text).encode("utf-8", "backslashreplace"))
         return
-    told = log.result(EXIT_FAILED, text, retry_after=getattr(error, "retry_after", None))
-    if told:
-        _print(told, output)
+    from .cli import failed
+
+    _print(failed(words, text, getattr(error, "retry_after", None)), output)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
+from . import pem
 from .errors import NotReady, UsageError, lacking, printable
-from .identity import FILED_REQUEST, KEY, REQUEST, Identity, Issued, utc
+from .identity import Identity, Issued, utc
 from .settings import KEY_TYPES
-from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust, pem_certificates
+from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust
 
 try:
     from cryptography import x509
@@ -43,11 +44,11 @@ REQUIRED = (
 PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
 
 
-class Foreign(Exception):
+class InvalidIdentity(Exception):
     """What is stored can't be kept; the text says why."""
 
 
-class Unusable(Exception):
+class InvalidCertificate(Exception):
     """A certificate is not good for what it was to be used for; the text says why."""
 
 
@@ -61,7 +62,7 @@ class Anchors:
     def __init__(self, text: bytes) -> None:
         """Raises `UsageError` where `text` has no certificate or one that is no CA's."""
         try:
-            self.certificates = [x509.load_pem_x509_certificate(pem) for pem in pem_certificates(text)]
+            self.certificates = [x509.load_pem_x509_certificate(one) for one in pem.certificates(text)]
             authorities = all(map(_is_authority, self.certificates))
         except Exception as error:  # cryptography has no common base for what a damaged certificate can raise
             raise UsageError("a certificate of the CA can't be read: %s" % error) from None
@@ -140,12 +141,11 @@ def examine(
 
     The key has to be whole and one that can be signed; a request that is damaged or missing is made again with the
     same key. `hardware`: what the identity is to remember. `modified`: the certificate's time, seconds since 1970,
-    UTC; None: its notBefore. Raises `Foreign` with the reason where nothing can be kept.
+    UTC; None: its notBefore. Raises `InvalidIdentity` with the reason where nothing can be kept.
     """
     key = _signable_key(data, trust.elliptic)
     wrong = []
-    filed = _first(data, FILED_REQUEST) or _first(data, REQUEST)
-    request = _kept_request(filed and filed.replace(FILED_REQUEST, REQUEST), key, client_id, anchors)
+    request = _kept_request(_request_in(data), key, client_id, anchors)
     if request is None:
         wrong.append("the stored request is missing or damaged: made again with the same key")
         request = _request(key, client_id, anchors)
@@ -153,54 +153,51 @@ def examine(
     if b"-----BEGIN CERTIFICATE-----" in data:
         try:
             identity = identity.with_issued(accept(data, identity, anchors, trust, modified))
-        except Unusable as reason:
+        except InvalidCertificate as reason:
             wrong.append("the stored certificate %s" % reason)
     return identity, wrong
 
 
 def client_id_in(data: bytes) -> Optional[str]:
     """The client ID that the request in `data` is for; None where there is none."""
-    request = _first(data, FILED_REQUEST) or _first(data, REQUEST)
     try:
-        loaded = x509.load_pem_x509_csr((request or b"").replace(FILED_REQUEST, REQUEST))
+        loaded = x509.load_pem_x509_csr(_request_in(data) or b"")
         return str(loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
     except Exception:  # damaged in whatever way
         return None
 
 
-def _first(data: bytes, label: bytes) -> Optional[bytes]:
-    """The first block with `label`, whatever its form. Takes time in proportion to the length, whatever `data` is."""
-    closing = b"-----END %s-----" % label
-    start = data.find(b"-----BEGIN %s-----" % label)
-    end = data.find(closing, start)
-    return data[start : end + len(closing)] + b"\n" if 0 <= start < end else None
+def _request_in(data: bytes) -> Optional[bytes]:
+    """The request in `data` under its usual label, whatever its form; None where there is none."""
+    filed = pem.first(data, pem.FILED_REQUEST, pem.REQUEST)
+    return filed and filed.replace(pem.FILED_REQUEST, pem.REQUEST)
 
 
 def _signable_key(data: bytes, elliptic: bool) -> PrivateKey:
-    pem = next(filter(None, (_first(data, label) for label in (KEY, b"RSA PRIVATE KEY", b"EC PRIVATE KEY"))), None)
-    if pem is None:
-        raise Foreign("there is no private key in the file")
+    block = pem.first(data, pem.KEY, b"RSA PRIVATE KEY", b"EC PRIVATE KEY")
+    if block is None:
+        raise InvalidIdentity("there is no private key in the file")
     try:
-        key = serialization.load_pem_private_key(pem, password=None)
+        key = serialization.load_pem_private_key(block, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # its text may quote what it read
-        raise Foreign("the private key can't be read") from None
+        raise InvalidIdentity("the private key can't be read") from None
     if isinstance(key, rsa.RSAPrivateKey):
         if key.key_size in SIGNABLE_BITS:
             return key
-        raise Foreign("the private key has %d bits: Caramel can't sign it" % key.key_size)
+        raise InvalidIdentity("the private key has %d bits: Caramel can't sign it" % key.key_size)
     if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
         if elliptic:
             return key
-        raise Foreign("the private key is not an RSA key, and the key type is RSA")
-    raise Foreign("the private key is not an RSA key, nor one on the curve P-256")
+        raise InvalidIdentity("the private key is not an RSA key, and the key type is RSA")
+    raise InvalidIdentity("the private key is not an RSA key, nor one on the curve P-256")
 
 
-def _kept_request(pem: Optional[bytes], key: PrivateKey, client_id: str, anchors: Anchors) -> Optional[bytes]:
-    """The request in `pem`; None where it is missing or damaged. Raises `Foreign`."""
-    if pem is None:
+def _kept_request(block: Optional[bytes], key: PrivateKey, client_id: str, anchors: Anchors) -> Optional[bytes]:
+    """The request in `block`; None where it is missing or damaged. Raises `InvalidIdentity`."""
+    if block is None:
         return None
     try:
-        request = x509.load_pem_x509_csr(pem)
+        request = x509.load_pem_x509_csr(block)
         subject = [(attribute.oid, str(attribute.value)) for attribute in request.subject]
         if not request.is_signature_valid or _public(request) != _public(key):
             return None
@@ -209,12 +206,12 @@ def _kept_request(pem: Optional[bytes], key: PrivateKey, client_id: str, anchors
         return None
     names = [value for oid, value in subject if oid == NameOID.COMMON_NAME]
     if len(names) != 1 or not _same(names[0], client_id):
-        raise Foreign("the request in the file is for another client ID, %s" % ", ".join(map(repr, names)))
+        raise InvalidIdentity("the request in the file is for another client ID, %s" % ", ".join(map(repr, names)))
     for begin in anchors.subjects:
         wanted = [pair for pair in begin if pair[0] in REQUIRED]
         if subject[: len(wanted)] == wanted:
             return written
-    raise Foreign("the trusted CA would refuse the subject of the request in the file")
+    raise InvalidIdentity("the trusted CA would refuse the subject of the request in the file")
 
 
 # --- Verify ---
@@ -226,41 +223,45 @@ def accept(
     """The certificate in `text`, PEM, followed by its chain, if it is good for `identity` apart from its end.
 
     `modified`: its time by the server's Last-Modified, seconds since 1970, UTC; None: its notBefore. Roots in the
-    chain are left out. Raises `Unusable` with the reason.
+    chain are left out. Raises `InvalidCertificate` with the reason.
     """
     try:
-        found = [x509.load_pem_x509_certificate(pem) for pem in pem_certificates(text)]
-        certificate, rest = found[0], found[1:MAXIMUM_CHAIN]
+        loaded = [x509.load_pem_x509_certificate(one) for one in pem.certificates(text)]
+        certificate, rest = loaded[0], loaded[1:MAXIMUM_CHAIN]
         if _public(certificate) != _public(_loaded_key(identity)):
-            raise Unusable("is another key's")
+            raise InvalidCertificate("is another key's")
         if not any(_same(name, identity.client_id) for name in _names(certificate)):
-            raise Unusable("is another device's, %s" % ", ".join(map(repr, _names(certificate))))
+            raise InvalidCertificate("is another device's, %s" % ", ".join(map(repr, _names(certificate))))
         clients, servers = _uses(certificate)
         # CAs only, and no root: others that a server may send are of no use to anybody.
         intermediates = [c for c in rest if c.issuer != c.subject and _is_authority(c)]
         chain = b"".join(c.public_bytes(PEM) for c in intermediates)
-        pem, begin, end = certificate.public_bytes(PEM), _begin(certificate), _end(certificate)
-    except Unusable:
+        issued = Issued.of(
+            certificate.public_bytes(PEM), chain, _begin(certificate), _end(certificate), not clients, modified
+        )
+    except InvalidCertificate:
         raise
     except Exception:  # cryptography has no common base for what a damaged certificate can raise
-        raise Unusable("can't be read") from None
+        raise InvalidCertificate("can't be read") from None
     if not clients and not servers:
-        raise Unusable("is neither for clients nor for servers")
+        raise InvalidCertificate("is neither for clients nor for servers")
     verify(certificate, intermediates, anchors, trust.now())
-    return Issued(pem, chain, begin, end, not clients, begin if modified is None else modified)
+    return issued
 
 
 def verify(
     certificate: x509.Certificate, intermediates: Iterable[x509.Certificate], anchors: Anchors, now: float
 ) -> None:
-    """Raises `Unusable` where no chain of certificates leads from a trust anchor to `certificate`.
+    """Raises `InvalidCertificate` where no chain of certificates leads from a trust anchor to `certificate`.
 
     Its own dates don't count here; of the others only those count that haven't ended at `now`, seconds since 1970,
     UTC. OpenSSL looks at no dates: it would refuse what hasn't begun.
     """
     alive = [anchor for anchor in anchors.certificates if _end(anchor) >= now]
     if not alive:
-        raise Unusable("can't be judged: the CA certificate has ended, it is %s by what this device knows" % utc(now))
+        raise InvalidCertificate(
+            "can't be judged: the CA certificate has ended, it is %s by what this device knows" % utc(now)
+        )
     store = crypto.X509Store()
     store.set_flags(NO_CHECK_TIME | PARTIAL_CHAIN)
     try:
@@ -270,21 +271,21 @@ def verify(
         leaf = crypto.X509.from_cryptography(certificate)
         crypto.X509StoreContext(store, leaf, untrusted).verify_certificate()
     except (crypto.X509StoreContextError, crypto.Error) as error:
-        raise Unusable("is not by the trusted CA (%s)" % error) from None
+        raise InvalidCertificate("is not by the trusted CA (%s)" % error) from None
 
 
 def verify_server(sent: Sequence[bytes], anchors: Anchors, now: float) -> None:
-    """Raises `Unusable` where the chain that a server sent, DER, leads to no trust anchor or has ended at `now`."""
+    """Raises `InvalidCertificate` where the chain that a server sent, DER, leads to no anchor or has ended `now`."""
     certificate, *intermediates = [x509.load_der_x509_certificate(der) for der in sent]
     if _end(certificate) < now:
-        raise Unusable("ended at %s" % utc(_end(certificate)))
+        raise InvalidCertificate("ended at %s" % utc(_end(certificate)))
     verify(certificate, intermediates, anchors, now)
 
 
-def chain_sent(connected: socket.socket, host: str, left: Callable[[], float]) -> list[bytes]:
+def chain_sent(connected: socket.socket, host: str, remaining: Callable[[], float]) -> list[bytes]:
     """The certificates, DER, that the TLS server behind `connected` sends, unverified. Raises OSError.
 
-    `left`: tells the seconds until the time limit. `ssl` tells only the first of them before Python 3.13.
+    `remaining`: tells the seconds until the time limit. `ssl` tells only the first of them before Python 3.13.
     """
     connected.settimeout(0)
     context = SSL.Context(SSL.TLS_METHOD)
@@ -300,7 +301,7 @@ def chain_sent(connected: socket.socket, host: str, left: Callable[[], float]) -
             tls.do_handshake()
             return [c.to_cryptography().public_bytes(DER) for c in tls.get_peer_cert_chain() or ()]
         except SSL.WantReadError:
-            if not poll.poll(left() * 1000):
+            if not poll.poll(remaining() * 1000):
                 raise TimeoutError from None
         except SSL.Error as error:
             raise ConnectionError(None, "no TLS: %s" % error) from None
@@ -380,10 +381,10 @@ class Description(NamedTuple):
     not_after: float
 
 
-def describe(pem: bytes) -> Optional[Description]:
+def describe(certificate: bytes) -> Optional[Description]:
     """What the certificate says, trusted or not; None where it can't be read."""
     try:
-        loaded = x509.load_pem_x509_certificate(pem)
+        loaded = x509.load_pem_x509_certificate(certificate)
         digits = "%X" % loaded.serial_number
         return Description(
             _name(loaded.subject),

@@ -1,14 +1,23 @@
-"""The state machine: state + event = next state and action. No input or output here.
+"""The state machine of one run: state and event give the next state and what to do. No input or output here.
 
-Everything that decides is in the table below; an event that is not in it ends the run with nothing lost. The sockets
-are in ``server``; the actions are carried out in ``session``.
+The rules:
 
-            first GET                         after POST
-    200  -> store, certified             200  -> store, certified
-    304  -> certified                    202  -> pending
-    202  -> pending                      else -> fail
+- Everything that decides is in the table. An event that is not in it ends the run with nothing lost.
+- A run begins with a GET, and a state says which request was sent last. `POSTS` are the states whose request is a
+  POST; in all others it is a GET.
+- A client certificate that isn't wanted costs one more GET without it, once a run.
+- A new identity is made at most once a run: only Caramel's own rejection asks for it.
+- A stored certificate is dropped only if it has ended and the server has none; its key stays.
+
+            first GET                            after POST
+    200  -> store, certified                200  -> store, certified
+    304  -> certified                       202  -> pending
+    202  -> pending                         else -> fail
     404  -> POST, GET again
-    403  -> new identity, POST, GET again     (at most once a run)
+    403  -> new identity, POST, GET again
+    certificate not wanted -> GET without it, then as above
+
+``server`` sends a request and understands HTTP, ``session`` carries out what is decided here.
 """
 
 from __future__ import annotations
@@ -18,9 +27,10 @@ from collections.abc import Mapping
 
 
 class State(enum.Enum):
-    """Where a run stands: what the response that is awaited belongs to."""
+    """What the response that is awaited belongs to."""
 
     ASKED = "the first GET of the run"
+    ASKED_PLAINLY = "a GET without client certificate, because it was not wanted"
     POSTED = "a POST of the stored request, because the server didn't know it"
     POSTED_NEW = "a POST of a new request, because the stored one was rejected"
     ASKED_AGAIN = "a GET after a POST"
@@ -32,43 +42,62 @@ class Event(enum.Enum):
     CERTIFICATE = "a certificate that passes every check"
     NOT_MODIFIED = "the stored certificate is still the newest"
     PENDING = "the request is known and not signed"
+    LAPSED = "the request is known and not signed, and the stored certificate has ended"
     UNKNOWN = "the request is not known"
     REJECTED = "the administrator rejected the request"
+    UNWANTED = "the client certificate is not wanted"
     ACCEPTED = "the request was taken"
     DECLINED = "the request was not taken: it is there already, or not as the server wants it"
     UNEXPECTED = "anything else"
 
 
 class Action(enum.Enum):
-    """What to do next."""
+    """What to do next; the last five end the run."""
 
     POST = "post the request"
     GET = "ask for the certificate"
+    GET_PLAINLY = "ask over a new connection, without client certificate and date"
     START_OVER = "make a new identity, store it, post its request"
     STORE = "certified: store the certificate if it is a new one"
     KEEP = "certified: keep the stored certificate"
     WAIT = "pending: somebody has to sign"
+    DROP = "pending: drop the certificate that has ended, somebody has to sign"
     FAIL = "leave everything as it is"
 
 
-FINAL = frozenset((Action.STORE, Action.KEEP, Action.WAIT, Action.FAIL))
+POSTS = frozenset((State.POSTED, State.POSTED_NEW))
+FINAL = frozenset((Action.STORE, Action.KEEP, Action.WAIT, Action.DROP, Action.FAIL))
 
-TRANSITIONS: Mapping[tuple[State, Event], tuple[State, Action]] = {
-    (State.ASKED, Event.CERTIFICATE): (State.ASKED, Action.STORE),
-    (State.ASKED, Event.NOT_MODIFIED): (State.ASKED, Action.KEEP),
-    (State.ASKED, Event.PENDING): (State.ASKED, Action.WAIT),
-    (State.ASKED, Event.UNKNOWN): (State.POSTED, Action.POST),
-    (State.ASKED, Event.REJECTED): (State.POSTED_NEW, Action.START_OVER),
-    (State.POSTED, Event.ACCEPTED): (State.ASKED_AGAIN, Action.GET),
-    # Most likely a duplicate: an earlier run's POST did arrive. Asking tells.
-    (State.POSTED, Event.DECLINED): (State.ASKED_AGAIN, Action.GET),
+# What a GET may say that no POST went before. As long as the state stays, nothing more is sent.
+_FIRST: Mapping[Event, tuple[State, Action]] = {
+    Event.CERTIFICATE: (State.ASKED, Action.STORE),
+    Event.PENDING: (State.ASKED, Action.WAIT),
+    Event.LAPSED: (State.ASKED, Action.DROP),
+    Event.UNKNOWN: (State.POSTED, Action.POST),
+    Event.REJECTED: (State.POSTED_NEW, Action.START_OVER),
+}
+TRANSITIONS: Mapping[State, Mapping[Event, tuple[State, Action]]] = {
+    State.ASKED: {
+        **_FIRST,
+        Event.NOT_MODIFIED: (State.ASKED, Action.KEEP),
+        Event.UNWANTED: (State.ASKED_PLAINLY, Action.GET_PLAINLY),
+    },
+    State.ASKED_PLAINLY: _FIRST,
+    State.POSTED: {
+        Event.ACCEPTED: (State.ASKED_AGAIN, Action.GET),
+        # Most likely a duplicate: an earlier run's POST did arrive. Asking tells.
+        Event.DECLINED: (State.ASKED_AGAIN, Action.GET),
+    },
     # A new request can't be a duplicate. Making still another one would be a loop.
-    (State.POSTED_NEW, Event.ACCEPTED): (State.ASKED_AGAIN, Action.GET),
-    (State.ASKED_AGAIN, Event.CERTIFICATE): (State.ASKED_AGAIN, Action.STORE),
-    (State.ASKED_AGAIN, Event.PENDING): (State.ASKED_AGAIN, Action.WAIT),
+    State.POSTED_NEW: {Event.ACCEPTED: (State.ASKED_AGAIN, Action.GET)},
+    State.ASKED_AGAIN: {
+        Event.CERTIFICATE: (State.ASKED_AGAIN, Action.STORE),
+        Event.PENDING: (State.ASKED_AGAIN, Action.WAIT),
+        Event.LAPSED: (State.ASKED_AGAIN, Action.DROP),
+    },
 }
 
 
 def transition(state: State, event: Event) -> tuple[State, Action]:
     """The state after `event`, and the action that it asks for."""
-    return TRANSITIONS.get((state, event), (state, Action.FAIL))
+    return TRANSITIONS[state].get(event, (state, Action.FAIL))

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
 from .errors import UsageError
-from .settings import is_client_id
+from .settings import ClientId, is_client_id
 
 # Device tree (Documentation/devicetree/usage-model in Linux), SoC bus (sysfs-devices-soc), DMI (sysfs-firmware-dmi).
 SERIAL_NUMBER_FILES = (
@@ -104,6 +104,19 @@ class Hardware:
             "the hardware has neither a serial number nor a network interface with a permanent address: "
             "give a client ID with --client-id or CARAMEL_CN"
         )
+
+
+def identify(
+    interfaces: Optional[Iterable[str]], domain: Optional[str], stored: Optional[str], remembered: Iterable[str]
+) -> ClientId:
+    """Who this device is: as in the key file, while the hardware is that of which it remembers an ID.
+
+    `stored`: the ID in the key file, or None; `remembered`: the fingerprints beside it. Raises `UsageError`.
+    """
+    present = Hardware(interfaces)
+    if stored and present.holds(stored, remembered, domain):
+        return ClientId(stored, "key file, which was made on this hardware", present.fingerprints)
+    return ClientId(*present.client_id(domain), present.fingerprints)
 
 
 def fingerprint(client_id: str) -> str:

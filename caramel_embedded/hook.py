@@ -1,9 +1,9 @@
 """The hook: a command that runs once for each new certificate that is in place.
 
-Responsible for owing it: a note beside the key file says for which certificate the hook has still to succeed. It is
-written before the certificate is, and removed after the hook's good end; a power cut or a failure in between means
-that the next run calls the hook again. The hook runs without the key file's lock, so it may start this program again;
-the note is locked meanwhile, so that such a run, or one by cron, doesn't call the hook a second time.
+Responsible for calling it until it has succeeded: a note beside the key file holds the hash of the last certificate
+that it succeeded for. A power cut between the hook's good end and the note means that the next run calls it again.
+The hook runs without the key file's lock, so it may start this program again; the note is locked meanwhile, so that
+such a run, or one by cron, doesn't call the hook a second time.
 """
 
 from __future__ import annotations
@@ -13,111 +13,54 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 
-from .errors import CaramelError, StorageError
-from .identity import certificate_in, remembered, utc
-from .keyfile import MAXIMUM, FileLock, Folder, doing
+from .errors import CaramelError, Locked, StorageError
+from .identity import Identity, utc
+from .keyfile import KeyFile, beside, peek
+from .settings import Permissions
 
 
 class HookFailed(CaramelError):
     """The certificate is in place, the hook did not succeed: the next run calls it again."""
 
 
-def owe(key_file: str, certificate: bytes) -> None:
-    """Notes that the hook is owed for `certificate`, which is about to be stored in `key_file`.
+def call(key_file: str, identity: Identity, command: Sequence[str], limit: float, permissions: Permissions) -> bool:
+    """Runs `command` if it is owed for the certificate of `identity`, which is in `key_file`; whether it ran.
 
-    What is owed for the one that is there stays owed until then. Raises `StorageError`.
+    `limit`: seconds; `permissions`: of the key file, whose owner gets the note. Raises `HookFailed`, `StorageError`.
     """
-    with Folder(key_file) as folder:
-        name = folder.beside("hook")
-        with doing("write", folder.path_of(name)):
-            lines = [_hash(certificate)]
-            current = certificate_in(_content(folder))
-            if current is not None and current != certificate and _hash(current) in _owed(folder):
-                lines.append(_hash(current))
-            note = b"".join(line + b"\n" for line in lines)
-            lock = folder.put(name, note, None, os.geteuid(), os.getegid(), 0o600)
-            try:
-                folder.sync(lock.fd)
-            finally:
-                lock.drop()
-
-
-def settle(key_file: str, command: Sequence[str], client_id: str, limit: float) -> bool:
-    """Runs `command` if it is owed for the certificate in `key_file`; whether it ran.
-
-    `limit`: seconds. Raises `HookFailed`, `StorageError`.
-    """
+    issued = identity.issued
+    assert issued is not None
+    permissions = permissions._replace(mode=0o600)
     try:
-        with Folder(key_file) as folder:
-            note = folder.beside("hook")
-            with doing("read", folder.path_of(note), but=FileNotFoundError):
-                lock = FileLock(folder.open(note))
-            try:
-                with doing("settle", folder.path_of(note), but=FileNotFoundError):
-                    # Where another run is at it, perhaps the hook itself has started this one.
-                    return lock.take() and _settle(folder, note, lock, command, client_id, limit)
-            finally:
-                lock.drop()
-    except FileNotFoundError:
-        return False  # nothing is owed
-
-
-def _settle(folder: Folder, note: str, lock: FileLock, command: Sequence[str], client_id: str, limit: float) -> bool:
-    data = _content(folder)
-    certificate = certificate_in(data)
-    owed = os.pread(lock.fd, 4096, 0).split()
-    if certificate is None or _hash(certificate) not in owed or not folder.leads_to(note, lock.fd):
-        return False
-    _run(command, _environment(folder.path, data, client_id), limit)
-    if folder.leads_to(note, lock.fd):
-        os.unlink(note, dir_fd=folder.fd)
-    return True
-
-
-def is_owed(key_file: str) -> bool:
-    """Whether the hook is owed for the certificate in `key_file`, as far as the caller may see that."""
+        note = KeyFile.create(beside(key_file, "hook"), permissions)
+    except Locked:
+        return False  # another run is at it; perhaps the hook itself has started this one
     try:
-        with Folder(key_file) as folder:
-            certificate = certificate_in(_content(folder))
-            return certificate is not None and _hash(certificate) in _owed(folder)
-    except (OSError, StorageError):
+        if note.read() == _succeeded(issued.pem):
+            return False
+        environment = {
+            "CARAMEL_CN": identity.client_id,
+            "CARAMEL_KEY_FILE": key_file,
+            "CARAMEL_NOT_AFTER": utc(issued.not_after),
+        }
+        _run(command, {**os.environ, **environment}, limit)
+        note.replace(_succeeded(issued.pem), None, permissions)
+        return True
+    finally:
+        note.close()
+
+
+def is_owed(key_file: str, certificate: bytes) -> bool:
+    """Whether the hook is owed for `certificate`, PEM, as far as the caller may see that."""
+    try:
+        return peek(beside(key_file, "hook"))[0] != _succeeded(certificate)
+    except StorageError:
         return False
 
 
-def _read(folder: Folder, name: str, size: int) -> bytes:
-    """What the file `name` holds, without a lock: a reader sees the whole old or the whole new content."""
-    with open(folder.open(name), "rb") as file:
-        return file.read(size)
-
-
-def _content(folder: Folder) -> bytes:
-    return _read(folder, folder.name, MAXIMUM)
-
-
-def _owed(folder: Folder) -> list[bytes]:
-    try:
-        return _read(folder, folder.beside("hook"), 4096).split()
-    except OSError:
-        return []
-
-
-def _environment(key_file: str, data: bytes, client_id: str) -> dict[str, str]:
-    until = remembered(data).get("until", "").rstrip("Z").replace("T", " ")
-    if not until:
-        from . import certificates  # a file without the line of text: one that can't be written
-
-        told = certificates.describe(certificate_in(data) or b"")
-        until = utc(told.not_after) if told else ""
-    return {
-        **os.environ,
-        "CARAMEL_CN": client_id,
-        "CARAMEL_KEY_FILE": key_file,
-        "CARAMEL_NOT_AFTER": until if until.endswith("UTC") else until + " UTC",
-    }
-
-
-def _hash(certificate: bytes) -> bytes:
-    return hashlib.sha256(certificate).hexdigest().encode()
+def _succeeded(certificate: bytes) -> bytes:
+    """The note that says so. A note of 2.0.0 has bare hashes of certificates that the hook is owed for."""
+    return b"done=%s\n" % hashlib.sha256(certificate).hexdigest().encode()
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], limit: float) -> None:

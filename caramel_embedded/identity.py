@@ -12,21 +12,16 @@ import datetime
 import hashlib
 import io
 import os
-import re
-import ssl
 import time
 from collections.abc import Mapping
-from typing import BinaryIO, NamedTuple, Optional
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Optional
 
-KEY = b"PRIVATE KEY"  # PKCS #8, RFC 5958
-CERTIFICATE = b"CERTIFICATE"
-REQUEST = b"CERTIFICATE REQUEST"  # PKCS #10, RFC 2986
-# In the file the request bears the older label of RFC 7468, section 7: GnuTLS takes any block that begins with
-# "-----BEGIN CERTIFICATE" for a certificate, and then refuses the whole file.
-FILED_REQUEST = b"NEW CERTIFICATE REQUEST"
+from . import pem
+
+if TYPE_CHECKING:
+    import ssl
 
 _MAGIC = "# caramel-embedded/1 "
-_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\n[A-Za-z0-9+/=\n]+-----END \1-----\n")
 # Beside `from` and `until`; the name of the extended key usage (RFC 5280, 4.2.1.12).
 _SERVERS_ONLY = "serverAuth"
 
@@ -36,7 +31,8 @@ class Issued(NamedTuple):
 
     Attributes: pem: the certificate itself; chain: the intermediate certificates, PEM, b"" where there are none;
     not_before, not_after: seconds since 1970, UTC; servers_only: whether it is for servers and not for clients;
-    modified: its time by the server's Last-Modified, else its notBefore, seconds since 1970, UTC.
+    modified: its time by the server's Last-Modified, seconds since 1970, UTC; its notBefore as long as the server has
+    told none; guessed: whether that is so.
     """
 
     pem: bytes
@@ -45,6 +41,21 @@ class Issued(NamedTuple):
     not_after: float
     servers_only: bool
     modified: float
+    guessed: bool
+
+    @classmethod
+    def of(
+        cls,
+        pem: bytes,
+        chain: bytes,
+        not_before: float,
+        not_after: float,
+        servers_only: bool,
+        last_modified: Optional[float],
+    ) -> Issued:
+        """One whose time the server has told, or None. It may also be its notBefore read back from a file."""
+        modified = not_before if last_modified is None else last_modified
+        return cls(pem, chain, not_before, not_after, servers_only, modified, modified == not_before)
 
     @property
     def text(self) -> bytes:
@@ -83,25 +94,23 @@ class Identity(NamedTuple):
 
     @classmethod
     def _parsed(cls, fields: Mapping[str, str], body: bytes, trusted: bytes, modified: Optional[float]) -> Identity:
-        blocks = [(match[1], match[0]) for match in _BLOCK.finditer(body)]
+        key, *certificates, request = [block for _, block in pem.blocks(body)]
         issued = None
         if "until" in fields:
-            begin = _seconds(fields["from"])
-            issued = Issued(
-                blocks[1][1],
-                b"".join(block for _, block in blocks[2:-1]),
-                begin,
+            issued = Issued.of(
+                certificates[0],
+                b"".join(certificates[1:]),
+                _seconds(fields["from"]),
                 _seconds(fields["until"]),
                 fields.get("use") == _SERVERS_ONLY,
-                begin if modified is None else modified,
+                modified,
             )
         hardware = tuple(fields["hw"].split(",")) if "hw" in fields else ()
-        request = blocks[-1][1].replace(FILED_REQUEST, REQUEST)
-        return cls(blocks[0][1], request, fields["id"], trusted, hardware, issued)
+        return cls(key, request.replace(pem.FILED_REQUEST, pem.REQUEST), fields["id"], trusted, hardware, issued)
 
     def __bytes__(self) -> bytes:
         issued = self.issued
-        body = self.key + (issued.text if issued else b"") + self.request.replace(REQUEST, FILED_REQUEST)
+        body = self.key + (issued.text if issued else b"") + self.request.replace(pem.REQUEST, pem.FILED_REQUEST)
         fields = ["id=" + self.client_id]
         if issued:
             fields += ["from=" + _iso(issued.not_before), "until=" + _iso(issued.not_after)]
@@ -175,18 +184,6 @@ def remembered(data: bytes) -> Mapping[str, str]:
         return {}
     pairs = (field.partition("=") for field in line[len(_MAGIC) :].split(" "))
     return {name: value for name, _, value in pairs}
-
-
-def certificate_in(data: bytes) -> Optional[bytes]:
-    """The first certificate in the combined form `data`, PEM; None where there is none."""
-    return next((match[0] for match in _BLOCK.finditer(data) if match[1] == CERTIFICATE), None)
-
-
-def only_certificates(data: bytes) -> bool:
-    """Whether `data` is whole certificates and nothing more: then it is somebody else's, and no key file."""
-    blocks = list(_BLOCK.finditer(data.replace(b"\r\n", b"\n").strip() + b"\n"))
-    others = _BLOCK.sub(b"", data.replace(b"\r\n", b"\n").strip() + b"\n")
-    return bool(blocks) and all(match[1] == CERTIFICATE for match in blocks) and b"-----" not in others
 
 
 def utc(seconds: float) -> str:

@@ -22,6 +22,7 @@ from typing import Optional, Union
 from fasteners import InterProcessLock  # type: ignore[import-untyped, unused-ignore]
 
 from .errors import Locked, StorageError
+from .settings import Permissions
 
 MAXIMUM = 1 << 20  # bytes; a longer file is nothing that this program wrote
 MAXIMUM_LINKS = 40  # as the kernel's, path_resolution(7)
@@ -104,18 +105,18 @@ class Folder:
             self.path = os.path.join(os.readlink("/proc/self/fd/%d" % self.fd), self.name)
 
     def _follow(self, path: str, make: bool) -> str:
-        left, links = _parts(path), 0
+        parts, links = _parts(path), 0
         while True:
-            name = left.pop(0)
+            name = parts.pop(0)
             try:
                 status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
             except FileNotFoundError:
-                if not left:
+                if not parts:
                     return name
                 if not make:
                     raise
                 self._make(name)
-                left.insert(0, name)
+                parts.insert(0, name)
                 continue
             if stat.S_ISLNK(status.st_mode):
                 links += 1
@@ -128,8 +129,8 @@ class Folder:
                 target = os.readlink(name, dir_fd=self.fd)
                 if target.startswith("/"):
                     self._go_to("/")
-                left = [*_parts(target), *left]
-            elif left:
+                parts = [*_parts(target), *parts]
+            elif parts:
                 self._go_to(name)
             else:
                 return name
@@ -186,15 +187,10 @@ class Folder:
         return os.path.join(os.path.dirname(self.path), name)
 
     def beside(self, suffix: str) -> str:
-        """The name of a file that belongs to the key file: hidden, and as long as a name can be (255 bytes)."""
-        name = self.name
-        if len(os.fsencode(name)) > 240:
-            import hashlib  # rare enough
+        """The name of a file that belongs to the key file, see `beside`."""
+        return os.path.basename(beside(self.path, suffix))
 
-            name = hashlib.sha256(os.fsencode(name)).hexdigest()
-        return ".%s.%s" % (name, suffix)
-
-    def put(self, name: str, data: bytes, modified: Optional[float], owner: int, group: int, mode: int) -> FileLock:
+    def put(self, name: str, data: bytes, modified: Optional[float], permissions: Permissions) -> FileLock:
         """Puts a new file with `data` in the place of `name`; a lock on it, which is held before it has the name.
 
         `modified`: seconds since 1970, UTC; None: now. Raises OSError: then the old file is still there.
@@ -205,11 +201,11 @@ class Folder:
         fd = self.create(draft)
         lock = FileLock(fd)
         try:
-            _hand_over(fd, owner, group, mode)
+            _hand_over(fd, permissions)
             lock.take()
-            left = memoryview(data)
-            while left:
-                left = left[os.write(fd, left) :]
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[os.write(fd, unwritten) :]
             if modified is not None:
                 _set_time(fd, modified)
             os.fsync(fd)  # the content before the name: rename(2) alone promises no order
@@ -264,7 +260,7 @@ def _parts(path: str) -> list[str]:
 
 
 class KeyFile:
-    """The key file, locked, until `close`."""
+    """A file, locked, until `close`: the key file, or the hook's note beside it."""
 
     def __init__(self, folder: Folder, lock: FileLock, created: bool = False) -> None:
         self._folder = folder
@@ -288,7 +284,7 @@ class KeyFile:
         return lock and cls(folder, lock)
 
     @classmethod
-    def create(cls, path: str, owner: int, group: int, mode: int) -> KeyFile:
+    def create(cls, path: str, permissions: Permissions) -> KeyFile:
         """The file at `path`, locked, made empty where there is none; folders that are missing are made.
 
         Raises `Locked`, `StorageError`.
@@ -301,7 +297,7 @@ class KeyFile:
                 if lock is not None:
                     return cls(folder, lock)
                 with doing("make", path):
-                    lock = _create_locked(folder, owner, group, mode)
+                    lock = _create_locked(folder, permissions)
                 if lock is not None:
                     return cls(folder, lock, created=True)
             raise Locked("another process is making " + path)
@@ -327,14 +323,14 @@ class KeyFile:
         """The content. Raises `StorageError`, also for a file that is too long to be a key file."""
         return read(self._fd, self.path)
 
-    def replace(self, data: bytes, modified: Optional[float], owner: int, group: int, mode: int) -> None:
+    def replace(self, data: bytes, modified: Optional[float], permissions: Permissions) -> None:
         """Puts `data` in the place of what was there, at once and durably.
 
         `modified`: the modification time in seconds since 1970, UTC; None: now. When this returns, a power cut can
         no longer bring back the old content. Raises `StorageError`: then the old content is still there.
         """
         with doing("store", self.path):
-            lock = self._folder.put(self._folder.name, data, modified, owner, group, mode)
+            lock = self._folder.put(self._folder.name, data, modified, permissions)
         # From here on the new content is there, and locked, whatever happens to the rest.
         self._created = False
         self._locks.append(lock)
@@ -345,26 +341,20 @@ class KeyFile:
         """Whether the file belongs to neither root nor the caller: its owner may have it open for writing."""
         return os.fstat(self._fd).st_uid not in (0, os.geteuid())
 
-    def settle(self, owner: int, group: int, mode: int) -> None:
-        """Gives the file this owner, group and mode in its place. Raises `StorageError`."""
-        has = stat.S_IMODE(os.fstat(self._fd).st_mode)
+    @property
+    def permissions(self) -> Permissions:
+        """The file's own."""
+        status = os.fstat(self._fd)
+        return Permissions(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
+
+    def set_permissions(self, permissions: Permissions) -> None:
+        """Gives the file these in its place. Raises `StorageError`."""
+        has = self.permissions.mode
         with doing("set owner, group and mode of", self.path):
             # Never more than one of the two allows: first what both do, then the owner, then the rest.
-            if has & ~mode:
-                os.fchmod(self._fd, has & mode)
-            _hand_over(self._fd, owner, group, mode)
-
-    def misplaced(self, owner: int, group: int, mode: int) -> Optional[str]:
-        """What the file system keeps in the place of this owner, group and mode; None where it is right."""
-        status = os.fstat(self._fd)
-        has = stat.S_IMODE(status.st_mode)
-        if (status.st_uid, status.st_gid, has) == (owner, group, mode):
-            return None
-        return (
-            "the file system doesn't keep the key file's owner and mode: %d:%d, %04o in the place of %d:%d, %04o "
-            "(a FAT needs the mount options fmask=0177,dmask=077,uid=%d,gid=%d)"
-            % (status.st_uid, status.st_gid, has, owner, group, mode, owner, group)
-        )
+            if has & ~permissions.mode:
+                os.fchmod(self._fd, has & permissions.mode)
+            _hand_over(self._fd, permissions)
 
     def touch(self, modified: float) -> None:
         """Sets the modification time, seconds since 1970, UTC, where that is possible; the content stays."""
@@ -387,6 +377,28 @@ class KeyFile:
         self._folder.close()
 
 
+def beside(path: str, suffix: str) -> str:
+    """The path of a file that belongs to the one at `path`: hidden, and as long as a name can be (255 bytes)."""
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) > 240:
+        import hashlib  # rare enough
+
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return os.path.join(folder, ".%s.%s" % (name, suffix))
+
+
+def peek(path: str) -> tuple[bytes, Optional[os.stat_result]]:
+    """The content of the file at `path`, whole and without a lock, and what stat(2) says of it; b"" and None where
+    there is none. Raises `StorageError`."""
+    try:
+        with doing("read", path, but=FileNotFoundError), Folder(path) as folder:
+            fd = folder.open(folder.name)
+            with open(fd, "rb"):  # closes it
+                return read(fd, path), os.fstat(fd)
+    except FileNotFoundError:
+        return b"", None
+
+
 def read(fd: int, path: str) -> bytes:
     """The content of an opened key file. Raises `StorageError`."""
     with doing("read", path), open(fd, "rb", closefd=False) as file:
@@ -406,54 +418,41 @@ def _open_locked(folder: Folder) -> Optional[FileLock]:
                 lock = FileLock(folder.open(folder.name, flags))
         except FileNotFoundError:
             return None
-        found = False
+        current = False
         try:
             if not lock.take():
                 raise Locked("another process holds the lock on " + folder.path)
-            found = folder.leads_to(folder.name, lock.fd)  # it may have been replaced between open and flock
+            current = folder.leads_to(folder.name, lock.fd)  # it may have been replaced between open and flock
         except OSError as error:
             # NFS makes a record lock of it, which wants a file that can be written.
             if error.errno != errno.EBADF or flags == os.O_RDWR:
                 raise StorageError("can't lock %s: %s" % (folder.path, error.strerror)) from None
             flags = os.O_RDWR
         finally:
-            if not found:
+            if not current:
                 lock.drop()
-        if found:
+        if current:
             return lock
     raise Locked("another process is replacing " + folder.path)
 
 
-def _create_locked(folder: Folder, owner: int, group: int, mode: int) -> Optional[FileLock]:
-    """A lock on a new and empty key file; None where another process has just made one. Raises OSError.
+def _create_locked(folder: Folder, permissions: Permissions) -> Optional[FileLock]:
+    """A lock on a new and empty key file; None where another process was faster. Raises OSError.
 
-    It has this owner, group and mode, and is locked, from the moment it has its name: O_TMPFILE and linkat(2), see
-    open(2). A file system that has neither (FAT, JFFS2), or a system without /proc, gets a file that becomes what it
-    should be a moment later; nothing is in it then.
+    The file is locked before anything is in it. Whoever opens it before that sees an empty file.
     """
-    flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        fd = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=folder.fd) if _PROC else -1
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-            raise
-        fd = -1
-    nameless, made = fd >= 0, False
-    try:
-        lock = FileLock(fd if nameless else folder.create(folder.name))
+        lock = FileLock(folder.create(folder.name))
     except FileExistsError:
         return None
+    made = False
     try:
-        taken = lock.take()
-        _hand_over(lock.fd, owner, group, mode)
-        if nameless:
-            os.link("/proc/self/fd/%d" % lock.fd, folder.name, dst_dir_fd=folder.fd, follow_symlinks=True)
-        made = taken and folder.leads_to(folder.name, lock.fd)
-    except FileExistsError:
-        pass
+        if lock.take():
+            _hand_over(lock.fd, permissions)
+            made = folder.leads_to(folder.name, lock.fd)
     except BaseException:
         # What somebody else has locked, or has put there meanwhile, may hold a key.
-        if not nameless and lock.acquired:
+        if lock.acquired:
             folder.discard(folder.name, lock.fd)
         raise
     finally:
@@ -462,13 +461,13 @@ def _create_locked(folder: Folder, owner: int, group: int, mode: int) -> Optiona
     return lock if made else None
 
 
-def _hand_over(fd: int, owner: int, group: int, mode: int) -> None:
+def _hand_over(fd: int, permissions: Permissions) -> None:
     status = os.fstat(fd)
     # Only where it differs: file systems without owners refuse even that which changes nothing.
-    if (status.st_uid, status.st_gid) != (owner, group):
-        os.fchown(fd, owner, group)
-    if stat.S_IMODE(status.st_mode) != mode:
-        os.fchmod(fd, mode)
+    if (status.st_uid, status.st_gid) != permissions[:2]:
+        os.fchown(fd, permissions.owner, permissions.group)
+    if stat.S_IMODE(status.st_mode) != permissions.mode:
+        os.fchmod(fd, permissions.mode)
 
 
 def _set_time(fd: int, modified: float) -> None:

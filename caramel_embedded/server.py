@@ -1,7 +1,7 @@
-"""The Caramel protocol over pinned TLS: one request, one response, never longer than the time limit.
+"""The Caramel protocol over pinned TLS: one request, one response or one error, never longer than the time limit.
 
-urllib3 does HTTP: connections, bodies, lengths, chunks, early ends. Responsible for getting a response, and for who
-may have given it. Leaves to others what the response means for the identity.
+urllib3 does HTTP on the one connection: requests, bodies, lengths, chunks, early ends. `ssl` does TLS. Responsible
+for getting a response, and for who may have given it. Leaves to ``enrollment`` what is asked next.
 """
 
 from __future__ import annotations
@@ -16,24 +16,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple, Optional
 
 import urllib3
 from urllib3 import exceptions
 from urllib3.util import SKIP_HEADER
 
-from . import __version__
-from .errors import Refused, Unreachable, Untrusted, printable
+from . import __version__, pem
+from .errors import CaramelError, Refused, Unreachable, Untrusted, UsageError, printable
 from .identity import Identity, utc
-from .trust import Trust, show
+from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust
 
 MAXIMUM_BODY = 65536  # bytes
 MAXIMUM_WAIT = 86400  # seconds; a Retry-After of a broken server must not keep a device away for years
 NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX_get_error(3)
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
-_T = TypeVar("_T")
 END_OF_9999 = 253402300799  # the last second that an HTTP date can tell (RFC 9110, 5.6.7)
+# For TLS 1.2; those of 1.3 are not up to this. Forward secret and authenticated only (RFC 9325, 4.2), which also
+# makes the greeting shorter.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+TLSEXT_PADDING = ssl.Options(0x10)  # OpenSSL's SSL_OP_TLSEXT_PADDING, part of SSL_OP_ALL, which `ssl` sets
+
+
+class ConnectionLost(Unreachable):
+    """The other side ended the connection; a client certificate can be the reason."""
 
 
 class Response(NamedTuple):
@@ -51,8 +58,8 @@ class Response(NamedTuple):
     conditional: bool
 
     @classmethod
-    def read(cls, raw: Any, conditional: bool) -> Response:
-        """Reads a response of urllib3 to its end. Raises `Refused`, OSError, what urllib3 raises."""
+    def read(cls, raw: urllib3.HTTPResponse, conditional: bool) -> Response:
+        """Reads a response to its end. Raises `Refused`, OSError, what urllib3 raises."""
         content = b""
         for piece in raw.stream(16384, decode_content=False):
             content += piece
@@ -82,6 +89,11 @@ class Response(NamedTuple):
             and self.problem["title"] == "Forbidden"
         )
 
+    @property
+    def refuses_certificate(self) -> bool:
+        """Whether it can be a TLS front end's word on a client certificate."""
+        return self.status in CERTIFICATE_REFUSALS and not self.from_caramel
+
     def __str__(self) -> str:
         detail = printable(str(self.problem.get("detail") or self.problem.get("title") or ""))
         return "status %d%s" % (self.status, ", " + detail if detail else "")
@@ -97,7 +109,6 @@ class Server:
         self.address = address
         self.trust = trust
         self.say = say
-        self._not_after = ""  # of the server's own certificate, as `ssl` tells it
         self._timeout = timeout
         self._deadline: Optional[float] = None
         self._addresses: list[Any] = []
@@ -105,179 +116,74 @@ class Server:
         # for a client that says nothing of it, which saves a line on a link that costs by the byte.
         agent = "caramel-embedded/%s (%s)" % (__version__, client_id)
         self._headers = {"User-Agent": agent, "Accept-Encoding": SKIP_HEADER}
-        self._shown: Optional[Identity] = None
-        self._pool: Any = None
-        self._requests = 0  # on the connection that is open
-        self._dates = True  # whether OpenSSL looks at them
+        self._connection = _Connection(self)
+        self._not_after = ""  # of the server's own certificate, as `ssl` tells it
+        self._identity: Optional[Identity] = None
+        #: Whether the connection shows a client certificate to a server that asks for one.
+        self.shows_certificate = False
 
-    def reach(self) -> None:
-        """Makes sure that the server is there, and can be trusted. Raises `Unreachable`, `Untrusted`."""
-        self._open(None)
-        self._persistently(lambda: self._pool.connect())
+    # --- Ask ---
 
-    def get(self, request_hash: str, since: Optional[float], shown: Optional[Identity]) -> Response:
-        """Asks for the certificate of the request. `since`: what it has to be newer than, seconds since 1970, UTC.
-
-        `shown`: the identity to show as client certificate if the server wants one. Where the server refuses it, asks
-        once more without it, and without `since`: the other side doesn't seem to think much of what we have.
-        Raises `Unreachable`, `Untrusted`, `Refused`.
-        """
-        headers = {}
-        if since is not None and 0 <= since <= END_OF_9999:
-            headers["If-Modified-Since"] = email.utils.formatdate(since, usegmt=True)
-        if self._pool is None:
-            self._open(shown)
-        try:
-            response = self._ask("GET", request_hash, None, headers)
-        except _Dropped:
-            if self._shown is None:
-                raise
-            self.say("the server dropped the connection: once more without client certificate")
-        else:
-            refused = response.status in CERTIFICATE_REFUSALS and not response.from_caramel
-            if self._shown is None or not refused:
-                return response
-            self.say("the server refused the request: once more without client certificate")
-        self._open(None)
-        return self._ask("GET", request_hash, None, {})
-
-    def post(self, request_hash: str, request: bytes) -> Response:
-        """Sends the request for a certificate. Raises `Unreachable`, `Untrusted`, `Refused`."""
-        return self._ask("POST", request_hash, request, {})
-
-    @property
-    def certificate_end(self) -> float:
-        """When the certificate that the server has shown ends, seconds since 1970, UTC."""
-        return ssl.cert_time_to_seconds(self._not_after)
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """What is done inside, the making of a key say, costs none of the time limit."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            if self._deadline is not None:
-                self._deadline += time.monotonic() - began
-
-    def close(self) -> None:
-        """Ends the conversation; may be called at any time."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-
-    def left(self) -> float:
-        """Seconds until the time limit. Raises TimeoutError when it has passed."""
-        assert self._deadline is not None, "connect() comes first"
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
-
-    def tcp(self) -> socket.socket:
-        """A TCP connection to the first of the server's addresses that takes one. Raises OSError."""
-        if not self._addresses:
-            self._addresses = look_up(*self.address, self.left)
-        connected, which = connect_to_one(self._addresses, self.left)
-        # The next connection goes where this one went: an address that swallows everything costs its time once.
-        self._addresses.insert(0, self._addresses.pop(which))
-        return connected
-
-    def _open(self, shown: Optional[Identity]) -> None:
-        """Makes ready for a new connection, which the next request opens."""
+    def connect(self, identity: Optional[Identity]) -> None:
+        """Makes ready for a new connection, which the next request opens; it shows `identity` to who asks for it."""
         self.close()
         if self._deadline is None:
             # Only now: what went before, the making of a key say, has not waited on the network.
             self._deadline = time.monotonic() + self._timeout
-        self._dates = self._dates and not self.trust.clock_is_behind
-        context = self.trust.context(self._dates)
-        context.sslsocket_class = _Socket
-        self._shown = shown
-        if shown is not None:
-            reason = show(shown, context)
-            if reason:
-                self.say("the client certificate can't be shown, %s: going on without" % reason)
-                self._shown = None
-        # What urllib3 would do by itself and must not: wait for ever or its own time (each wait of ours is bounded by
-        # the time limit instead), and trust the system's CAs (Debian's build gives `ca_certs` another default).
-        # Retries, redirects and decoding are turned off in `_ask`; a pool by itself knows no proxies.
-        self._pool = _Pool(
-            *self.address, maxsize=1, timeout=None, retries=False, ssl_context=context, ca_certs=None, server=self
-        )
-        self._requests = 0
+        self._identity = identity
+        self.shows_certificate = identity is not None
 
-    def certify(self, tls: ssl.SSLSocket) -> None:
-        """Looks at the dates of the server's certificates where OpenSSL didn't. Raises `Untrusted`, OSError."""
-        told = tls.getpeercert()
-        assert told, "CERT_REQUIRED"
-        self._not_after = str(told["notAfter"])
-        self.say("connected to %s:%d, %s" % (*self.address, tls.version()))
-        if self._dates:
-            return
-        from . import certificates  # costs as much as all else: only where the clock is behind
+    def reach(self) -> None:
+        """Makes sure that the server is there, and can be trusted. Raises `Unreachable`, `Untrusted`."""
+        with self._in_our_terms():
+            self._connection.connect()
 
-        anchors = certificates.anchors(self.trust, of_server=True)
-        own = tls.getpeercert(binary_form=True) or b""
-        try:
-            try:
-                certificates.verify_server([own], anchors, self.trust.now())
-            except certificates.Unusable:
-                # It has intermediates, then. The handshake has looked at them, but not at their ends.
-                with self.tcp() as connected:
-                    sent = certificates.chain_sent(connected, self.address[0], self.left)
-                certificates.verify_server([own, *sent[1:]], anchors, self.trust.now())
-        except certificates.Unusable as reason:
-            raise Untrusted("the certificate of %s:%d %s" % (*self.address, reason)) from None
+    def get(self, request_hash: str, since: Optional[float] = None) -> Response:
+        """Asks for the certificate of the request. `since`: what it has to be newer than, seconds since 1970, UTC.
+
+        Raises `Unreachable` (`ConnectionLost` where a client certificate can be the reason), `Untrusted`, `Refused`.
+        """
+        headers = {}
+        if since is not None and 0 <= since <= END_OF_9999:
+            headers["If-Modified-Since"] = email.utils.formatdate(since, usegmt=True)
+        return self._ask("GET", request_hash, None, headers)
+
+    def post(self, request_hash: str, request: bytes) -> Response:
+        """Sends the request for a certificate. Raises what `get` raises."""
+        return self._ask("POST", request_hash, request, {})
 
     def _ask(self, method: str, path: str, body: Optional[bytes], headers: dict[str, str]) -> Response:
-        response = self._persistently(lambda: self._asked_once(method, path, body, headers))
+        kept = self._connection.sock is not None
+        try:
+            response = self._asked_once(method, path, body, headers)
+        except ConnectionLost as lost:
+            # A server may close a connection that it has answered on at any time (RFC 9112, 9.3.1 and 9.5).
+            if not kept:
+                raise
+            self.say("%s: once more on a new connection" % lost)
+            response = self._asked_once(method, path, body, headers)
         self.say("%s: %s, %d bytes" % (method, response, len(response.body)))
         return response
 
-    def _persistently(self, act: Callable[[], _T]) -> _T:
-        """Does something on the connection; on a new one where that can help, and that is once for each reason."""
-        while True:
-            try:
-                return self._guarded(act)
-            except _Early as early:
-                if not self._dates:
-                    raise
-                self.say("%s: looking at ends only" % early)
-                self._dates = False
-            except _Dropped as dropped:
-                # A server may close a connection that it has answered on at any time (RFC 9112, 9.3.1 and 9.5).
-                if self._requests < 2:
-                    raise
-                self.say("%s: once more on a new connection" % dropped)
-            self._open(self._shown)
-
     def _asked_once(self, method: str, path: str, body: Optional[bytes], headers: dict[str, str]) -> Response:
-        self._requests += 1
-        raw = self._pool.urlopen(
-            method,
-            "/" + path,
-            body=body,
-            headers={**self._headers, **headers},
-            retries=False,
-            redirect=False,
-            preload_content=False,
-            decode_content=False,
-            enforce_content_length=True,  # the default only since urllib3 2
-        )
-        response = Response.read(raw, "If-Modified-Since" in headers)
-        raw.release_conn()
-        return response
+        with self._in_our_terms():
+            self._connection.request(method, "/" + path, body=body, headers={**self._headers, **headers})
+            return Response.read(self._connection.response(), "If-Modified-Since" in headers)
 
-    def _guarded(self, act: Callable[[], _T]) -> _T:
-        """Does something on the connection, and says in our own terms what went wrong."""
-        name = "%s:%d" % self.address
+    @contextmanager
+    def _in_our_terms(self) -> Iterator[None]:
+        """Says in our own terms what goes wrong inside, and closes the connection then."""
         try:
-            return act()
+            yield
+            return
+        except CaramelError:
+            self.close()
+            raise
         except (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
+            self.close()
             problem = _cause(error)
+        name = "%s:%d" % self.address
         if isinstance(problem, ssl.SSLCertVerificationError):
-            if problem.verify_code == NOT_YET_VALID:
-                raise _Early("the certificate of %s has not begun by this device's clock" % name)
             clock = ""
             if problem.verify_code == HAS_EXPIRED:
                 clock = ", and it is %s by this device's clock" % utc(time.time())
@@ -289,35 +195,158 @@ class Server:
             raise Unreachable("no answer from %s within the time limit" % name)
         if isinstance(problem, (ConnectionError, ssl.SSLError)):
             reason = getattr(problem, "reason", None) or problem.strerror or problem
-            raise _Dropped("%s broke the connection off: %s" % (name, printable(str(reason))))
+            raise ConnectionLost("%s broke the connection off: %s" % (name, printable(str(reason))))
         if isinstance(problem, OSError):
             raise Unreachable("%s can't be reached: %s" % (name, problem.strerror or problem))
         if isinstance(problem, http.client.IncompleteRead):
             raise Unreachable("the connection broke in the middle of the response")
         raise Refused("the response from %s is not HTTP: %s" % (name, printable(repr(problem))))
 
+    def close(self) -> None:
+        """Ends the connection; may be called at any time."""
+        self._connection.close()
 
-class _Dropped(Unreachable):
-    """The other side ended the connection; a client certificate can be the reason."""
+    # --- Wait ---
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside, the making of a key say, costs none of the time limit."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._deadline is not None:
+                self._deadline += time.monotonic() - began
+
+    def remaining(self) -> float:
+        """Seconds until the time limit. Raises TimeoutError when it has passed."""
+        assert self._deadline is not None, "connect() comes first"
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+    # --- TLS ---
+
+    @property
+    def certificate_end(self) -> float:
+        """When the certificate that the server has shown ends, seconds since 1970, UTC."""
+        return ssl.cert_time_to_seconds(self._not_after)
+
+    def tls(self) -> ssl.SSLSocket:
+        """A TLS connection to the server, authenticated. Raises `Untrusted`, `UsageError`, OSError.
+
+        OpenSSL looks at every date where the clock is believed. What fails there for being early is looked at
+        without: then an end counts by the best known time, and a beginning not at all.
+        """
+        if not self.trust.clock_is_behind:
+            try:
+                return self._handshake(dates=True)
+            except ssl.SSLCertVerificationError as error:
+                if error.verify_code != NOT_YET_VALID:
+                    raise
+            self.say("a certificate of the server has not begun by this device's clock: looking at ends only")
+        tls = self._handshake(dates=False)
+        try:
+            self._verify_ends(tls)
+        except BaseException:
+            tls.close()
+            raise
+        return tls
+
+    def _handshake(self, dates: bool) -> ssl.SSLSocket:
+        plain = self._tcp()
+        try:
+            # One write a request: without this a second small one waits for the other side's delayed ACK.
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            plain.settimeout(self.remaining())
+            context = client_context(self.trust, dates)
+            if self._identity is not None:
+                reason = show(self._identity, context)
+                if reason:
+                    self.say("the client certificate can't be shown, %s: going on without" % reason)
+                    self._identity, self.shows_certificate = None, False
+            # The name as bytes: for a text `ssl` loads Python's codec for international names.
+            tls = context.wrap_socket(plain, server_hostname=self.address[0].encode("ascii"))
+        except BaseException:
+            plain.close()
+            raise
+        assert isinstance(tls, _Socket)
+        tls.remaining = self.remaining
+        peer = tls.getpeercert()
+        assert peer, "CERT_REQUIRED"
+        self._not_after = str(peer["notAfter"])
+        self.say("connected to %s:%d, %s" % (*self.address, tls.version()))
+        return tls
+
+    def _verify_ends(self, tls: ssl.SSLSocket) -> None:
+        """Looks at the ends of the server's certificates, which OpenSSL didn't. Raises `Untrusted`, OSError."""
+        from . import certificates  # costs as much as all else: only where the clock is behind
+
+        anchors = certificates.anchors(self.trust, of_server=True)
+        own = tls.getpeercert(binary_form=True) or b""
+        try:
+            try:
+                certificates.verify_server([own], anchors, self.trust.now())
+            except certificates.InvalidCertificate:
+                # It has intermediates, then. The handshake has looked at them, but not at their ends.
+                with self._tcp() as connected:
+                    sent = certificates.chain_sent(connected, self.address[0], self.remaining)
+                certificates.verify_server([own, *sent[1:]], anchors, self.trust.now())
+        except certificates.InvalidCertificate as reason:
+            raise Untrusted("the certificate of %s:%d %s" % (*self.address, reason)) from None
+
+    def _tcp(self) -> socket.socket:
+        """A TCP connection to the first of the server's addresses that takes one. Raises OSError."""
+        if not self._addresses:
+            self._addresses = look_up(*self.address, self.remaining)
+        connected, which = connect_to_one(self._addresses, self.remaining)
+        # The next connection goes where this one went: an address that swallows everything costs its time once.
+        self._addresses.insert(0, self._addresses.pop(which))
+        return connected
 
 
-class _Early(Untrusted):
-    """OpenSSL refuses a certificate only because its time hasn't begun by this device's clock."""
+def client_context(trust: Trust, dates: bool) -> ssl.SSLContext:
+    """A TLS client's context that believes the trust anchors of the server and nobody else.
+
+    `dates`: whether OpenSSL looks at them; where it doesn't, whoever connects has to. Raises `UsageError`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name; loads no system CA
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Up to 255 bytes of zeros in every greeting, for the sake of load balancers of 2013 (RFC 7685).
+    context.options &= ~TLSEXT_PADDING
+    context.set_ciphers(CIPHERS)
+    context.verify_flags |= ssl.VerifyFlags(PARTIAL_CHAIN | (0 if dates else NO_CHECK_TIME))
+    context.sslsocket_class = _Socket
+    try:
+        context.load_verify_locations(cadata=b"\n".join(pem.certificates(trust.ca_cert)).decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise UsageError("a certificate of the CA can't be read: %s" % error) from None
+    return context
+
+
+def show(identity: Identity, context: ssl.SSLContext) -> Optional[str]:
+    """Makes `context` show the identity; why that can't be done, None where it was."""
+    try:
+        identity.load_into(context)
+    except OSError as error:  # ssl.SSLError is one
+        return str(getattr(error, "reason", None) or error.strerror or error)
+    return None
 
 
 class _Socket(ssl.SSLSocket):
     """A TLS socket whose every wait ends at the run's time limit, and not a number of seconds after the last byte."""
 
-    server: Optional[Server] = None
+    remaining: Optional[Callable[[], float]] = None
 
     def recv_into(self, *arguments: Any, **options: Any) -> int:
-        if self.server is not None:
-            self.settimeout(self.server.left())
+        if self.remaining is not None:
+            self.settimeout(self.remaining())
         return super().recv_into(*arguments, **options)
 
     def sendall(self, *arguments: Any, **options: Any) -> None:
-        if self.server is not None:
-            self.settimeout(self.server.left())
+        if self.remaining is not None:
+            self.settimeout(self.remaining())
         super().sendall(*arguments, **options)
 
 
@@ -334,61 +363,46 @@ class _HttpResponse(http.client.HTTPResponse):
 
 
 class _Connection(urllib3.connection.HTTPSConnection):
-    """urllib3's connection, to the pinned server and within the time limit."""
+    """urllib3's connection over the TLS that `Server` makes, with no proxy, no redirect, and nobody else's CAs."""
 
     response_class = _HttpResponse
 
-    def __init__(self, *arguments: Any, server: Server, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, server: Server) -> None:
+        super().__init__(*server.address)
         self._server = server
 
-    def _new_conn(self) -> socket.socket:
-        plain = self._server.tcp()
-        # One write a request: without this a second small one waits for the other side's delayed ACK.
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        plain.settimeout(self._server.left())
-        return plain
-
     def connect(self) -> None:
-        super().connect()
-        tls = self.sock
-        assert isinstance(tls, _Socket)
-        tls.server = self._server
-        try:
-            self._server.certify(tls)
-        except BaseException:
-            self.close()
-            raise
+        """Opens it; `request` does, too. Raises what `Server.tls` raises."""
+        self.sock = self._server.tls()
 
-
-class _Pool(urllib3.HTTPSConnectionPool):
-    """A pool of the one connection, which can be opened before there is anything to ask."""
-
-    ConnectionCls = _Connection
-
-    def connect(self) -> None:
-        connection = self._get_conn()
-        try:
-            connection.connect()
-        finally:
-            self._put_conn(connection)
+    def response(self) -> urllib3.HTTPResponse:
+        """The response, whose body has not been read: urllib3's 1.26 returns that of `http.client`."""
+        raw = http.client.HTTPConnection.getresponse(self)  # in both series
+        return urllib3.HTTPResponse(
+            body=raw,
+            headers=raw.headers.items(),  # type: ignore[arg-type]  # one that comes twice included
+            status=raw.status,
+            preload_content=False,
+            decode_content=False,
+            original_response=raw,
+            enforce_content_length=True,  # the default only since urllib3 2
+        )
 
 
 def _cause(error: BaseException) -> BaseException:
     """What really happened, where urllib3 has put it into an error of its own, or into several."""
     while isinstance(error, exceptions.HTTPError) and not isinstance(error, http.client.IncompleteRead):
-        inner = [argument for argument in error.args if isinstance(argument, Exception)]
-        if not inner:
+        if error.__context__ is None:
             break
-        error = inner[-1]
+        error = error.__context__
     return error
 
 
-def look_up(host: str, port: int, left: Callable[[], float]) -> list[Any]:
+def look_up(host: str, port: int, remaining: Callable[[], float]) -> list[Any]:
     """The addresses of `host`. Raises OSError; TimeoutError where the resolver is too slow.
 
-    `left`: tells the seconds until the time limit. getaddrinfo(3) has no time limit and can't be interrupted: it gets
-    a thread of its own, which ends with us.
+    `remaining`: tells the seconds until the time limit. getaddrinfo(3) has no time limit and can't be interrupted: it
+    gets a thread of its own, which ends with us.
     """
     name = host.encode("ascii")  # as bytes: for a text Python loads its codec for international names
     try:
@@ -408,7 +422,7 @@ def look_up(host: str, port: int, left: Callable[[], float]) -> list[Any]:
         thread.start()
     except RuntimeError:  # too little memory, or too many threads
         raise OSError(None, "the system has no room for the name look-up") from None
-    thread.join(left())
+    thread.join(remaining())
     if not found:
         raise TimeoutError
     if isinstance(found[0], Exception):
@@ -416,7 +430,7 @@ def look_up(host: str, port: int, left: Callable[[], float]) -> list[Any]:
     return list(found[0])
 
 
-def connect_to_one(addresses: list[Any], left: Callable[[], float]) -> tuple[socket.socket, int]:
+def connect_to_one(addresses: list[Any], remaining: Callable[[], float]) -> tuple[socket.socket, int]:
     """A TCP connection to the first of `addresses` that takes one, and which it is. Raises OSError.
 
     Each has its share of the time: a route that swallows everything must not cost the ones after it their chance.
@@ -429,7 +443,7 @@ def connect_to_one(addresses: list[Any], left: Callable[[], float]) -> tuple[soc
             problem = error
             continue
         try:
-            plain.settimeout(left() / (len(addresses) - count))
+            plain.settimeout(remaining() / (len(addresses) - count))
             plain.connect(address)
             return plain, count
         except OSError as error:

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, Union
 
-from . import enrollment, settings
+from . import enrollment, pem, settings
 from .enrollment import Action, Event, State
 from .errors import CaramelError, Refused, UsageError
 from .identity import Identity, Issued, utc
-from .server import Response, Server
+from .server import ConnectionLost, Response, Server
 from .stored import Stored, usable
-from .trust import Trust, pem_certificates
+from .trust import Trust
 
 
 class Outcome(NamedTuple):
@@ -109,30 +109,36 @@ def check(
     _require(modified is None or _number(modified), "modified is seconds since 1970, or None")
     address = _address(server)
     trust = Trust(ca_cert, identity_ca, build_time, settings.key_type(key_type))
-    found = Stored(stored or b"", settings.client_id(client_id), trust, modified=modified)
-    return Check(address, found, store, timeout, say).run()
+    judged = Stored(stored or b"", settings.client_id(client_id), trust, modified=modified)
+    return Check(address, judged, store, timeout, say).run()
 
 
 class Check:
-    """Carries out what ``enrollment`` decides."""
+    """Carries out what ``enrollment`` decides.
+
+    Attributes: kept: the identity that is stored now, as far as this run has judged it; None where there is none.
+    """
 
     def __init__(
         self,
         address: tuple[str, int],
-        found: Stored,
+        stored: Stored,
         store: Callable[[Identity], None],
         timeout: float,
         say: Callable[[str], None],
+        touch: Optional[Callable[[Identity], None]] = None,
     ) -> None:
-        """See `check`."""
-        self._found = found
-        self._trust = found.trust
+        """See `check`. `touch`: called in the place of `store` where nothing but the certificate's time is new."""
+        self.kept = stored.identity
+        self._stored = stored
+        self._trust = stored.trust
         self._store = store
+        self._touch = touch or store
         self._say = say
-        self._server = Server(address, found.trust, found.client_id, timeout, say)
-        self._stored = found.data
+        self._server = Server(address, stored.trust, stored.client_id, timeout, say)
+        self._data = stored.data  # the bytes that are stored now
         self._retry_after: Optional[int] = None
-        self._notes = list(found.notes)
+        self._notes = list(stored.notes)
 
     def run(self) -> Outcome:
         """Asks the server, and stores what is new. Raises what `check` raises."""
@@ -151,61 +157,66 @@ class Check:
             self._server.close()
 
     def _begin(self) -> Identity:
-        """The identity to ask for."""
-        if self._found.identity is not None:
-            return self._found.identity
-        if self._stored:
-            # A wrong CA in the configuration must not cost the device a good identity.
-            self._server.reach()
-        return self._new()
+        """The identity to ask for, on a connection that shows its certificate where that is of use."""
+        identity = self._stored.identity
+        if identity is None:
+            self._server.connect(None)
+            if self._data:
+                # A wrong CA in the configuration must not cost the device a good identity.
+                self._server.reach()
+            return self._new()
+        shown = usable(identity, self._trust) and not identity.for_servers_only
+        self._server.connect(identity if shown else None)
+        return identity
 
     def _converse(self, identity: Identity) -> Outcome:
         state, action = State.ASKED, Action.GET
-        since = self._since(identity)
-        shown = identity if usable(identity, self._trust) and not identity.for_servers_only else None
         while action not in enrollment.FINAL:
-            issued: Optional[Issued] = None
             if action is Action.START_OVER:
                 identity = self._new()
-            if action is Action.GET:
-                response = self._server.get(identity.request_hash, since, shown)
-                event, issued = self._event(response, identity)
-                since = shown = None
-            else:
-                if self._notes:
-                    self._keep(identity)  # a request that was made again is stored before it is sent
-                response = self._server.post(identity.request_hash, identity.request)
-                event = _event_of_post(response)
-            self._retry_after = response.retry_after
+            elif action is Action.GET_PLAINLY:
+                self._server.connect(None)
+            event, issued, words = self._exchange(state, identity)
             if event in (Event.REJECTED, Event.DECLINED):
-                self._note("%s (%s)" % (event.value, response))
+                self._note("%s (%s)" % (event.value, words))
+            asked = state
             state, action = enrollment.transition(state, event)
             self._say("%s: %s" % (event.value, action.value))
 
         if action is Action.FAIL:
-            raise Refused(
-                "; ".join([*self._notes, "the server's response can't be used: %s, %s" % (response, state.value)])
-            )
+            problem = "the server's response can't be used: %s, %s" % (words, asked.value)
+            raise Refused("; ".join([*self._notes, problem]))
         new = False
-        if action is Action.WAIT and not usable(identity, self._trust):
-            # Dropped only now that the server was asked: a clock that has jumped ahead may have lied about it.
+        if action is Action.DROP:
             identity = identity.with_issued(None)
         elif issued is not None:
             new = identity.issued is None or issued.text != identity.issued.text
-            self._take(identity, issued, new)
             identity = identity.with_issued(issued)
         self._keep(identity)
         not_after = identity.issued.not_after if identity.issued else None
-        return Outcome(identity, action is not Action.WAIT, new, not_after, self._retry_after, tuple(self._notes))
+        return Outcome(
+            identity, action in (Action.STORE, Action.KEEP), new, not_after, self._retry_after, tuple(self._notes)
+        )
 
-    def _take(self, identity: Identity, issued: Issued, new: bool) -> None:
-        """Stores a time of the server's own in the place of the one that was put there for want of it.
-
-        Asked with any other, the server sends the same certificate for ever. Once only, whatever times it goes on to
-        tell.
-        """
-        if not new and identity.modified == issued.not_before != issued.modified:
-            self._store(identity.with_issued(issued))
+    def _exchange(self, state: State, identity: Identity) -> tuple[Event, Optional[Issued], str]:
+        """Sends the request that belongs to `state`; what the response says, a certificate in it, and its words."""
+        if state in enrollment.POSTS:
+            self._keep(identity)  # a request that was made again is stored before it is sent
+            response = self._server.post(identity.request_hash, identity.request)
+            self._retry_after = response.retry_after
+            return _event_of_post(response), None, str(response)
+        # Whoever refuses our certificate is asked without a date, too: he doesn't seem to think much of what we have.
+        since = self._since(identity) if state is State.ASKED else None
+        try:
+            response = self._server.get(identity.request_hash, since)
+        except ConnectionLost as lost:
+            if not self._server.shows_certificate or state is not State.ASKED:
+                raise
+            return Event.UNWANTED, None, str(lost)
+        self._retry_after = response.retry_after
+        if self._server.shows_certificate and state is State.ASKED and response.refuses_certificate:
+            return Event.UNWANTED, None, str(response)
+        return (*self._event(response, identity), str(response))
 
     def _since(self, identity: Identity) -> Optional[float]:
         """For If-Modified-Since; None once less than a third of the certificate's life is left."""
@@ -221,23 +232,33 @@ class Check:
             return Event.NOT_MODIFIED, None
         if response.is_rejection:
             return Event.REJECTED, None
-        if response.status != 200:
-            return {202: Event.PENDING, 404: Event.UNKNOWN}.get(response.status, Event.UNEXPECTED), None
+        if response.status == 202:
+            lapsed = identity.issued is not None and not usable(identity, self._trust)
+            return Event.LAPSED if lapsed else Event.PENDING, None
+        if response.status == 200:
+            return Event.CERTIFICATE, self._certificate(response, identity)
+        return Event.UNKNOWN if response.status == 404 else Event.UNEXPECTED, None
+
+    def _certificate(self, response: Response, identity: Identity) -> Issued:
+        """The certificate in a response, judged. Raises `Refused`."""
         lines = response.body.strip().replace(b"\r\n", b"\n").split(b"\n")
         text = b"".join(line + b"\n" for line in lines if line.strip(b" \t"))
         current = identity.issued
         if current and usable(identity, self._trust) and text == current.text:
-            time = current.modified if response.last_modified is None else response.last_modified
-            return Event.CERTIFICATE, current._replace(modified=time)
+            # A time that the server tells takes the place of a guessed one, once: asked with the guessed one it would
+            # send the same certificate for ever, and a server may tell another time with each response.
+            if current.guessed and response.last_modified is not None:
+                return current._replace(modified=response.last_modified, guessed=False)
+            return current
         from . import certificates
 
-        found = pem_certificates(text)
-        if not 1 <= len(found) <= certificates.MAXIMUM_CHAIN or b"".join(pem + b"\n" for pem in found) != text:
+        sent = pem.certificates(text)
+        if not 1 <= len(sent) <= certificates.MAXIMUM_CHAIN or b"".join(one + b"\n" for one in sent) != text:
             raise Refused("the server answered with something that is no certificate")
         anchors = certificates.anchors(self._trust)
         try:
             issued = certificates.accept(text, identity, anchors, self._trust, response.last_modified)
-        except certificates.Unusable as reason:
+        except certificates.InvalidCertificate as reason:
             raise Refused("the certificate from the server %s" % reason) from None
         if issued.not_after < self._trust.now():
             raise Refused("the certificate from the server ended at " + utc(issued.not_after))
@@ -247,7 +268,7 @@ class Check:
                 "the certificate from the server begins at %s, after the server's own has ended: its clock is ahead"
                 % utc(issued.not_before)
             )
-        return Event.CERTIFICATE, issued
+        return issued
 
     def _new(self) -> Identity:
         from . import certificates
@@ -255,16 +276,18 @@ class Check:
         self._say("making a key and a certificate request")
         with self._server.pause():
             anchors = certificates.anchors(self._trust)
-            identity = certificates.make(self._found.client_id, anchors, self._trust, self._found.hardware)
+            identity = certificates.make(self._stored.client_id, anchors, self._trust, self._stored.hardware)
         self._keep(identity)
         return identity
 
     def _keep(self, identity: Identity) -> None:
-        """Stores the identity if it isn't what is stored."""
+        """Stores the identity if it isn't what is stored, or its certificate's time if that is all that is new."""
         data = bytes(identity)
-        if data != self._stored:
+        if data != self._data:
             self._store(identity)
-            self._stored = data
+        elif self.kept is not None and self.kept.modified != identity.modified:
+            self._touch(identity)
+        self._data, self.kept = data, identity
 
     def _note(self, note: str) -> None:
         self._notes.append(note)

@@ -8,8 +8,8 @@ locked pays for this module, so it imports next to nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
 
 from .errors import UsageError
 
@@ -257,69 +257,96 @@ def _text(data: bytes, source: str) -> str:
         raise UsageError("%s, line %d: not UTF-8 text" % (source, line)) from None
 
 
-class Settings:
-    """What one run is to do, every value well-formed.
+class ClientId(NamedTuple):
+    """Who the device is.
 
-    Attributes: server (host, port) or None; key_file (absolute path); client_id or None (ask the hardware);
-    interfaces or None (the physical ones); domain or None; key_type; owner and group (numbers); mode; timeout
-    (seconds); hook (words) or None; build_time (seconds since 1970, UTC; 0 where the build left none).
+    Attributes: text; source: where it is from, for a person; hardware: what vouches for it and is remembered with a
+    new identity, see ``hardware``; empty where somebody gave the ID.
     """
 
-    def __init__(self, options: Mapping[str, str], environment: Mapping[str, str]) -> None:
-        """`options` has the names of the environment. Raises `UsageError`; reads the configuration file."""
+    text: str
+    source: str
+    hardware: tuple[str, ...] = ()
+
+
+class Permissions(NamedTuple):
+    """Whose a file is, by numbers, and its mode."""
+
+    owner: int
+    group: int
+    mode: int
+
+
+class Settings(NamedTuple):
+    """What one run is to do, every value well-formed.
+
+    Attributes: server: host and port, or None; ca_cert_file, identity_ca_file: paths or None; key_file: absolute
+    path; client_id: or None (ask the hardware); interfaces: or None (the physical ones); domain: or None; key_type;
+    permissions: of the key file; timeout: seconds; hook: words, or None; build_time: seconds since 1970, UTC, 0
+    where the build left none; unknown: names in the configuration file that this version doesn't know; sources:
+    where the value of each setting comes from.
+    """
+
+    server: Optional[tuple[str, int]]
+    ca_cert_file: Optional[str]
+    identity_ca_file: Optional[str]
+    key_file: str
+    client_id: Optional[str]
+    interfaces: Optional[tuple[str, ...]]
+    domain: Optional[str]
+    key_type: str
+    permissions: Permissions
+    timeout: float
+    hook: Optional[tuple[str, ...]]
+    build_time: float
+    unknown: tuple[str, ...]
+    sources: Mapping[str, str]
+
+    @classmethod
+    def read(cls, options: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
+        """Reads the configuration file. `options` has the names of the environment. Raises `UsageError`."""
         data = baked("baked.conf")
         base = parse(_text(data, "the baked-in settings"), "the baked-in settings") if data else {}
         build_time = base.pop("BUILD_TIME", "0")
-        self.build_time = int(build_time) if build_time.isdigit() else 0
-        self.unknown: list[str] = []
         layers = [
-            ("the baked-in settings", base),
-            ("the environment", {name: environment[name] for name in VALUES if environment.get(name)}),
             ("the command line", options),
+            ("the environment", {name: environment[name] for name in VALUES if environment.get(name)}),
+            ("the baked-in settings", base),
         ]
-        named = self._first(reversed(layers), "CARAMEL_CONFIG")
-        path = named or CONFIG_FILE
+        named = _first(layers, "CARAMEL_CONFIG")
+        path = str(named[1]) if named else CONFIG_FILE
+        unknown: tuple[str, ...] = ()
         try:
             values = parse(_text(_read(path, "the configuration file"), path), path)
         except FileNotFoundError:
             if named:
                 raise UsageError("the configuration file %s is not there" % path) from None
         else:
-            self.unknown = sorted(name for name in values if name.startswith("CARAMEL_") and name not in VALUES)
-            layers.insert(1, (path, values))
-        self._layers = layers[::-1]
+            unknown = tuple(sorted(name for name in values if name.startswith("CARAMEL_") and name not in VALUES))
+            layers.insert(2, (path, values))
+        given = {name: found for name in VALUES for found in [_first(layers, name)] if found}
 
-        get = self._get
-        self.server: Optional[tuple[str, int]] = get("CARAMEL_CA")
-        self.ca_cert_file: Optional[str] = get("CARAMEL_CA_CERT")
-        self.identity_ca_file: Optional[str] = get("CARAMEL_IDENTITY_CA")
-        self.key_file: str = get("CARAMEL_KEY_FILE") or KEY_FILE
-        self.client_id: Optional[str] = get("CARAMEL_CN")
-        self.interfaces: Optional[tuple[str, ...]] = get("CARAMEL_INTERFACES")
-        self.domain: Optional[str] = get("CARAMEL_DOMAIN")
-        self.key_type: str = get("CARAMEL_KEY_TYPE") or "rsa-2048"
-        owner, group, mode = get("CARAMEL_OWNER"), get("CARAMEL_GROUP"), get("CARAMEL_MODE")
-        self.owner: int = os.geteuid() if owner is None else owner
-        self.group: int = os.getegid() if group is None else group
-        self.mode: int = 0o600 if mode is None else mode
-        self.timeout: float = get("CARAMEL_TIMEOUT") or TIMEOUT
-        self.hook: Optional[tuple[str, ...]] = get("CARAMEL_HOOK")
+        def get(name: str, default: Any = None) -> Any:
+            return given[name][1] if name in given else default
 
-    @staticmethod
-    def _first(layers: Any, name: str) -> Optional[str]:
-        for source, values in layers:
-            # An empty value is no value: where a template leaves one, the device goes on with what it had.
-            if values.get(name):
-                path: str = _value(name, values[name], source)
-                return path
-        return None
-
-    def _get(self, name: str) -> Any:
-        return self._first(self._layers, name)
-
-    def source(self, name: str) -> Optional[str]:
-        """Where the value of the setting `name` comes from; None where it has none."""
-        return next((source for source, values in self._layers if values.get(name)), None)
+        return cls(
+            server=get("CARAMEL_CA"),
+            ca_cert_file=get("CARAMEL_CA_CERT"),
+            identity_ca_file=get("CARAMEL_IDENTITY_CA"),
+            key_file=get("CARAMEL_KEY_FILE", KEY_FILE),
+            client_id=get("CARAMEL_CN"),
+            interfaces=get("CARAMEL_INTERFACES"),
+            domain=get("CARAMEL_DOMAIN"),
+            key_type=get("CARAMEL_KEY_TYPE", "rsa-2048"),
+            permissions=Permissions(
+                get("CARAMEL_OWNER", os.geteuid()), get("CARAMEL_GROUP", os.getegid()), get("CARAMEL_MODE", 0o600)
+            ),
+            timeout=get("CARAMEL_TIMEOUT", TIMEOUT),
+            hook=get("CARAMEL_HOOK"),
+            build_time=int(build_time) if build_time.isdigit() else 0,
+            unknown=unknown,
+            sources={name: source for name, (source, _) in given.items()},
+        )
 
     def ca_cert(self) -> bytes:
         """The PEM text of the trusted CA: the named file's, else the baked-in one. Raises `UsageError`."""
@@ -331,6 +358,15 @@ class Settings:
     def identity_ca(self) -> Optional[bytes]:
         """The PEM text of the CA that signs this device; None: the one above. Raises `UsageError`."""
         return _certificate(self.identity_ca_file, "baked-identity.pem", "the identity's CA certificate")
+
+
+def _first(layers: Sequence[tuple[str, Mapping[str, str]]], name: str) -> Optional[tuple[str, Any]]:
+    """The first layer that has a value for the setting `name`, and that value; None where none has one."""
+    for source, values in layers:
+        # An empty value counts as not set: where a template leaves one, the device goes on with what it had.
+        if values.get(name):
+            return source, _value(name, values[name], source)
+    return None
 
 
 def _certificate(path: Optional[str], name: str, what: str) -> Optional[bytes]:

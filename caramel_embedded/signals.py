@@ -5,9 +5,8 @@ Before that, the default will do: nothing has been touched, and the starter turn
 
 from __future__ import annotations
 
-# Not `signal`, which makes enumerations of all its names at each start: 0.7 % of a check's instructions.
-import _signal as signal  # type: ignore[import-not-found]
 import os
+import signal
 
 from .errors import EXIT_FAILED
 
@@ -39,8 +38,8 @@ def catch() -> None:
     _at_work = True
 
 
-def rest() -> None:
-    """From now on, with the outcome known, a signal that was caught before ends the process at once."""
+def exit_at_once() -> None:
+    """From now on, with the outcome known, a signal that would have raised `Interrupted` ends the process instead."""
     global _at_work
     _at_work = False
 
@@ -48,6 +47,7 @@ def rest() -> None:
 def _on_signal(_number: int, _frame: object) -> None:
     if not _at_work:
         os._exit(EXIT_FAILED)
-    rest()  # the next one ends the clean-up too, but for the starter's: it passes on what the whole group has got
+    exit_at_once()  # a second signal doesn't wait for the clean-up
+    # The starter passes a signal on as SIGIO, also one that the whole process group has got: once is enough.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     raise Interrupted("ended by a signal")

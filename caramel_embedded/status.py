@@ -10,16 +10,17 @@ import stat
 import time
 from typing import Any, Optional
 
-from . import __version__, certificates, cli, device, hook
+from . import __version__, certificates, device, hook, pem
 from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING
-from .identity import certificate_in, utc
-from .keyfile import Folder, doing, read
-from .settings import Settings
+from .identity import utc
+from .keyfile import peek
+from .log import Log
+from .settings import Permissions, Settings
 from .stored import Stored, usable
 
 
 def report(settings: Settings, as_json: bool) -> tuple[str, int]:
-    """The text for standard output, and the exit status: a check's, as far as it can be told without asking.
+    """The text for standard output, and the exit status: a check's, as far as it can be described without asking.
 
     0: a usable certificate; 69: a request only; 127: neither. Raises `CaramelError` where the settings are wrong or
     the file can't be read.
@@ -34,13 +35,9 @@ def collect(settings: Settings) -> dict[str, Any]:
 
     Times are seconds since 1970, UTC.
     """
-    source = settings.source("CARAMEL_CN")
-    data, status = _read(settings.key_file)
-    log = cli.Log()
-    found = device.stored_identity(settings, data, status and int(status.st_mtime), log)
-    if source is None:
-        source = "the " + log.source
-    identity, trust = found.identity, found.trust
+    data, status = peek(settings.key_file)
+    stored, client_id = device.stored_identity(settings, data, status and int(status.st_mtime), Log())
+    identity, trust = stored.identity, stored.trust
     state = "none"
     if identity is not None:
         state = "certified" if usable(identity, trust) else "pending"
@@ -49,8 +46,8 @@ def collect(settings: Settings) -> dict[str, Any]:
         "version": __version__,
         "state": state,
         "exit_status": {"certified": EXIT_CERTIFIED, "pending": EXIT_PENDING}.get(state, EXIT_FAILED),
-        "client_id": settings.client_id,
-        "client_id_source": source,
+        "client_id": client_id.text,
+        "client_id_source": client_id.source if settings.client_id else "the " + client_id.source,
         "server": "%s:%d" % settings.server if settings.server else None,
         "key_file": settings.key_file if status is None else os.path.realpath(settings.key_file),
         "file": status
@@ -62,45 +59,41 @@ def collect(settings: Settings) -> dict[str, Any]:
         },
         "key": {"type": kind, "bits": bits} if identity else None,
         "request_sha256": identity.request_hash if identity else None,
-        "certificate": _certificate(found),
-        "hook_owed": settings.hook is not None and hook.is_owed(settings.key_file),
-        "remarks": found.notes,
+        "certificate": _certificate(stored),
+        "hook_owed": _hook_is_owed(stored, settings),
+        "remarks": stored.notes,
         "clock": {
             "now": int(time.time()),
             "floor": int(trust.floor),
             "believed": not trust.clock_is_behind,
         },
-        "next": _next(found, status, settings),
+        "next": _next(stored, status, settings),
         "retry_after": None,  # of a server, which is not asked here
     }
 
 
-def _read(path: str) -> tuple[bytes, Optional[os.stat_result]]:
-    try:
-        with doing("read", path, but=FileNotFoundError), Folder(path) as folder:
-            fd = folder.open(folder.name)
-            with open(fd, "rb"):  # closes it
-                return read(fd, path), os.fstat(fd)
-    except FileNotFoundError:
-        return b"", None
+def _hook_is_owed(stored: Stored, settings: Settings) -> bool:
+    if settings.hook is None or stored.identity is None or not usable(stored.identity, stored.trust):
+        return False
+    return hook.is_owed(os.path.realpath(settings.key_file), stored.identity.certificate or b"")
 
 
-def _certificate(found: Stored) -> Optional[dict[str, Any]]:
-    pem = certificate_in(found.data) if found.identity else None
-    if pem is None:
+def _certificate(stored: Stored) -> Optional[dict[str, Any]]:
+    block = pem.first(stored.data, pem.CERTIFICATE) if stored.identity else None
+    if block is None:
         return None
-    told = certificates.describe(pem)
-    good = usable(found.identity, found.trust)
-    issued = found.identity and found.identity.issued
+    described = certificates.describe(block)
+    good = usable(stored.identity, stored.trust)
+    issued = stored.identity and stored.identity.issued
     return {
         "usable": good,
-        "why_not": None if good else found.notes[-1],
-        "subject": told and told.subject,
-        "issuer": told and told.issuer,
-        "serial_number": told and told.serial_number,
-        "not_before": int(told.not_before) if told else None,
-        "not_after": int(told.not_after) if told else None,
-        "seconds_left": int(told.not_after - found.trust.now()) if told else None,
+        "why_not": None if good else stored.notes[-1],
+        "subject": described and described.subject,
+        "issuer": described and described.issuer,
+        "serial_number": described and described.serial_number,
+        "not_before": int(described.not_before) if described else None,
+        "not_after": int(described.not_after) if described else None,
+        "seconds_left": int(described.not_after - stored.trust.now()) if described else None,
         "for_servers_only": issued.servers_only if issued else None,
         "chain": issued.chain.count(b"-----BEGIN") if issued else None,
     }
@@ -120,23 +113,22 @@ def _group(number: int) -> str:
         return str(number)
 
 
-def _next(found: Stored, status: Optional[os.stat_result], settings: Settings) -> str:
+def _next(stored: Stored, status: Optional[os.stat_result], settings: Settings) -> str:
     if not settings.server:
         return "nothing: no server is configured"
     steps = []
-    place = (settings.owner, settings.group, settings.mode)
-    if status and (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != place:
+    if status and Permissions(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != settings.permissions:
         steps.append("set the file's owner and mode")
-    if found.identity is None:
-        steps.append("start over with a new key" if found.data else "make a key and a request, and send the request")
-    elif usable(found.identity, found.trust):
-        only = found.identity.for_servers_only
+    if stored.identity is None:
+        steps.append("start over with a new key" if stored.data else "make a key and a request, and send the request")
+    elif usable(stored.identity, stored.trust):
+        only = stored.identity.for_servers_only
         steps.append("ask for a newer certificate" if only else "show the certificate, and ask for a newer one")
-    elif certificate_in(found.data):
+    elif pem.first(stored.data, pem.CERTIFICATE):
         steps.append("ask for a certificate, and drop the one in the file")
     else:
         steps.append("ask whether the request is signed, and send it where the server doesn't know it")
-    if settings.hook and hook.is_owed(settings.key_file):
+    if _hook_is_owed(stored, settings):
         steps.append("call the hook, which is owed")
     return "; ".join(steps)
 

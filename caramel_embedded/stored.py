@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from typing import Optional
 
+from . import pem
 from .errors import NotReady, UsageError
-from .identity import Identity, only_certificates, utc
+from .identity import Identity, utc
 from .trust import Trust
 
 
@@ -57,13 +58,13 @@ class Stored:
         anchors = certificates.anchors(self.trust)  # a bad one shows before anything is made
         if not self.data:
             return None
-        if self.data in (self.trust.ca_cert, self.trust.identity_ca) or only_certificates(self.data):
+        if self.data in (self.trust.ca_cert, self.trust.identity_ca) or pem.only_certificates(self.data):
             raise UsageError("what is stored is somebody's certificates, and no identity: left as it is")
         try:
             identity, wrong = certificates.examine(
                 self.data, self.client_id, anchors, self.trust, self.hardware, modified
             )
-        except certificates.Foreign as reason:
+        except certificates.InvalidIdentity as reason:
             self.notes.append("%s: starting over with a new key" % reason)
             return None
         self.notes += wrong

@@ -139,11 +139,11 @@ def test_a_black_hole_among_the_addresses_costs_its_time_once() -> None:
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", hole),
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", good.getsockname()),
         ]
-        server.tcp().close()
-        left = server.left()
+        server._tcp().close()
+        left = server.remaining()
         assert left < 1.2
-        server.tcp().close()
-        assert server.left() > left - 0.2
+        server._tcp().close()
+        assert server.remaining() > left - 0.2
 
 
 # --- Retry-After ---

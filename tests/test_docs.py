@@ -119,8 +119,8 @@ def test_the_settings_table_is_that_of_the_program() -> None:
     assert defaults["--key-file"] == settings.KEY_FILE
     assert defaults["--config"] == settings.CONFIG_FILE
     assert float(defaults["--timeout"]) == settings.TIMEOUT
-    made = settings.Settings({"CARAMEL_CONFIG": os.devnull}, {})
-    assert int(defaults["--mode"], 8) == made.mode
+    made = settings.Settings.read({"CARAMEL_CONFIG": os.devnull}, {})
+    assert int(defaults["--mode"], 8) == made.permissions.mode
 
 
 def test_the_examples_stand_in_the_page_as_they_are() -> None:
@@ -520,8 +520,11 @@ def test_the_picture_is_the_state_machine() -> None:
         for text in svg.iter("{http://www.w3.org/2000/svg}text")
         if text.get("data-state")
     }
-    table = enrollment.TRANSITIONS.items()
-    assert drawn == {(at.name, event.name): (after.name, action.name) for (at, event), (after, action) in table}
+    assert drawn == {
+        (state.name, event.name): (after.name, action.name)
+        for state, row in enrollment.TRANSITIONS.items()
+        for event, (after, action) in row.items()
+    }
 
 
 def test_the_readme_claims_what_is_tried() -> None:

@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from world import Authority, key_file_content, private_pem, signing_request
 
-from caramel_embedded.certificates import Anchors, Foreign, examine, make
-from caramel_embedded.identity import Identity, certificate_in, only_certificates, remembered
+from caramel_embedded.certificates import Anchors, InvalidIdentity, examine, make
+from caramel_embedded.identity import Identity, remembered
+from caramel_embedded.pem import CERTIFICATE, first, only_certificates
 from caramel_embedded.trust import Trust
 
 ID = "fffbeec0ffee"
@@ -67,7 +68,7 @@ def test_a_whole_file_keeps_every_byte(whole: bytes, anchors: Anchors, trust: Tr
     assert body(bytes(identity)) == whole
     again = Identity.sealed(bytes(identity), trust.digest, 17.0)
     assert again and identity.issued and again.issued == identity.issued._replace(modified=17.0)
-    assert again.certificate == certificate_in(whole)
+    assert again.certificate == first(whole, CERTIFICATE)
 
 
 #: What is right, but not as this program writes it: it is brought into that form.
@@ -159,7 +160,7 @@ def test_what_is_never_kept(authority: Authority, anchors: Anchors, trust: Trust
         made = ec.generate_private_key(ec.SECP256R1())
     subjects = {"another device": authority.subject_for("x"), "another subject": [("O", "x"), ("CN", ID)]}
     data = key_file_content(made, signing_request(made, subjects.get(kind, authority.subject_for(ID))))
-    with pytest.raises(Foreign):
+    with pytest.raises(InvalidIdentity):
         examine(data, ID, anchors, trust, (), None)
 
 
@@ -177,7 +178,7 @@ def test_no_error_and_no_representation_holds_key_material(whole: bytes, anchors
     secrets = [line.decode() for line in identity.key.splitlines()[1:-1]]
     assert not any(secret in repr(identity) + str(identity) for secret in secrets)
     assert not any(secret.encode() in bytes(identity).partition(b"\n")[0] for secret in secrets)
-    with pytest.raises(Foreign) as caught:
+    with pytest.raises(InvalidIdentity) as caught:
         examine(whole.replace(secrets[5].encode(), b"A" * 64), ID, anchors, trust, (), None)
     assert not any(secret in str(caught.value) for secret in secrets)
 
@@ -196,7 +197,7 @@ def test_a_value_without_its_certificate(whole: bytes, anchors: Anchors, trust: 
 
 
 def test_what_is_certainly_somebody_elses(whole: bytes, authority: Authority) -> None:
-    certificate = certificate_in(whole)
+    certificate = first(whole, CERTIFICATE)
     assert certificate is not None
     for others in (
         authority.pem,

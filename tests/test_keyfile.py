@@ -16,8 +16,9 @@ import pytest
 
 from caramel_embedded import Locked, StorageError, keyfile
 from caramel_embedded.keyfile import KeyFile
+from caramel_embedded.settings import Permissions
 
-OURS = (os.geteuid(), os.getegid(), 0o600)
+OURS = Permissions(os.geteuid(), os.getegid(), 0o600)
 
 
 @pytest.fixture
@@ -60,8 +61,8 @@ def test_nothing_there_is_none(path: str) -> None:
 
 
 def test_a_new_file_is_empty_locked_and_gone_where_nothing_was_stored(path: str) -> None:
-    file = KeyFile.create(path, *OURS)
-    assert file.read() == b"" and file.misplaced(*OURS) is None
+    file = KeyFile.create(path, OURS)
+    assert file.read() == b"" and file.permissions == OURS
     with pytest.raises(Locked):
         KeyFile.open(path)
     file.close()
@@ -69,7 +70,7 @@ def test_a_new_file_is_empty_locked_and_gone_where_nothing_was_stored(path: str)
 
 
 def test_a_new_file_where_somebody_has_removed_it_meanwhile(path: str) -> None:
-    file = KeyFile.create(path, *OURS)
+    file = KeyFile.create(path, OURS)
     os.unlink(path)
     file.close()
     assert beside(path) == []
@@ -78,10 +79,10 @@ def test_a_new_file_where_somebody_has_removed_it_meanwhile(path: str) -> None:
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL])
 def test_a_file_system_without_unnamed_files(path: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     broken(monkeypatch, "open", failing(number, wants_tmpfile))
-    file = KeyFile.create(path, OURS[0], OURS[1], 0o640)
+    file = KeyFile.create(path, OURS._replace(mode=0o640))
     with pytest.raises(Locked):
         KeyFile.open(path)
-    file.replace(b"new", 5, OURS[0], OURS[1], 0o640)
+    file.replace(b"new", 5, OURS._replace(mode=0o640))
     file.close()
     assert Path(path).read_bytes() == b"new"
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
@@ -91,24 +92,24 @@ def test_a_file_system_without_unnamed_files_and_without_owners(path: str, monke
     broken(monkeypatch, "open", failing(errno.EOPNOTSUPP, wants_tmpfile))
     broken(monkeypatch, "fchown", failing(errno.EPERM))
     with pytest.raises(StorageError, match="not permitted"):
-        KeyFile.create(path, OURS[0] + 1, OURS[1], 0o600)
+        KeyFile.create(path, OURS._replace(owner=OURS.owner + 1))
     assert beside(path) == []
     # What changes nothing isn't asked for.
-    KeyFile.create(path, *OURS).close()
+    KeyFile.create(path, OURS).close()
 
 
 @pytest.mark.parametrize("name", ["fchmod", "link"])
 def test_a_file_that_can_not_be_made_leaves_nothing(path: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     broken(monkeypatch, name, failing(errno.EIO))
     with pytest.raises(StorageError, match="can't make"):
-        KeyFile.create(path, OURS[0], OURS[1], 0o640)
+        KeyFile.create(path, OURS._replace(mode=0o640))
     assert beside(path) == []
 
 
 def test_a_folder_that_takes_no_new_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "open", failing(errno.EROFS, wants_tmpfile))
     with pytest.raises(StorageError, match="Read-only"):
-        KeyFile.create(path, *OURS)
+        KeyFile.create(path, OURS)
 
 
 def test_two_make_the_file_and_the_other_was_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_two_make_the_file_and_the_other_was_first(path: str, monkeypatch: pytes
         return link
 
     broken(monkeypatch, "link", meanwhile)
-    file = KeyFile.create(path, *OURS)
+    file = KeyFile.create(path, OURS)
     assert file.read() == b"theirs"
     file.close()
     assert Path(path).read_bytes() == b"theirs", "it is not ours to remove"
@@ -139,12 +140,12 @@ def test_a_file_that_was_put_there_meanwhile_is_not_ours_to_remove(
     monkeypatch.setattr(keyfile, "_PROC", False)
     monkeypatch.setattr(keyfile, "_hand_over", replaced)
     with pytest.raises(StorageError, match="can't make"):
-        KeyFile.create(path, *OURS)
+        KeyFile.create(path, OURS)
     assert Path(path).read_bytes() == b"theirs"
 
 
 def test_a_file_that_was_put_in_the_place_of_an_empty_one_is_not_ours_to_remove(path: str) -> None:
-    file = KeyFile.create(path, *OURS)
+    file = KeyFile.create(path, OURS)
     Path(path + ".theirs").write_bytes(b"theirs")
     os.replace(path + ".theirs", path)
     file.close()
@@ -153,9 +154,9 @@ def test_a_file_that_was_put_in_the_place_of_an_empty_one_is_not_ours_to_remove(
 
 def test_who_waits_for_what_was_replaced_waits_until_the_end(path: str) -> None:
     """flock(1) without -n has opened what was there when it began to wait."""
-    file = KeyFile.create(path, *OURS)
+    file = KeyFile.create(path, OURS)
     with open(path, "rb") as before:
-        file.replace(b"new", None, *OURS)
+        file.replace(b"new", None, OURS)
         with pytest.raises(BlockingIOError):
             fcntl.flock(before, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.close()
@@ -170,7 +171,7 @@ def test_a_file_that_is_replaced_again_and_again_counts_as_locked(path: str, mon
     os.unlink(path)
     monkeypatch.setattr(keyfile, "_create_locked", lambda *_: None)
     with pytest.raises(Locked, match="is making"):
-        KeyFile.create(path, *OURS)
+        KeyFile.create(path, OURS)
 
 
 def test_a_file_that_vanishes_while_it_is_locked_is_looked_for_again(
@@ -224,7 +225,7 @@ def test_what_can_not_be_stored_leaves_the_old(
     assert file is not None
     broken(monkeypatch, name, failing(number))
     with pytest.raises(StorageError, match="can't store"):
-        file.replace(b"new", None, OURS[0], OURS[1], 0o640)
+        file.replace(b"new", None, OURS._replace(mode=0o640))
     file.close()
     assert Path(path).read_bytes() == b"old" and beside(path) == ["identity.pem"]
 
@@ -239,7 +240,7 @@ def test_a_signal_while_it_is_stored_leaves_the_old(path: str, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        file.replace(b"new", None, *OURS)
+        file.replace(b"new", None, OURS)
     file.close()
     assert Path(path).read_bytes() == b"old" and beside(path) == ["identity.pem"]
 
@@ -250,13 +251,13 @@ def test_a_draft_that_can_not_be_made(path: str) -> None:
     file = KeyFile.open(path)
     assert file is not None
     with pytest.raises(StorageError, match="can't store"):
-        file.replace(b"new", None, *OURS)
+        file.replace(b"new", None, OURS)
     file.close()
 
 
 def test_a_time_that_the_system_can_not_count_to_costs_nothing(path: str) -> None:
-    file = KeyFile.create(path, *OURS)
-    file.replace(b"new", 2.0**80, *OURS)
+    file = KeyFile.create(path, OURS)
+    file.replace(b"new", 2.0**80, OURS)
     file.touch(2.0**80)
     file.touch(7)
     assert file.modified == 7
@@ -268,13 +269,13 @@ def test_a_folder_that_can_not_be_flushed(path: str, monkeypatch: pytest.MonkeyP
     def folder(fd: int) -> bool:
         return stat.S_ISDIR(os.fstat(fd).st_mode)
 
-    file = KeyFile.create(path, *OURS)
+    file = KeyFile.create(path, OURS)
     with monkeypatch.context() as patched:
         broken(patched, "fsync", failing(errno.EINVAL, folder))
-        file.replace(b"no such thing here", None, *OURS)
+        file.replace(b"no such thing here", None, OURS)
     broken(monkeypatch, "fsync", failing(errno.EIO, folder))
     with pytest.raises(StorageError, match="flush the folder"):
-        file.replace(b"new", None, *OURS)
+        file.replace(b"new", None, OURS)
     file.close()
     assert Path(path).read_bytes() == b"new", "whole, old or new; here it has the name already"
 
@@ -290,11 +291,11 @@ def test_folders_are_made_and_one_that_somebody_else_makes_will_do(
         return mkdir
 
     broken(monkeypatch, "mkdir", meanwhile)
-    KeyFile.create(str(tmp_path / "a" / "b" / "identity.pem"), *OURS).close()
+    KeyFile.create(str(tmp_path / "a" / "b" / "identity.pem"), OURS).close()
     assert (tmp_path / "a" / "b").is_dir()
     broken(monkeypatch, "mkdir", failing(errno.EACCES))
     with pytest.raises(StorageError, match=r"can't (make|open) the folder"):
-        KeyFile.create(str(tmp_path / "c" / "identity.pem"), *OURS)
+        KeyFile.create(str(tmp_path / "c" / "identity.pem"), OURS)
 
 
 def test_a_lock_that_wants_a_file_that_can_be_written(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,26 +325,9 @@ def test_what_is_flushed_and_when(path: str, monkeypatch: pytest.MonkeyPatch) ->
 
         return act
 
-    file = KeyFile.create(path, *OURS)
+    file = KeyFile.create(path, OURS)
     for name in ("fsync", "rename", "write"):
         monkeypatch.setattr(os, name, noted(getattr(os, name), name))
-    file.replace(b"new", None, *OURS)
+    file.replace(b"new", None, OURS)
     file.close()
     assert done == ["write", "fsync file", "rename", "fsync folder", "fsync file"]
-
-
-def test_a_file_system_that_keeps_no_mode_is_said_and_nothing_is_replaced(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FAT: fchmod(2) succeeds and changes nothing."""
-    Path(path).write_bytes(b"old")
-    os.chmod(path, 0o755)
-    monkeypatch.setattr(os, "fchmod", lambda fd, mode: None)
-    file = KeyFile.open(path)
-    assert file is not None
-    before = os.stat(path).st_ino
-    file.settle(*OURS)
-    said = file.misplaced(*OURS)
-    file.close()
-    assert said is not None and "0755 in the place of" in said and "fmask=0177" in said
-    assert os.stat(path).st_ino == before

@@ -10,14 +10,29 @@ import importlib
 import os
 import ssl
 import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 from world import Authority
 
-from caramel_embedded import Identity, NotReady, UsageError, certificates, hardware, identity, settings, stored, trust
+from caramel_embedded import (
+    Identity,
+    NotReady,
+    UsageError,
+    certificates,
+    device,
+    hardware,
+    identity,
+    server,
+    settings,
+    stored,
+    trust,
+)
 from caramel_embedded import __main__ as entry
-from caramel_embedded.cli import Log
+from caramel_embedded.keyfile import KeyFile
+from caramel_embedded.log import Log
 
 
 def test_no_entropy_yet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +73,7 @@ def test_a_system_without_files_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
     nobody = Identity(b"", b"", "a", b"")
     with pytest.raises(OSError, match="memfd_create"):
         nobody.load_into(context)
-    assert "memfd_create" in str(trust.show(nobody, context))
+    assert "memfd_create" in str(server.show(nobody, context))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +90,7 @@ def test_an_interface_that_the_driver_knows_nothing_of() -> None:
 def test_nothing_is_baked_in_and_no_ca_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "baked", lambda _name: None)
     with pytest.raises(UsageError, match="no CA certificate"):
-        settings.Settings({"CARAMEL_CONFIG": "/dev/null"}, {}).ca_cert()
+        settings.Settings.read({"CARAMEL_CONFIG": "/dev/null"}, {}).ca_cert()
 
 
 @pytest.mark.parametrize(
@@ -119,3 +134,23 @@ def test_descriptors_that_are_closed_are_opened(monkeypatch: pytest.MonkeyPatch)
         patched.setattr(os, "open", lambda *arguments: opened.append(arguments))
         assert entry._open_standard_descriptors() is False
     assert opened == [("/dev/null", os.O_RDWR)] * 3
+
+
+def test_a_file_system_that_keeps_no_mode_is_said_and_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT: fchmod(2) succeeds and changes nothing."""
+    path = tmp_path / "identity.pem"
+    path.write_bytes(b"old")
+    path.chmod(0o755)
+    monkeypatch.setattr(os, "fchmod", lambda fd, mode: None)
+    file = KeyFile.open(str(path))
+    assert file is not None
+    nobody = Identity(b"", b"", "a", b"")
+    before = path.stat().st_ino
+    wanted = settings.Permissions(os.geteuid(), os.getegid(), 0o600)
+    found: Any = types.SimpleNamespace(identity=nobody)
+    said = device._Store(file, found, wanted, Log()).finish(nobody)
+    file.close()
+    assert len(said) == 1 and "0755 in the place of" in said[0] and "fmask=0177" in said[0]
+    assert path.stat().st_ino == before

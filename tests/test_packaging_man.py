@@ -10,6 +10,7 @@ from needs import needs
 from world import ROOT, environment
 
 from caramel_embedded import cli, errors, settings
+from caramel_embedded.log import INFO, Log
 
 PAGE = ROOT / "packaging/man/caramel-embedded.8"
 COMPLETION = ROOT / "packaging/completion/caramel-embedded.bash"
@@ -48,10 +49,9 @@ def test_the_page_has_the_defaults_and_statuses() -> None:
 
 
 def test_the_page_has_all_of_a_checks_json() -> None:
-    told = cli.Log()
-    told.json = told.quiet = True
-    outcome = told.result(errors.EXIT_CERTIFIED, "text")
-    assert outcome
+    words = Log()
+    words.json = words.quiet = True
+    outcome = cli.result(words, errors.EXIT_CERTIFIED, "text", INFO)
     section = re.sub(r"\s+", " ", PAGE.read_text().partition(".It Fl -json\n")[2].partition(".It ")[0])
     assert set(re.findall(r"\.Va (\w+)", section)) == set(json.loads(outcome))
 

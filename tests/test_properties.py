@@ -22,7 +22,7 @@ from torture import simulation
 from torture.fleet import key_file_parts
 
 from caramel_embedded import certificates, hardware, identity, settings, trust
-from caramel_embedded.certificates import Foreign, Unusable
+from caramel_embedded.certificates import InvalidCertificate, InvalidIdentity
 from caramel_embedded.errors import UsageError
 
 ID = "fe00feedc0de"
@@ -72,7 +72,7 @@ def _whatever_is_kept_is_whole(data: bytes, trusted: trust.Trust) -> None:
     anchors = certificates.Anchors(trusted.ca_cert)
     try:
         kept, wrong = certificates.examine(data, ID, anchors, trusted, (), None)
-    except Foreign as reason:
+    except InvalidIdentity as reason:
         assert str(reason).isprintable() and "PRIVATE" not in str(reason)
         return
     assert all(reason.isprintable() for reason in wrong)
@@ -112,7 +112,7 @@ def test_any_changed_byte_of_a_certificate_makes_it_unusable_or_nothing(
     owner = identity.Identity(parts.key, parts.request, ID, trusted.digest)
     try:
         issued = certificates.accept(bytes(data), owner, anchors, trusted)
-    except Unusable as reason:
+    except InvalidCertificate as reason:
         assert str(reason).isprintable()
         return
     assert _same_der(issued.pem, parts.certificate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -158,16 +159,18 @@ def test_a_certificate_that_is_early_even_without_dates_ends_the_run(monkeypatch
     """Not every TLS library has to know OpenSSL's flag."""
     tries = []
 
-    def early(*_: Any) -> None:
-        tries.append(1)
-        assert len(tries) < 9, "for ever"
-        raise server._Early("has not begun")
+    def early(_: server.Server, dates: bool) -> None:
+        tries.append(dates)
+        error = ssl.SSLCertVerificationError("not yet valid")
+        error.verify_code, error.verify_message = server.NOT_YET_VALID, "certificate is not yet valid"
+        raise error
 
     asked = server.Server(("127.0.0.1", 9), trust.Trust(b""), "a", 20, lambda _: None)
-    monkeypatch.setattr(server.Server, "_open", lambda *_: None)
+    monkeypatch.setattr(server.Server, "_handshake", early)
+    asked.connect(None)
     with pytest.raises(Untrusted):
-        asked._persistently(early)
-    assert len(tries) == 2
+        asked.reach()
+    assert tries == [True, False]
 
 
 def test_whatever_a_look_up_raises_is_said_in_the_runs_own_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,7 +261,7 @@ def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monke
 
     monkeypatch.setattr(hardware, "Hardware", Hardware)
     given = {"CARAMEL_CA_CERT": str(authority.certificate_file), "CARAMEL_KEY_FILE": str(device.key_file)}
-    text, _ = module.report(settings.Settings({**given, "CARAMEL_INTERFACES": "eth7"}, {}), False)
+    text, _ = module.report(settings.Settings.read({**given, "CARAMEL_INTERFACES": "eth7"}, {}), False)
     assert line(text, "client ID") == "eth7, from the serial number in /sys/it"
 
 

@@ -9,6 +9,7 @@ import ssl
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
@@ -19,8 +20,9 @@ from world import PLAIN, Answer, Authority, Caramel, Device, Front, HttpRequest,
 
 import caramel_embedded
 from caramel_embedded import certificates
-from caramel_embedded.certificates import Anchors, Unusable, anchors
+from caramel_embedded.certificates import Anchors, InvalidCertificate, anchors
 from caramel_embedded.errors import UsageError
+from caramel_embedded.server import client_context
 from caramel_embedded.trust import Trust
 
 ID = "fffbeec0ffee"
@@ -430,7 +432,7 @@ def test_the_rule_of_the_clock(
     try:
         certificates.verify_server([der], trusted, trust.now())
         assert good
-    except Unusable as reason:
+    except InvalidCertificate as reason:
         assert not good and "ended at" in str(reason)
 
 
@@ -465,15 +467,23 @@ def test_a_ca_that_has_ended_vouches_for_nothing(dated: Authority) -> None:
     request = world.signing_request(world.new_key(), dated.subject_for(ID))
     certificate = x509.load_pem_x509_certificate(dated.sign(request))
     certificates.verify(certificate, [], trusted, FAR)
-    with pytest.raises(Unusable, match="CA certificate has ended"):
+    with pytest.raises(InvalidCertificate, match="CA certificate has ended"):
         certificates.verify(certificate, [], trusted, FAR + 1)
+
+
+def anchored(ca_cert: bytes) -> Any:
+    return client_context(Trust(ca_cert), dates=True).get_ca_certs()
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 def test_a_ca_file_may_have_any_line_end_and_text_around(dated: Authority, line_end: bytes) -> None:
     text = b"The root of 2020" + line_end + dated.pem.replace(b"\n", line_end) + line_end + b"# end"
     assert Anchors(text).subjects == Anchors(dated.pem).subjects
-    assert Trust(text).context(dates=True).get_ca_certs() == Trust(dated.pem).context(dates=True).get_ca_certs() != []
+    assert (
+        client_context(Trust(text), True).get_ca_certs()
+        == client_context(Trust(dated.pem), True).get_ca_certs()
+        != []
+    )
 
 
 def test_a_ca_that_is_none_is_refused(dated: Authority) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from caramel_embedded.keyfile import Folder
+from caramel_embedded.settings import Permissions
 
 SIZE = 64 << 20  # bytes, of the file system
 CONTENT = b"x" * 4600  # bytes; what a key file has
@@ -31,7 +32,7 @@ WITH, WITHOUT = "with", "without"
 def replaced(folder: Folder, twice: bool) -> float:
     """Replaces the key file once; the seconds it took."""
     began = time.perf_counter()
-    lock = folder.put(folder.name, CONTENT, None, os.getuid(), os.getgid(), 0o600)
+    lock = folder.put(folder.name, CONTENT, None, Permissions(os.getuid(), os.getgid(), 0o600))
     folder.sync(lock.fd if twice else None)
     took = time.perf_counter() - began
     lock.drop()

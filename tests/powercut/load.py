@@ -36,10 +36,12 @@ def content(number: int) -> bytes:
 def replaced(path: str, data: bytes, owner: int, group: int, mode: int) -> None:
     """The program's own way to store an identity. Raises what it raises."""
     from caramel_embedded.keyfile import KeyFile
+    from caramel_embedded.settings import Permissions
 
-    file = KeyFile.open(path) or KeyFile.create(path, owner, group, mode)
+    permissions = Permissions(owner, group, mode)
+    file = KeyFile.open(path) or KeyFile.create(path, permissions)
     try:
-        file.replace(data, None, owner, group, mode)
+        file.replace(data, None, permissions)
     finally:
         file.close()
 
@@ -131,6 +133,7 @@ class Guest:
         """Copies a key file of the lower layer to the upper one under a lock; whether others see that lock."""
         from caramel_embedded.errors import Locked
         from caramel_embedded.keyfile import KeyFile
+        from caramel_embedded.settings import Permissions
 
         def locked() -> bool:
             return subprocess.run(["flock", "--nonblock", path, "true"]).returncode == 1
@@ -140,7 +143,7 @@ class Guest:
         found = {"opened": locked()}
         os.chmod(path, 0o600)
         found["copied up"] = locked()
-        file.replace(content(1), None, owner, group, mode)
+        file.replace(content(1), None, Permissions(owner, group, mode))
         found["replaced"] = locked()
         file.close()
         found["free in the end"] = not locked()

@@ -41,7 +41,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     """What the key file's parsers may do with any bytes, and inputs to begin with."""
     import world
 
-    from caramel_embedded import certificates, identity, trust
+    from caramel_embedded import certificates, identity, pem, trust
     from torture.fleet import key_file_parts
 
     folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
@@ -68,7 +68,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
             raise Finding("a seal holds on what would not have been written")
         try:
             examined, _ = certificates.examine(data, CLIENT_ID, anchors, trusted, (), None)
-        except certificates.Foreign:
+        except certificates.InvalidIdentity:
             pass
         else:
             again = identity.Identity.sealed(bytes(examined), trusted.digest)
@@ -79,9 +79,9 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
             twice, wrong = certificates.examine(bytes(examined), CLIENT_ID, anchors, trusted, (), None)
             if wrong or bytes(twice) != bytes(examined):
                 raise Finding("what examine() keeps is not what it keeps of it")
-        identity.certificate_in(data)
+        pem.first(data, pem.CERTIFICATE)
         identity.remembered(data)
-        identity.only_certificates(data)
+        pem.only_certificates(data)
         certificates.client_id_in(data)
 
     return oracle, seeds
@@ -94,7 +94,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     import urllib3
     import world
 
-    from caramel_embedded import trust
+    from caramel_embedded import pem as reader
     from caramel_embedded.errors import Refused, Unreachable
     from caramel_embedded.server import MAXIMUM_BODY
     from torture.simulation import parsed
@@ -117,7 +117,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     def oracle(data: bytes) -> None:
         try:
             answer = parsed(data)
-        # What the program turns into words of its own, see Server._guarded.
+        # What the program turns into words of its own, see Server._in_our_terms.
         except (Refused, Unreachable, OSError, http.client.HTTPException, urllib3.exceptions.HTTPError, ValueError):
             return
         if len(answer.body) > MAXIMUM_BODY:
@@ -126,7 +126,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
             raise Finding("a stranger's answer is taken for Caramel's")
         if not str(answer).isprintable() or len(str(answer)) > 300:
             raise Finding("an answer's words don't fit into a line")
-        trust.pem_certificates(answer.body)
+        reader.certificates(answer.body)
 
     return oracle, seeds
 

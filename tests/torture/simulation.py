@@ -226,6 +226,11 @@ class Simulation:
             def __init__(self, *_: object) -> None:
                 pass
 
+            shows_certificate = False
+
+            def connect(self, _identity: object) -> None:
+                pass
+
             def reach(self) -> None:
                 if connection == "killed":
                     raise Killed
@@ -234,7 +239,7 @@ class Simulation:
                 if connection == "untrusted":
                     raise Untrusted("another")
 
-            def get(self, sha256: str, since: Optional[float], shown: object) -> Response:
+            def get(self, sha256: str, since: Optional[float] = None) -> Response:
                 self.reach()
                 return simulation.exchange("GET", sha256, None, since is not None)
 
