@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -38,8 +38,10 @@ def problem(status: int, detail: str | None = None, **headers: Any) -> Response:
 
 
 class Application:
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, front: Collection[str] = ()) -> None:
+        """`front` are the addresses whose own questions are answered: not what they pass on for somebody."""
         self._registry = registry
+        self._front = front
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
@@ -62,8 +64,10 @@ class Application:
             return Response(signer.root, content_type=OCTETS)
         if request.path == "/bundle.crt" and asks:
             return Response(signer.bundle, content_type=OCTETS)
-        if request.path == "/accepted" and asks:
-            return self._accepted(request)
+        if request.path in ("/accepted", "/health") and asks:
+            if request.remote_addr not in self._front or "X-Forwarded-For" in request.headers:
+                return problem(404)
+            return self._accepted(request) if request.path == "/accepted" else self._health()
         match = HASH.fullmatch(request.path)
         if not match:
             return problem(404)
@@ -107,6 +111,11 @@ class Application:
         known = re.fullmatch("[0-9A-Fa-f]{1,40}", serial) and self._registry.is_accepted(int(serial, 16))
         return Response(status=204) if known else problem(403)
 
+    def _health(self) -> Response:
+        """For a front that balances: can this process answer devices? Errors are 503, as they are to devices."""
+        self._registry.look()
+        return Response(status=204)
+
 
 def _asked_since(request: Request) -> int | None:
     """The date that the device has of its certificate. It is compared for equality: any other date gets the whole.
@@ -121,7 +130,8 @@ def _asked_since(request: Request) -> int | None:
 
 def build(configuration: Configuration) -> Application:
     """The application that this configuration describes. Raises WrongUsage where it can't work."""
-    return Application(assemble(configuration).registry)
+    registry, _ = assemble(configuration).answering()
+    return Application(registry, configuration.front)
 
 
 def from_environment() -> Application:

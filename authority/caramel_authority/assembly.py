@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What the configuration describes, put together."""
+"""What the configuration describes, put together. Which process is which part decides what it can reach: the one that
+answers asks another one to sign, the one that signs has no network, the worker has the ACME account's key.
+"""
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
+from . import signer
 from .acme_ca import AcmeCa
 from .ca import CertificateAuthority
 from .configuration import Configuration
+from .errors import WrongUsage
 from .orders import OrderSigner, Worker
 from .registry import Registry, Signer
+from .signer import Child, RemoteCa
 from .store import Store
 from .zone import Zone
 
@@ -18,20 +24,49 @@ from .zone import Zone
 class Parts:
     configuration: Configuration
     store: Store
-    registry: Registry
-    #: None where the signer is `acme`.
-    ca: CertificateAuthority | None
+
+    def registry(self, by: Signer | None = None) -> Registry:
+        """Who decides. By default nothing can be signed, which nobody who decides needs."""
+        configuration = self.configuration
+        chosen = by or self._signer_at(_nobody)
+        return Registry(
+            self.store, configuration.rules, chosen, configuration.retry_after, configuration.dns.addresses
+        )
+
+    def answering(self) -> tuple[Registry, Child | None]:
+        """The part that answers devices; and the signer, where none is configured: a child of this process."""
+        if self.configuration.signer != "ca":
+            return self.registry(), None
+        path = self.configuration.ca.signer_socket
+        child = None if path else Child(self.sign)
+        return self.registry(self._signer_at(child.connect if child else signer.at(path))), child
+
+    def sign(self, accept: signer.Accept) -> None:
+        """The part that signs: it alone reads the CA's key, and it knows no network."""
+        signer.run(self.registry(self.ca).renew, accept)
+
+    @property
+    def ca(self) -> CertificateAuthority:
+        """The CA with its keys. Raises WrongUsage where it is somebody else's."""
+        if self.configuration.signer != "ca":
+            raise WrongUsage('the signer is not "ca"')
+        return CertificateAuthority(self.configuration.ca)
 
     def worker(self) -> Worker:
         """What does the slow work. It alone reads the account's key and the one for DNS."""
         zone = Zone(self.configuration.dns) if self.configuration.can_set_names else None
-        acme = AcmeCa(self.configuration.acme, zone) if zone and not self.ca else None
+        acme = AcmeCa(self.configuration.acme, zone) if zone and self.configuration.signer == "acme" else None
         return Worker(self.store, self.configuration, acme, zone)
+
+    def _signer_at(self, connect: signer.Connect) -> Signer:
+        if self.configuration.signer == "ca":
+            return RemoteCa(self.configuration.ca, connect)
+        return OrderSigner(self.configuration)
 
 
 def assemble(configuration: Configuration) -> Parts:
-    store = Store(configuration.database)
-    ca = CertificateAuthority(configuration.ca) if configuration.signer == "ca" else None
-    signer: Signer = ca or OrderSigner(configuration)
-    registry = Registry(store, configuration.rules, signer, configuration.retry_after, configuration.dns.addresses)
-    return Parts(configuration, store, registry, ca)
+    return Parts(configuration, Store(configuration.database))
+
+
+def _nobody() -> socket.socket:
+    raise OSError("this process asks no signer")

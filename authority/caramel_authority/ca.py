@@ -4,6 +4,10 @@
 `ca.crt` holds the CA's certificate and, where it is an intermediate of somebody else's CA, those above it up to the
 root. `ca.key` belongs to one user and has mode 0600. Everything signed here has a serial number that no other
 certificate ever had, whichever key signs, and lives for less than a week unless the configuration says otherwise.
+
+While one CA follows another (`rollover`), there are more files: `next.crt` and `next.key` of the CA that will sign,
+`old.crt` and `old.key` of the one that did, and `cross.crt`, with which each of the two vouches for the other.
+`Certificates` is what everybody may read of that folder, `CertificateAuthority` is who holds the keys.
 """
 
 from __future__ import annotations
@@ -26,12 +30,13 @@ from sqlalchemy import Connection, Row, select
 
 from . import store
 from .configuration import Ca
-from .errors import TryLater, WrongUsage
+from .errors import BadRequest, TryLater, WrongUsage
 from .registry import Issued
-from .signing_request import HOST_NAME, SigningRequest, Subject, prefix_of
+from .signing_request import HOST_NAME, SigningRequest, Subject, prefix_of, validate
 from .store import devices
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+Chain = tuple[x509.Certificate, ...]
 USAGES = {"client": ExtendedKeyUsageOID.CLIENT_AUTH, "server": ExtendedKeyUsageOID.SERVER_AUTH}
 KEY_TYPES = ("ec-p256", "rsa-2048", "rsa-3072", "rsa-4096")
 PEM = serialization.Encoding.PEM
@@ -45,6 +50,10 @@ def new_key(kind: str) -> Key:
 
 def key_pem(key: Key) -> bytes:
     return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def chain_pem(chain: Sequence[x509.Certificate]) -> bytes:
+    return b"".join(one.public_bytes(PEM) for one in chain)
 
 
 def write_whole(path: Path, content: bytes, mode: int) -> None:
@@ -63,24 +72,41 @@ def write_whole(path: Path, content: bytes, mode: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    flush(path.parent)
+
+
+def flush(folder: Path) -> None:
+    """What got another name in this folder has it after a loss of power (fsync(2))."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
-
-
-def name_from(text: str) -> x509.Name:
-    """A name from `C=SE,O=Example AB,CN=Example CA`, in that order. Raises WrongUsage."""
-    try:
-        # RFC 4514 writes names the other way round.
-        return x509.Name(reversed(list(x509.Name.from_rfc4514_string(text))))
-    except ValueError as error:
-        raise WrongUsage(f"{text!r} is no name like C=SE,O=Example,CN=Example CA: {error}") from None
+        os.close(handle)
 
 
 def utc(moment: int) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(moment, datetime.UTC)
+
+
+def end_of(chain: Sequence[x509.Certificate]) -> int:
+    """When the first of these ends: nothing that hangs on them is good for longer."""
+    return min(int(one.not_valid_after_utc.timestamp()) for one in chain)
+
+
+def is_self_signed(certificate: x509.Certificate) -> bool:
+    """Issuer and subject alone don't say it: a CA's new certificate by its old key has one name twice (RFC 4210,
+    4.4).
+    """
+    try:
+        certificate.verify_directly_issued_by(certificate)
+    except Exception:  # ValueError for another name, InvalidSignature for another key, TypeError for another kind
+        return False
+    return True
+
+
+def describe(certificate: x509.Certificate) -> str:
+    name, digest = certificate.subject.rfc4514_string(), certificate.fingerprint(hashes.SHA256()).hex()
+    return f"{name} serial {certificate.serial_number:x} sha256 {digest}"
 
 
 def _key_usage(**yes: bool) -> x509.KeyUsage:
@@ -92,7 +118,7 @@ def _key_usage(**yes: bool) -> x509.KeyUsage:
     )
 
 
-def _ca_extensions(key: Any) -> list[tuple[x509.ExtensionType, bool]]:
+def ca_extensions(key: Any) -> list[tuple[x509.ExtensionType, bool]]:
     return [
         (x509.BasicConstraints(True, 0), True),
         (_key_usage(key_cert_sign=True, crl_sign=True), True),
@@ -101,58 +127,98 @@ def _ca_extensions(key: Any) -> list[tuple[x509.ExtensionType, bool]]:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    key: Key
-    chain: list[x509.Certificate]
+class Known:
+    """The CA's certificates, each with those above it up to the root. `next` and `old` are empty unless one CA
+    follows another.
+    """
 
-    @property
-    def certificate(self) -> x509.Certificate:
-        return self.chain[0]
+    chain: Chain
+    next: Chain = ()
+    old: Chain = ()
+    cross: Chain = ()
+
+    def above(self, chain: Chain, until: int) -> list[x509.Certificate]:
+        """What stands between a certificate that this CA signs and the roots, for whoever knows either of them.
+
+        What ends before the certificate does is left out: it would end the whole chain, and those who need it are at
+        their own end.
+        """
+        between = [one for one in chain if not is_self_signed(one)]
+        if self.old:
+            between += [one for one in self.cross if one.public_key() == chain[0].public_key()]
+        return [one for one in between if end_of([one]) >= until]
 
 
-class CertificateAuthority:
-    """The CA in the folder that the configuration names; a Signer. What another process renewed is read again."""
+class Certificates:
+    """What everybody may know of the CA. What another process changed is read again."""
+
+    FILES = ("ca.crt", "next.crt", "old.crt", "cross.crt")
 
     def __init__(self, settings: Ca) -> None:
-        self._settings = settings
+        self.settings = settings
         self.folder = Path(settings.folder)
-        self.certificate_file = self.folder / "ca.crt"
-        self.key_file = self.folder / "ca.key"
-        self._read: tuple[object, Loaded] | None = None
+        self._read: tuple[object, Known] | None = None
 
-    def load(self) -> Loaded:
-        """Key and certificates. Raises WrongUsage where they can't be used."""
+    def known(self) -> Known:
+        """Raises WrongUsage where there is no CA, or nothing that can be read."""
+        # Each file is replaced as a whole. If one was while the others were being read, all are read once more.
+        while True:
+            stat = [_stat(self.folder / name) for name in self.FILES]
+            if self._read is None or self._read[0] != stat:
+                self._read = (stat, self._look())
+                continue
+            return self._read[1]
+
+    def _look(self) -> Known:
+        chain, following, old, cross = (self.chain_in(name) for name in self.FILES)
+        if not chain:
+            raise WrongUsage(f"{self.folder}/ca.crt: there is no CA yet; caramel-authority ca-create makes one")
+        # A command that was killed leaves the same CA under two names; the next command takes the second away.
+        own = chain[0].public_key()
+        if following and following[0].public_key() == own:
+            following = ()
+        if old and old[0].public_key() == own:
+            old = ()
+        return Known(chain, following, old, cross)
+
+    def chain_in(self, name: str) -> Chain:
+        """The certificates in this file, none where there is no such file. Raises WrongUsage."""
         try:
-            stat = [(one.st_ino, one.st_mtime_ns) for one in map(os.stat, (self.certificate_file, self.key_file))]
-            if self._read and self._read[0] == stat:
-                return self._read[1]
-            if os.stat(self.key_file).st_mode & 0o077:
-                raise WrongUsage(f"{self.key_file}: others than its owner have rights to it")
-            chain = x509.load_pem_x509_certificates(self.certificate_file.read_bytes())
-            key = serialization.load_pem_private_key(self.key_file.read_bytes(), None)
-        except FileNotFoundError as error:
-            raise WrongUsage(f"{error.filename}: there is no CA yet; caramel-authority ca-create makes one") from None
+            return tuple(x509.load_pem_x509_certificates((self.folder / name).read_bytes()))
+        except FileNotFoundError:
+            return ()
         except (OSError, ValueError) as error:
-            raise WrongUsage(f"{self.folder}: {error}") from None
-        if key.public_key() != chain[0].public_key():
-            raise WrongUsage(f"{self.folder}: key and certificate don't belong together")
-        loaded = Loaded(cast(Key, key), chain)
-        self._read = (stat, loaded)
-        return loaded
+            raise WrongUsage(f"{self.folder / name}: {error}") from None
 
     # --- As a signer ---
 
     @property
     def root(self) -> bytes:
-        return self.load().chain[-1].public_bytes(PEM)
+        """That of the front first: a program that reads one certificate only needs this one."""
+        known = self.known()
+        return chain_pem([chain[-1] for chain in (known.old, known.chain, known.next) if chain])
 
     @property
     def bundle(self) -> bytes:
-        return b"".join(one.public_bytes(PEM) for one in self.load().chain)
+        known = self.known()
+        return chain_pem([*known.old, *known.chain, *known.next])
 
     @property
     def prefixes(self) -> Sequence[Subject] | None:
-        return [prefix_of(one.subject) for one in self.load().chain]
+        known = self.known()
+        found: list[Subject] = []
+        for one in (*known.chain, *known.next, *known.old):
+            if prefix_of(one.subject) not in found:
+                found.append(prefix_of(one.subject))
+        return found
+
+    @property
+    def end(self) -> int | None:
+        return end_of(self.known().chain)
+
+    def look(self) -> None:
+        if end_of(self.known().chain) <= store.now():
+            raise TryLater("the CA's certificate has ended", 3600)
 
     def refuses(self, request: SigningRequest) -> str | None:
         return None
@@ -160,28 +226,82 @@ class CertificateAuthority:
     def waits(self, db: Connection, request: Row[Any]) -> int | None:
         return None
 
+    def obtain(self, db: Connection, request: Row[Any]) -> Issued | None:
+        raise TryLater("this process has no key to sign with")
+
+
+class CertificateAuthority(Certificates):
+    """The CA in the folder that the configuration names, with its keys; a Signer."""
+
+    KEYS = ("ca.key", "next.key", "old.key")
+
+    def __init__(self, settings: Ca) -> None:
+        super().__init__(settings)
+        self._keys: dict[str, tuple[object, Key]] = {}
+
+    def key_of(self, certificate: x509.Certificate) -> Key:
+        """The private key of one of the CA's certificates. Raises WrongUsage where it can't be used.
+
+        A command that is killed may leave it under another name than the certificate's: whichever fits is it.
+        """
+        for name in self.KEYS:
+            key = self.key_in(name)
+            if key and key.public_key() == certificate.public_key():
+                return key
+        raise WrongUsage(f"{self.folder}: there is no key of {describe(certificate)}")
+
+    def key_in(self, name: str) -> Key | None:
+        path = self.folder / name
+        try:
+            stat = _stat(path)
+            if stat is None:
+                return None
+            if os.stat(path).st_mode & 0o077:
+                raise WrongUsage(f"{path}: others than its owner have rights to it")
+            if name not in self._keys or self._keys[name][0] != stat:
+                read = cast(Key, serialization.load_pem_private_key(path.read_bytes(), None))
+                self._keys[name] = (stat, read)
+        except (OSError, ValueError, TypeError) as error:
+            raise WrongUsage(f"{path}: {error}") from None
+        return self._keys[name][1]
+
+    def remote(self, sha256: str) -> bool:
+        return False
+
     def obtain(self, db: Connection, request: Row[Any]) -> Issued:
-        """Signs the request, of a device that is on the list."""
-        if not db.execute(select(devices).where(devices.c.client_id == request.device)).first():
-            raise TryLater(f"{request.client_id} is authorized, and not on the list of devices")
-        csr = x509.load_pem_x509_csr(request.pem.encode())
-        names = [request.client_id] if HOST_NAME.fullmatch(request.client_id) else []
-        return self.issue(db, csr.public_key(), csr.subject, names, self._settings.usages, self._settings.life_hours)
+        """Signs the request, of a device that is on the list. Nothing but the request itself says what is signed."""
+        try:
+            read = validate(request.pem.encode(), request.sha256, self.prefixes)
+        except BadRequest as error:
+            raise TryLater(f"{request.sha256}: {error}") from None
+        if not db.execute(select(devices).where(devices.c.client_id == read.device)).first():
+            raise TryLater(f"{read.client_id} is authorized, and not on the list of devices")
+        names = [read.client_id] if HOST_NAME.fullmatch(read.client_id) else []
+        csr, hours = read.csr, self.settings.life_hours
+        return self.issue(db, self.known().chain, csr.public_key(), csr.subject, names, self.settings.usages, hours)
 
     def issue(
-        self, db: Connection, key: Any, subject: x509.Name, names: Sequence[str], usages: Sequence[str], hours: int
+        self,
+        db: Connection,
+        chain: Chain,
+        key: Any,
+        subject: x509.Name,
+        names: Sequence[str],
+        usages: Sequence[str],
+        hours: int,
     ) -> Issued:
-        """A certificate that begins a little in the past, because clocks differ, and never outlives the CA."""
-        ca = self.load()
+        """A certificate by the CA with this chain. It begins a little in the past, because clocks differ, and never
+        outlives the CA.
+        """
+        ca, ca_key = chain[0], self.key_of(chain[0])
         now = store.now()
-        not_before = max(now - self._settings.backdate_seconds, int(ca.certificate.not_valid_before_utc.timestamp()))
-        not_after = not_before + hours * 3600
-        not_after = min([not_after, *(int(one.not_valid_after_utc.timestamp()) for one in ca.chain)])
+        not_before = max(now - self.settings.backdate_seconds, int(ca.not_valid_before_utc.timestamp()))
+        not_after = min(not_before + hours * 3600, end_of(chain))
         if not_after <= now:
             raise TryLater("the CA's certificate has ended; caramel-authority ca-renew makes a new one", 3600)
         serial = store.next_serial(db)
         builder = (
-            x509.CertificateBuilder(ca.certificate.subject, subject, key, serial)
+            x509.CertificateBuilder(ca.subject, subject, key, serial)
             .not_valid_before(utc(not_before))
             .not_valid_after(utc(not_after))
             .add_extension(x509.BasicConstraints(False, None), True)
@@ -192,112 +312,58 @@ class CertificateAuthority:
             )
             .add_extension(x509.ExtendedKeyUsage([USAGES[usage] for usage in usages]), False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key()), False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), False)
         )
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in names]), False)
-        leaf = builder.sign(ca.key, hashes.SHA256())
-        chain = [leaf, *(one for one in ca.chain if one.subject != one.issuer)]
-        pem = b"".join(one.public_bytes(PEM) for one in chain).decode()
+        leaf = builder.sign(ca_key, hashes.SHA256())
+        pem = chain_pem([leaf, *self.known().above(chain, not_after)]).decode()
         return Issued(pem, serial, not_after, not_after - (not_after - not_before) // 3)
-
-    # --- The CA itself ---
-
-    def create(self, db: Connection, subject: str, key_type: str, days: int, who: str, replace: bool = False) -> None:
-        """A new key and a certificate signed with it. The CA before it is kept beside it. Raises WrongUsage."""
-        key = self._new_key(key_type, replace)
-        self._put_self_signed(db, key, name_from(subject), days)
-        store.write_log(db, who, "ca-created", detail=self._fingerprint())
-
-    def renew(self, db: Connection, days: int, who: str) -> None:
-        """The same key and name, a later end: whoever trusts the old certificate trusts what this one signs."""
-        ca = self.load()
-        if ca.certificate.subject != ca.certificate.issuer:
-            raise WrongUsage("this CA is another one's intermediate: use ca-request and ca-install")
-        self._put_self_signed(db, ca.key, ca.certificate.subject, days)
-        store.write_log(db, who, "ca-renewed", detail=self._fingerprint())
-
-    def request(self, subject: str, key_type: str, replace: bool = False) -> bytes:
-        """A request for somebody else's CA to sign; the key is new, or the one that is there for renewing it."""
-        if self.certificate_file.exists() and not replace:
-            key: Key = self.load().key
-        else:
-            key = self._new_key(key_type, replace)
-        builder = x509.CertificateSigningRequestBuilder(name_from(subject))
-        for extension, critical in _ca_extensions(key.public_key()):
-            builder = builder.add_extension(extension, critical)
-        return builder.sign(key, hashes.SHA256()).public_bytes(PEM)
-
-    def install(self, db: Connection, pem: bytes, who: str) -> None:
-        """What somebody else's CA made of the request: our certificate, then those above it, then the root."""
-        try:
-            chain = x509.load_pem_x509_certificates(pem)
-            for lower, upper in zip(chain, [*chain[1:], chain[-1]], strict=True):
-                lower.verify_directly_issued_by(upper)
-                if not upper.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
-                    raise ValueError("not of a CA")
-            key = serialization.load_pem_private_key(self.key_file.read_bytes(), None)
-        except FileNotFoundError:
-            raise WrongUsage("there is no key yet: ca-request makes it") from None
-        except Exception as error:  # cryptography's InvalidSignature is no ValueError
-            raise WrongUsage(f"no chain from our certificate to its root: {error or 'a bad signature'}") from None
-        if key.public_key() != chain[0].public_key():
-            raise WrongUsage("the first certificate is not for our key")
-        write_whole(self.certificate_file, b"".join(one.public_bytes(PEM) for one in chain), 0o644)
-        store.write_log(db, who, "ca-installed", detail=self._fingerprint())
 
     def server_certificate(self, db: Connection, names: Sequence[str], path: Path, days: int, who: str) -> bool:
         """Key and certificate for the TLS front, in one file, made anew only where a third of its life or less is
-        left.
+        left; by the old CA as long as there is one, because the front is what every device has to believe.
 
         Whether it was.
         """
         for name in names:
             if not HOST_NAME.fullmatch(name):
                 raise WrongUsage(f"{name!r} is no host name")
+        known = self.known()
+        chain = known.old or known.chain
         with contextlib.suppress(FileNotFoundError, ValueError):
-            old = x509.load_pem_x509_certificate(
-                re.sub(rb"(?s)-----BEGIN PRIVATE.*?\n-----END.*?\n", b"", path.read_bytes())
-            )
+            pem = re.sub(rb"(?s)-----BEGIN PRIVATE.*?\n-----END.*?\n", b"", path.read_bytes())
+            old, *between = x509.load_pem_x509_certificates(pem)
             begin, end = old.not_valid_before_utc, old.not_valid_after_utc
             held = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
             same = held.get_values_for_type(x509.DNSName) == list(names)
-            by_us = old.issuer == self.load().certificate.subject
-            if same and by_us and utc(store.now()) < end - (end - begin) / 3:
+            same = same and between == known.above(chain, int(end.timestamp()))
+            # Where it ends with the CA, another one would be no better.
+            last = utc(end_of(chain)) <= end
+            good = utc(store.now()) < (end if last else end - (end - begin) / 3)
+            if same and good and _is_by(chain[0], old):
                 return False
         key = new_key("ec-p256")
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0][:64])])
-        issued = self.issue(db, key.public_key(), subject, names, ["server"], days * 24)
+        issued = self.issue(db, chain, key.public_key(), subject, names, ["server"], days * 24)
         write_whole(path, key_pem(key) + issued.pem.encode(), 0o600)
         store.write_log(db, who, "server-certificate", detail=f"{' '.join(names)} serial {issued.serial:x}")
         return True
 
-    def _new_key(self, key_type: str, replace: bool) -> Key:
-        """A new key file. One without a certificate beside it has signed nothing, and is overwritten."""
-        self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if self.certificate_file.exists():
-            if not replace:
-                raise WrongUsage(f"{self.certificate_file} exists: --replace puts another CA in its place")
-            serial = f"{self.load().certificate.serial_number:x}"
-            # The certificate goes first: without it the key beside it is nobody's.
-            os.replace(self.certificate_file, self.folder / f"ca.{serial}.crt")
-            os.replace(self.key_file, self.folder / f"ca.{serial}.key")
-        key = new_key(key_type)
-        write_whole(self.key_file, key_pem(key), 0o600)
-        return key
 
-    def _put_self_signed(self, db: Connection, key: Key, name: x509.Name, days: int) -> None:
-        now = store.now()
-        builder = (
-            x509.CertificateBuilder(name, name, key.public_key(), store.next_serial(db))
-            .not_valid_before(utc(now - self._settings.backdate_seconds))
-            .not_valid_after(utc(now + days * 86400))
-        )
-        for extension, critical in _ca_extensions(key.public_key()):
-            builder = builder.add_extension(extension, critical)
-        write_whole(self.certificate_file, builder.sign(key, hashes.SHA256()).public_bytes(PEM), 0o644)
+def _is_by(ca: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except Exception:  # as in is_self_signed
+        return False
+    return True
 
-    def _fingerprint(self) -> str:
-        certificate = self.load().certificate
-        name, digest = certificate.subject.rfc4514_string(), certificate.fingerprint(hashes.SHA256()).hex()
-        return f"{name} serial {certificate.serial_number:x} sha256 {digest}"
+
+def _stat(path: Path) -> object:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise WrongUsage(f"{path}: {error}") from None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

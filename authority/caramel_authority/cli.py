@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import getpass
+import contextlib
 import os
+import pwd
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,18 +18,38 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 
-from . import __version__, store
+from . import __version__, signer, store
 from .application import Application
 from .assembly import Parts, assemble
-from .ca import KEY_TYPES, CertificateAuthority
+from .ca import KEY_TYPES, Certificates, describe
 from .configuration import PATH, Configuration
 from .errors import TryLater, WrongUsage
 from .registry import newest_certificate
+from .rollover import Rollover, calendar
+from .signer import Child
 from .store import AUTHORIZED, REJECTED, Store
 
 
 def who() -> str:
-    return "administrator:" + (os.environ.get("SUDO_USER") or getpass.getuser())
+    """Who gives this command: as the system says, which keeps who has logged in whatever user they become
+    (pam_loginuid(8)), and not as a variable says.
+    """
+    user = _name(os.getuid())
+    with contextlib.suppress(OSError, ValueError):
+        login = int(Path("/proc/self/loginuid").read_text())
+        if login not in (UNSET, os.getuid()):
+            return f"administrator:{_name(login)} as {user}"
+    return f"administrator:{user}"
+
+
+def _name(uid: int) -> str:
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
+
+
+#: The login of whoever never logged in: the system's own processes.
+UNSET = 2**32 - 1
 
 
 def when(moment: int) -> str:
@@ -60,13 +82,35 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
     if options.behind_proxy:
         # What the front says of the client is believed, because nobody else reaches this port.
         front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
+    registry, child = parts.answering()
+    if child:
+        threading.Thread(target=_ends_with, args=[child], daemon=True).start()
     # A request that is longer than ours by far is waitress's own to refuse.
-    waitress(Application(parts.registry), **listen, **front, threads=8, ident=None, max_request_body_size=65536)
+    application = Application(registry, parts.configuration.front)
+    waitress(application, **listen, **front, threads=8, ident=None, max_request_body_size=65536)
+
+
+def _ends_with(child: Child) -> None:
+    """Without a signer there is no use in answering; whoever watches this process starts it again."""
+    os.waitpid(child.process, 0)
+    print("caramel-authority: the signer has ended", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def sign(parts: Parts, options: argparse.Namespace) -> None:
+    path = options.socket or parts.configuration.ca.signer_socket
+    if not path:
+        raise WrongUsage("where? Give --socket, or ca.signer_socket in the configuration")
+    parts.ca  # noqa: B018  # only where there is a CA of one's own
+    listener = signer.listen(path)
+    try:
+        parts.sign(lambda: listener.accept()[0])
+    finally:
+        Path(path).unlink(missing_ok=True)
 
 
 def work(parts: Parts, options: argparse.Namespace) -> None:
     worker = parts.worker()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while True:
         if not worker.work_once():
             if options.once:
@@ -95,7 +139,7 @@ def show(parts: Parts, options: argparse.Namespace) -> None:
 def decide(parts: Parts, options: argparse.Namespace) -> None:
     state = AUTHORIZED if options.verb == "authorize" else REJECTED
     for which in options.which:
-        request = parts.registry.decide(which, state, who())
+        request = parts.registry().decide(which, state, who())
         print(f"{request.sha256[:16]}  {state}  {request.client_id}")
 
 
@@ -104,12 +148,12 @@ def allow(parts: Parts, options: argparse.Namespace) -> None:
     if options.file:
         lines = sys.stdin if options.file == "-" else Path(options.file).read_text().splitlines()
         given = [*given, *(line.partition("#")[0].strip() for line in lines)]
-    print(f"{parts.registry.allow([one for one in given if one], who())} new")
+    print(f"{parts.registry().allow([one for one in given if one], who())} new")
 
 
 def disallow(parts: Parts, options: argparse.Namespace) -> None:
     for client_id in options.ids:
-        parts.registry.disallow(client_id, who())
+        parts.registry().disallow(client_id, who())
 
 
 def show_log(parts: Parts, options: argparse.Namespace) -> None:
@@ -131,7 +175,7 @@ def show_log(parts: Parts, options: argparse.Namespace) -> None:
 
 def minimum(parts: Parts, options: argparse.Namespace) -> None:
     if options.now:
-        parts.registry.raise_minimum(who())
+        parts.registry().raise_minimum(who())
     with parts.store.reading() as db:
         print(f"{store.number(db, 'minimum'):x}")
 
@@ -139,35 +183,66 @@ def minimum(parts: Parts, options: argparse.Namespace) -> None:
 # --- The CA ---
 
 
-def own_ca(parts: Parts) -> CertificateAuthority:
-    if parts.ca is None:
-        raise WrongUsage('the signer is not "ca"')
-    return parts.ca
+def _rolling(parts: Parts) -> Rollover:
+    return Rollover(parts.ca, who())
 
 
 def ca_create(parts: Parts, options: argparse.Namespace) -> None:
-    with parts.store.writing() as db:
-        own_ca(parts).create(db, options.subject, options.key_type, options.days, who(), options.replace)
+    rollover = _rolling(parts)
+    with rollover.changing(parts.store) as db:
+        rollover.create(db, options.subject, options.key_type, options.days, options.replace)
 
 
 def ca_renew(parts: Parts, options: argparse.Namespace) -> None:
-    with parts.store.writing() as db:
-        own_ca(parts).renew(db, options.days, who())
+    rollover = _rolling(parts)
+    with rollover.changing(parts.store) as db:
+        rollover.renew(db, options.days)
+
+
+def ca_next(parts: Parts, options: argparse.Namespace) -> None:
+    rollover = _rolling(parts)
+    with rollover.changing(parts.store) as db:
+        if options.stage == "switch":
+            rollover.switch(db)
+        elif options.stage == "finish":
+            rollover.finish(db)
+        else:
+            rollover.next(db, options.key_type, options.days)
+    show_ca(parts, options)
 
 
 def ca_request(parts: Parts, options: argparse.Namespace) -> None:
-    sys.stdout.write(own_ca(parts).request(options.subject, options.key_type, options.replace).decode())
+    rollover = _rolling(parts)
+    with rollover.changing(parts.store):
+        pem = rollover.request(options.subject, options.key_type, options.replace)
+    sys.stdout.write(pem.decode())
 
 
 def ca_install(parts: Parts, options: argparse.Namespace) -> None:
-    with parts.store.writing() as db:
-        own_ca(parts).install(db, Path(options.file).read_bytes(), who())
+    rollover = _rolling(parts)
+    with rollover.changing(parts.store) as db:
+        print(rollover.install(db, Path(options.file).read_bytes()))
+
+
+def show_ca(parts: Parts, options: argparse.Namespace) -> None:
+    known = Certificates(parts.configuration.ca).known()
+    for role, chain in (("signs", known.chain), ("next", known.next), ("old", known.old)):
+        for one in chain:
+            begin, end = one.not_valid_before_utc, one.not_valid_after_utc
+            print(f"{role:<5}  from {begin:%F}  until {end:%F}  {describe(one)}")
+    for moment, what in calendar(Certificates(parts.configuration.ca)):
+        late = "LATE: " if moment <= store.now() else ""
+        print(f"{late}before {when(moment)[:10]}: {what}")
 
 
 def server_certificate(parts: Parts, options: argparse.Namespace) -> None:
     with parts.store.writing() as db:
-        made = own_ca(parts).server_certificate(db, options.names, Path(options.out), options.days, who())
+        made = parts.ca.server_certificate(db, options.names, Path(options.out), options.days, who())
     print(f"{options.out}: {'made' if made else 'still good'}")
+    # The timer comes here several times a day: so a year has somebody who says what it wants.
+    for moment, what in calendar(parts.ca):
+        if moment <= store.now():
+            print(f"the CA ends soon: {what}", file=sys.stderr)
 
 
 # --- Options ---
@@ -195,6 +270,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--once", action="store_true", help="end when there is nothing to do")
     one.add_argument("--pause", type=float, default=2.0, metavar="SECONDS", help="between two looks at the queue")
 
+    one = verb("signer", sign, "sign, behind a socket: what `serve` asks where it can't read the CA's key")
+    one.add_argument("--socket", metavar="PATH", help="by default ca.signer_socket of the configuration")
+
     one = verb("list", show, "all requests, what was decided, and until when their certificates are valid")
     one.add_argument("--state", choices=[store.PENDING, AUTHORIZED, REJECTED])
     for name, text in (("authorize", "give a certificate"), ("reject", "never give a certificate again")):
@@ -221,7 +299,14 @@ def parser() -> argparse.ArgumentParser:
     one = verb("ca-request", ca_request, "print a request for another CA to sign", makes=True)
     one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
-    one.add_argument("--replace", action="store_true")
+    one.add_argument("--replace", action="store_true", help="a new key; the old one signs until ca-install")
+    one = verb("ca-next", ca_next, "make the CA that will follow this one; then, stage by stage, let it")
+    one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
+    one.add_argument("--days", type=int, default=7300)
+    stage = one.add_mutually_exclusive_group()
+    for name, text in (("switch", "it signs from now on"), ("finish", "nothing is signed by the old one any more")):
+        stage.add_argument(f"--{name}", dest="stage", action="store_const", const=name, help=text)
+    verb("ca-status", show_ca, "the CA's certificates, and what has to be done for them when")
     one = verb("ca-install", ca_install, "take what the other CA made of the request: ours first, the root last")
     one.add_argument("file")
     one = verb(
@@ -238,6 +323,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     options = parser().parse_args()
     os.umask(0o027)
+    # Process 1 of a container ends at no signal that it has not asked for (pid_namespaces(7)).
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         configuration = Configuration.read(options.config)
         if options.makes:

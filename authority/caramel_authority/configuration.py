@@ -30,6 +30,7 @@ class Rules:
 @dataclass(frozen=True)
 class Ca:
     folder: str = "/var/lib/caramel-authority/ca"
+    signer_socket: str = ""
     life_hours: int = 167
     backdate_seconds: int = 3600
     usages: tuple[str, ...] = ("client",)
@@ -66,6 +67,7 @@ class Configuration:
     database: str = "sqlite:////var/lib/caramel-authority/state.db"
     signer: str = "ca"
     retry_after: int = 900
+    front: tuple[str, ...] = ("127.0.0.1", "::1", "localhost")
     rules: Rules = field(default_factory=Rules)
     ca: Ca = field(default_factory=Ca)
     acme: Acme = field(default_factory=Acme)

@@ -48,6 +48,16 @@ class OrderSigner:
         #: Public CAs look at the names only.
         self.prefixes: Sequence[Subject] | None = None
 
+    @property
+    def end(self) -> int | None:
+        return None
+
+    def look(self) -> None:
+        pass  # an ACME CA that is away delays certificates; no device can do anything about it
+
+    def remote(self, sha256: str) -> bool:
+        return False
+
     def refuses(self, request: SigningRequest) -> str | None:
         if not in_zone(request.client_id, self._zone):
             return f"Bad subject: the CN is no name right below {self._zone}"

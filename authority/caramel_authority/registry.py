@@ -53,8 +53,20 @@ class Signer(Protocol):
     def prefixes(self) -> Sequence[Subject] | None:
         """What subjects begin with under this CA (one of these), None where it doesn't matter."""
 
+    @property
+    def end(self) -> int | None:
+        """When everything ends that this CA signs now, None where it isn't known."""
+
+    def look(self) -> None:
+        """Raises TryLater or WrongUsage where it could sign nothing now."""
+
     def refuses(self, request: SigningRequest) -> str | None:
         """Why this CA would never sign the request, None where it would."""
+
+    def remote(self, sha256: str) -> bool:
+        """Has the process that can sign this request see to it, and is True; False where this process can. Outside of
+        any transaction.
+        """
 
     def obtain(self, db: Connection, request: Row[Any]) -> Issued | None:
         """In a transaction that writes and has the request's row: a certificate, or None where it takes a while."""
@@ -114,7 +126,7 @@ class Registry:
             waits = self.signer.waits(db, request) if request.state == AUTHORIZED else None
             due = request.state == AUTHORIZED and waits is None and self._is_due(db, newest)
         if due:
-            newest, waits = self._renew(sha256)
+            newest, waits = self.renew(sha256)
         if address and address != request.address and self._addresses == "check":
             self._seen_at(request, address)
         if request.state != AUTHORIZED:
@@ -132,8 +144,17 @@ class Registry:
             query = select(requests.c.state).join(certificates).where(certificates.c.serial == f"{serial:x}")
             return bool(db.execute(query).scalar() == AUTHORIZED)
 
-    def _renew(self, sha256: str) -> tuple[Row[Any] | None, int | None]:
+    def look(self) -> None:
+        """Whether devices can be answered now. Raises what they would be told, or the log."""
+        with self.store.reading() as db:
+            store.number(db, "serial")
+        self.signer.look()
+
+    def renew(self, sha256: str) -> tuple[Row[Any] | None, int | None]:
         """The newest certificate, new where it had to be; else for how long there is no use in asking."""
+        if self.signer.remote(sha256):
+            with self.store.reading() as db:
+                return newest_certificate(db, sha256), None
         with self.store.writing() as db:
             # Somebody else may have been faster: what counts is what is there now that the row is ours.
             request, newest = self._find(db, sha256, lock=True)
@@ -151,13 +172,11 @@ class Registry:
         newest = newest_certificate(db, sha256) if request else None
         return request, newest
 
-    @staticmethod
-    def _is_due(db: Connection, newest: Row[Any] | None) -> bool:
-        return (
-            newest is None
-            or now() >= min(newest.renew_after, newest.not_after)
-            or int(newest.serial, 16) < store.number(db, "minimum")
-        )
+    def _is_due(self, db: Connection, newest: Row[Any] | None) -> bool:
+        if newest is None or now() >= newest.not_after or int(newest.serial, 16) < store.number(db, "minimum"):
+            return True
+        # Where a certificate ends with the CA, another one would be no better, whoever asks and however often.
+        return bool(now() >= newest.renew_after and newest.not_after != self.signer.end)
 
     def _seen_at(self, request: Row[Any], address: str) -> None:
         with self.store.writing() as db:
