@@ -271,7 +271,8 @@ class CertificateAuthority(Certificates):
     def obtain(self, db: Connection, request: Row[Any]) -> Issued:
         """Signs the request, of a device that is on the list. Nothing but the request itself says what is signed."""
         try:
-            read = validate(request.pem.encode(), request.sha256, self.prefixes)
+            # Its subject was judged by the CA that was there when it was posted.
+            read = validate(request.pem.encode(), request.sha256, None)
         except BadRequest as error:
             raise TryLater(f"{request.sha256}: {error}") from None
         if not db.execute(select(devices).where(devices.c.client_id == read.device)).first():

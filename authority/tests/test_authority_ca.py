@@ -70,10 +70,11 @@ def test_no_ca_yet(tmp_path: Path) -> None:
 def test_a_key_that_others_may_read_is_not_used(authority: RegistrationAuthority) -> None:
     authority.command("allow", "device")
     authority.ca.with_suffix(".key").chmod(0o640)
+    request = csr("device")
     with authority.serving() as server:
-        assert server.post(csr("device")).status == 503
+        assert server.enroll(request).status == 503
         authority.ca.with_suffix(".key").chmod(0o600)
-        assert server.enroll(csr("device")).status == 200
+        assert server.get(sha256(request)).status == 200
 
 
 def serial_of(path: Path) -> int:
