@@ -484,27 +484,6 @@ def test_the_environment_steers_nothing(server: Signing, authority: Authority, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 
-def test_an_import_loads_next_to_nothing() -> None:
-    done = subprocess.run(
-        [str(Path(world.PLAIN).with_name("python3")), "-I", "-c", "import sys; a = set(sys.modules); "
-         "import caramel_embedded; print(*sorted(set(sys.modules) - a))"],
-        capture_output=True, text=True, timeout=60, env=world.environment(),
-    )  # fmt: skip
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
-    assert "caramel_embedded" in loaded
-    assert not loaded & {
-        "ssl",
-        "socket",
-        "urllib3",
-        "OpenSSL",
-        "cryptography",
-        "fasteners",
-        "json",
-        "logging",
-        "http",
-    }
-
-
 # --- The examples ---
 
 

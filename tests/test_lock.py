@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import world
-from needs import needs
 from world import PLAIN, Answer, Authority, Caramel, Device, Front, HttpRequest, Scripted, answers
 
 from caramel_embedded.errors import Locked
@@ -96,26 +94,6 @@ def test_after_the_lock_the_next_run_works(device: Device) -> None:
         assert device.run().status == 1
     assert device.run().status == 69
     assert is_free(device.key_file)
-
-
-@needs("strace")
-def test_a_run_that_is_locked_out_loads_nothing_that_it_does_not_need(tmp_path: Path, authority: Authority) -> None:
-    device = Device(tmp_path / "device", "localhost:9", authority.certificate_file, ID, command=[PLAIN])
-    device.has(b"")
-    trace = tmp_path / "trace"
-    with held(device.key_file):
-        before = ["strace", "-f", "-qq", "-e", "trace=openat,open,socket,connect,execve", "-o", str(trace)]
-        run = device.run(before=before)
-    assert run.status == 1
-    calls = trace.read_text()
-    opened = [name for name in re.findall(r'open(?:at)?\(.*?"([^"]*)".*\) = \d', calls)]
-    assert any(name.endswith("identity.pem") for name in opened), "the trace shows what was opened"
-    unneeded = re.compile(
-        r"/(ssl|http/|_ssl|_hashlib|hashlib|socket|_socket|cryptography|email|json|subprocess|cffi|urllib3|OpenSSL"
-        r"|libssl|libcrypto|caramel_embedded/.*(server|session|trust|identity|hardware|status|device|hook|certificates))"
-    )
-    assert [name for name in opened if unneeded.search(name)] == []
-    assert "socket(" not in calls and "connect(" not in calls
 
 
 @pytest.mark.parametrize("flock", FLOCKS, ids=" ".join)
