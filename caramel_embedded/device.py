@@ -38,18 +38,19 @@ def check(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[Outcom
 
         store = _Store(file, stored, settings.permissions, log)
         conversation = Check(settings.server, stored, store.replace, settings.timeout, log.step, store.touch)
+        failure: Optional[CaramelError] = None
         try:
             outcome = conversation.run()
             remarks = store.finish(outcome.identity)
         except CaramelError as error:
-            file.close()
-            # It can be owed for the certificate that is in place.
-            _call_hook(settings, file.path, conversation.kept, stored.trust, log, str(error))
-            raise
+            failure = error
     finally:
         if file is not None:
             file.close()
-    _call_hook(settings, file.path, outcome.identity, stored.trust, log, str(outcome))
+    # Without the lock, and also after a failure: it can be owed for the certificate that is in place.
+    _call_hook(settings, file.path, conversation.kept, stored.trust, log, str(failure or outcome))
+    if failure is not None:
+        raise failure
     return outcome, remarks
 
 
