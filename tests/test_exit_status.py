@@ -397,7 +397,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(
 def test_a_signal_when_the_outcome_is_known_or_a_second_one_ends_it_at_once(name: str) -> None:
     code = (
         "import os, signal, time\nfrom caramel_embedded import signals\n"
-        f"signals.catch()\nsignals.rest()\nos.kill(os.getpid(), signal.SIG{name})\ntime.sleep(9)\n"
+        f"signals.catch()\nsignals.exit_at_once()\nos.kill(os.getpid(), signal.SIG{name})\ntime.sleep(9)\n"
     )
     done = subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (127, b"", b"")

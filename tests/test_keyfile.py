@@ -48,8 +48,8 @@ def broken(
     monkeypatch.setattr(os, name, wrap(getattr(os, name)))
 
 
-def wants_tmpfile(_path: str, flags: int, *_: object) -> bool:
-    return flags & os.O_TMPFILE == os.O_TMPFILE
+def makes(_path: str, flags: int, *_: object) -> bool:
+    return flags & os.O_CREAT != 0
 
 
 def beside(path: str) -> list[str]:
@@ -76,20 +76,7 @@ def test_a_new_file_where_somebody_has_removed_it_meanwhile(path: str) -> None:
     assert beside(path) == []
 
 
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL])
-def test_a_file_system_without_unnamed_files(path: str, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    broken(monkeypatch, "open", failing(number, wants_tmpfile))
-    file = KeyFile.create(path, OURS._replace(mode=0o640))
-    with pytest.raises(Locked):
-        KeyFile.open(path)
-    file.replace(b"new", 5, OURS._replace(mode=0o640))
-    file.close()
-    assert Path(path).read_bytes() == b"new"
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
-
-
-def test_a_file_system_without_unnamed_files_and_without_owners(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch, "open", failing(errno.EOPNOTSUPP, wants_tmpfile))
+def test_a_file_system_without_owners(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "fchown", failing(errno.EPERM))
     with pytest.raises(StorageError, match="not permitted"):
         KeyFile.create(path, OURS._replace(owner=OURS.owner + 1))
@@ -98,29 +85,29 @@ def test_a_file_system_without_unnamed_files_and_without_owners(path: str, monke
     KeyFile.create(path, OURS).close()
 
 
-@pytest.mark.parametrize("name", ["fchmod", "link"])
-def test_a_file_that_can_not_be_made_leaves_nothing(path: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    broken(monkeypatch, name, failing(errno.EIO))
+def test_a_file_that_can_not_be_made_leaves_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, "fchmod", failing(errno.EIO))
     with pytest.raises(StorageError, match="can't make"):
         KeyFile.create(path, OURS._replace(mode=0o640))
     assert beside(path) == []
 
 
 def test_a_folder_that_takes_no_new_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch, "open", failing(errno.EROFS, wants_tmpfile))
+    broken(monkeypatch, "open", failing(errno.EROFS, makes))
     with pytest.raises(StorageError, match="Read-only"):
         KeyFile.create(path, OURS)
 
 
 def test_two_make_the_file_and_the_other_was_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def meanwhile(real: Callable[..., Any]) -> Callable[..., Any]:
-        def link(*arguments: Any, **options: Any) -> Any:
-            Path(path).write_bytes(b"theirs")
-            return real(*arguments, **options)
+        def opened(name: str, flags: int, *arguments: Any, **options: Any) -> Any:
+            if makes(name, flags):
+                Path(path).write_bytes(b"theirs")
+            return real(name, flags, *arguments, **options)
 
-        return link
+        return opened
 
-    broken(monkeypatch, "link", meanwhile)
+    broken(monkeypatch, "open", meanwhile)
     file = KeyFile.create(path, OURS)
     assert file.read() == b"theirs"
     file.close()
@@ -130,14 +117,11 @@ def test_two_make_the_file_and_the_other_was_first(path: str, monkeypatch: pytes
 def test_a_file_that_was_put_there_meanwhile_is_not_ours_to_remove(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is no O_TMPFILE, our file has its name before it is all that it should be."""
-
     def replaced(*_: Any) -> None:
         Path(path + ".theirs").write_bytes(b"theirs")
         os.replace(path + ".theirs", path)
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(keyfile, "_PROC", False)
     monkeypatch.setattr(keyfile, "_hand_over", replaced)
     with pytest.raises(StorageError, match="can't make"):
         KeyFile.create(path, OURS)

@@ -41,19 +41,6 @@ def test_content_is_flushed_before_it_gets_the_name_and_the_folder_after(fleet: 
     assert set(states) == set(SCENARIOS) and min(states.values()) > 1000
 
 
-def test_a_file_system_without_nameless_files_will_do(fleet: Fleet) -> None:
-    """FAT, JFFS2 and others have no O_TMPFILE: the first file is made under its name, and nothing is in it then."""
-    first = fleet.first_enrollment()
-    _, trace = power.traced(first)
-    points = [point for point in power.points(trace, first.device.key_file.parent) if "O_TMPFILE" in point.text]
-    assert len(points) == 1
-    for kind in ("EOPNOTSUPP", "EISDIR", "EINVAL"):
-        dut = fleet.first_enrollment()
-        run, happened = power.injected(dut, "openat", points[0].number, f"error={kind}")
-        assert happened and run.status == 69, run
-        assert fleet.broken(dut, run) + fleet.recovered(dut) == []
-
-
 def test_the_harness_sees_a_content_that_is_not_flushed(tmp_path: Path) -> None:
     """The model of the disk can fail: no fsync before the rename, none of the folder, a mode that comes late."""
     path = tmp_path / "identity.pem"

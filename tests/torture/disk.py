@@ -100,8 +100,7 @@ class Disk:
             self._bind(paths[-1], renamed)
             self._bind(paths[0], None)
         elif call in ("link", "linkat") and self._mine(paths[-1]):
-            source = re.match(r"/proc/self/fd/(\d+)", paths[0])
-            self._bind(paths[-1], self._fds.get(int(source[1])) if source else self._names.get(paths[0]))
+            self._bind(paths[-1], self._names.get(paths[0]))
         elif call in ("unlink", "unlinkat") and self._mine(paths[-1]):
             self._bind(paths[-1], None)
         elif call in ("mkdir", "mkdirat") and self._folder.startswith(paths[-1]):
@@ -114,8 +113,8 @@ class Disk:
         return os.path.dirname(path) == self._folder
 
     def _opened(self, path: str, rest: str) -> _Inode:
-        if "O_TMPFILE" in rest or "O_DIRECTORY" in rest:
-            return _Inode(path, folder="O_TMPFILE" not in rest)
+        if "O_DIRECTORY" in rest:
+            return _Inode(path, folder=True)
         if "O_TRUNC" in rest and self._names.get(path):
             self.wrong.append(f"{os.path.basename(path)} is written in place")
         known = self._names.get(path)

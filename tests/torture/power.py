@@ -157,7 +157,7 @@ def errors(fleet: Fleet, scenario: str, others: int) -> list[Case]:
     cases = []
     for point in found:
         kinds = [ERRORS.get(point.call, "EIO")]
-        if point.inside and point.call in ("write", "openat", "mkdirat", "linkat", "fsync", "renameat"):
+        if point.inside and point.call in ("write", "openat", "mkdirat", "fsync", "renameat"):
             kinds.append("ENOSPC")
         for kind in kinds:
             cases.append(_case(fleet, scenario, fleet.scenarios[scenario], point, f"error={kind}", f"{kind}"))
