@@ -451,8 +451,8 @@ def _create_locked(folder: Folder, permissions: Permissions) -> Optional[FileLoc
             _hand_over(lock.fd, permissions)
             made = folder.leads_to(folder.name, lock.fd)
     except BaseException as error:
-        # What somebody else has locked, or has put there meanwhile, may hold a key. If the system has no locks, nobody
-        # has locked it.
+        # What somebody else has locked, or has put there meanwhile, may hold a key. If the system has no locks,
+        # nobody has locked it.
         if lock.acquired or isinstance(error, OSError):
             folder.discard(folder.name, lock.fd)
         raise
