@@ -27,11 +27,7 @@ class Parts:
 
     def registry(self, by: Signer | None = None) -> Registry:
         """Who decides. By default nothing can be signed, which nobody who decides needs."""
-        configuration = self.configuration
-        chosen = by or self._signer_at(_nobody)
-        return Registry(
-            self.store, configuration.rules, chosen, configuration.retry_after, configuration.dns.addresses
-        )
+        return Registry(self.store, self.configuration, by or self._signer_at(_nobody))
 
     def answering(self) -> tuple[Registry, Child | None]:
         """The part that answers devices; and the signer, where none is configured: a child of this process."""

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import pwd
+import re
 import signal
 import sys
 import threading
@@ -15,16 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 
-from . import __version__, signer, store
+from . import __version__, signer, store, views
 from .application import Application
 from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
 from .configuration import PATH, Configuration
 from .errors import TryLater, WrongUsage
-from .registry import newest_certificate
 from .rollover import Rollover, calendar
 from .signer import Child
 from .store import AUTHORIZED, REJECTED, Store
@@ -52,8 +51,12 @@ def _name(uid: int) -> str:
 UNSET = 2**32 - 1
 
 
-def when(moment: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+def duration(text: str) -> int:
+    """Seconds, of `90s`, `15m`, `36h`, `3d` or `2w`."""
+    found = re.fullmatch("([0-9]{1,6})([smhdw])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time like 90s, 15m, 36h, 3d or 2w")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
 
 
 # --- The database ---
@@ -122,55 +125,97 @@ def work(parts: Parts, options: argparse.Namespace) -> None:
 
 
 def show(parts: Parts, options: argparse.Namespace) -> None:
-    table = store.requests
-    query = select(table).order_by(table.c.posted)
-    if options.state:
-        query = query.where(table.c.state == options.state)
+    asked = views.Asked(options.state, options.silent, options.ends_within)
     with parts.store.reading() as db:
-        for request in db.execute(query):
-            newest = newest_certificate(db, request.sha256)
-            until = f"until {when(newest.not_after)}" if newest else "no certificate"
-            order = db.execute(select(store.orders).where(store.orders.c.sha256 == request.sha256)).first()
-            problem = f"  {order.problem}" if order and order.problem else ""
-            about = f"{request.sha256[:16]}  {request.state:<10}  {request.client_id}"
-            print(f"{about}  posted {when(request.posted)}  {until}{problem}")
+        if options.pending:
+            rows, text = views.queue(db), _waiting
+        elif options.barred:
+            rows, text = views.barred(db), _barred
+        else:
+            rows, text = views.overview(db, asked), _request
+        _print(options.json, rows, map(text, rows))
+
+
+def _request(row: dict[str, Any]) -> str:
+    until = f"until {row['until']}" if row["until"] else "no certificate"
+    seen = f"  seen {row['seen']}" if row["seen"] else ""
+    problem = f"  {row['problem']}" if row["problem"] else ""
+    about = f"{row['sha256'][:16]}  {row['state']:<10}  {row['client_id']}"
+    return f"{about}  posted {row['posted']}  {until}{seen}{problem}"
+
+
+def _waiting(row: dict[str, Any]) -> str:
+    about = f"{row['sha256'][:16]}  {row['state']:<10}  {row['client_id']}"
+    keys = f"{row['keys']} keys" if row["keys"] != 1 else "1 key"
+    before = "  was rejected before" if row["rejected_before"] else ""
+    return f"{about}  posted {row['posted']}  from {row['address'] or '-'}  {keys}{before}"
+
+
+def _barred(row: dict[str, Any]) -> str:
+    return f"{row['state']:<10}  {row['device']}  since {row['since']}  by {row['who']}"
+
+
+def _print(as_json: bool, rows: Iterable[dict[str, Any]], lines: Iterable[str]) -> None:
+    if as_json:
+        views.print_json(rows, sys.stdout)
+    else:
+        sys.stdout.writelines(map("{}\n".format, lines))
 
 
 def decide(parts: Parts, options: argparse.Namespace) -> None:
     state = AUTHORIZED if options.verb == "authorize" else REJECTED
     for which in options.which:
-        request = parts.registry().decide(which, state, who())
-        print(f"{request.sha256[:16]}  {state}  {request.client_id}")
+        for request in parts.registry().decide(which, state, who()):
+            print(f"{request.sha256[:16]}  {request.state}  {request.client_id}")
+
+
+def hold(parts: Parts, options: argparse.Namespace) -> None:
+    done = {"bar": "barred", "unbar": "unbarred", "suspend": "suspended", "resume": "resumed"}[options.verb]
+    for client_id in options.ids:
+        rejected = getattr(parts.registry(), options.verb)(client_id, who())
+        print(f"{done}  {client_id}" + (f"  ({rejected} requests rejected)" if rejected else ""))
 
 
 def allow(parts: Parts, options: argparse.Namespace) -> None:
     given: Iterable[str] = options.ids
     if options.file:
         lines = sys.stdin if options.file == "-" else Path(options.file).read_text().splitlines()
-        given = [*given, *(line.partition("#")[0].strip() for line in lines)]
-    print(f"{parts.registry().allow([one for one in given if one], who())} new")
+        given = [*given, *lines]
+    entries = [entry for line in given if (entry := _entry(line))]
+    done = parts.registry().allow(entries, who(), options.again)
+    print(f"{done.new} new" + (f", {done.changed} changed" if done.changed else ""))
+    for client_id in done.held:
+        print(f"{client_id} is barred or suspended, whatever the list says", file=sys.stderr)
+
+
+def _entry(line: str) -> tuple[str, str | None] | None:
+    """ID and SHA-256 (None: not known) of a line like `ID` or `ID,SHA256`; None where there is but a comment."""
+    client_id, comma, expected = (one.strip() for one in line.partition("#")[0].partition(","))
+    if comma and not re.fullmatch("[0-9A-Fa-f]{64}", expected):
+        raise WrongUsage(f"{line.strip()!r}: behind the comma is no SHA-256 in hexadecimal")
+    return (client_id, expected.lower() or None) if client_id or comma else None
 
 
 def disallow(parts: Parts, options: argparse.Namespace) -> None:
     for client_id in options.ids:
-        parts.registry().disallow(client_id, who())
+        rule = parts.registry().disallow(client_id, who())
+        if rule:
+            print(f"{client_id}: the rule {rule} admits its next key; bar keeps it out", file=sys.stderr)
+
+
+def purge(parts: Parts, options: argparse.Namespace) -> None:
+    days = parts.configuration.pending_days if options.days is None else options.days
+    print(f"{parts.registry().purge(days, who())} requests forgotten")
 
 
 def show_log(parts: Parts, options: argparse.Namespace) -> None:
+    since = None if options.since is None else store.now() - options.since
+    wanted = views.Lines(options.id, options.action, since, options.last)
     with parts.store.reading() as db:
-        for row in db.execute(select(store.log).order_by(store.log.c.id)):
-            print(
-                "  ".join(
-                    [
-                        when(row.at),
-                        row.who,
-                        row.action,
-                        row.client_id or "-",
-                        (row.sha256 or "-")[:16],
-                        row.detail or "",
-                    ]
-                ).rstrip()
-            )
+        if options.json:
+            views.print_json(views.log_rows(db, wanted), sys.stdout)
+        else:
+            sys.stdout.writelines(views.log_text(db, wanted))
 
 
 def minimum(parts: Parts, options: argparse.Namespace) -> None:
@@ -232,7 +277,7 @@ def show_ca(parts: Parts, options: argparse.Namespace) -> None:
             print(f"{role:<5}  from {begin:%F}  until {end:%F}  {describe(one)}")
     for moment, what in calendar(Certificates(parts.configuration.ca)):
         late = "LATE: " if moment <= store.now() else ""
-        print(f"{late}before {when(moment)[:10]}: {what}")
+        print(f"{late}before {(views.when(moment) or '')[:10]}: {what}")
 
 
 def server_certificate(parts: Parts, options: argparse.Namespace) -> None:
@@ -274,16 +319,38 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--socket", metavar="PATH", help="by default ca.signer_socket of the configuration")
 
     one = verb("list", show, "all requests, what was decided, and until when their certificates are valid")
-    one.add_argument("--state", choices=[store.PENDING, AUTHORIZED, REJECTED])
+    which = one.add_mutually_exclusive_group()
+    which.add_argument("--state", choices=[store.PENDING, AUTHORIZED, REJECTED, store.RETIRED])
+    which.add_argument("--pending", action="store_true", help="what waits for a decision, and what speaks against it")
+    which.add_argument("--silent", type=duration, metavar="3d", help="devices that have not asked for so long")
+    which.add_argument("--ends-within", type=duration, metavar="2d", help="certificates that end, or have ended")
+    which.add_argument("--barred", action="store_true", help="devices that are barred or suspended")
+    one.add_argument("--json", action="store_true")
     for name, text in (("authorize", "give a certificate"), ("reject", "never give a certificate again")):
-        one = verb(name, decide, f"{text} to the requests with these hashes, or the last ones of these client IDs")
+        one = verb(name, decide, f"{text} to the requests with these hashes, or the only ones of these client IDs")
         one.add_argument("which", nargs="+", metavar="HASH|ID")
+    for name, text in (
+        ("bar", "keep devices out, whatever they ask with and whatever the rules say; what they have is rejected"),
+        ("unbar", "let devices that are barred ask again"),
+        ("suspend", "let devices wait and have nothing of theirs accepted, without any of them losing its key"),
+        ("resume", "give devices that are suspended back what they had"),
+    ):
+        one = verb(name, hold, text)
+        one.add_argument("ids", nargs="+", metavar="ID")
     one = verb("allow", allow, "put client IDs on the list of devices, as the production line made them")
-    one.add_argument("ids", nargs="*", metavar="ID")
-    one.add_argument("--file", metavar="PATH|-", help="one ID a line")
+    one.add_argument("ids", nargs="*", metavar="ID[,SHA256]")
+    one.add_argument("--file", metavar="PATH|-", help="one a line; SHA-256 of the device's request or public key")
+    one.add_argument("--again", action="store_true", help="admit their next keys as well, once: for erased devices")
     one = verb("disallow", disallow, "take client IDs off the list of devices, and reject all their requests")
     one.add_argument("ids", nargs="+", metavar="ID")
-    verb("log", show_log, "every decision")
+    one = verb("purge", purge, "forget requests that nobody decided about, and that nobody asks about any more")
+    one.add_argument("--days", type=int, help="for how long nobody asked; by default pending_days")
+    one = verb("log", show_log, "every decision")
+    one.add_argument("--id", metavar="ID")
+    one.add_argument("--action")
+    one.add_argument("--since", type=duration, metavar="3d")
+    one.add_argument("--last", type=int, metavar="LINES")
+    one.add_argument("--json", action="store_true")
     one = verb("minimum-serial", minimum, "the smallest serial number that is accepted")
     one.add_argument("--now", action="store_true", help="accept nothing that was signed before this moment")
 

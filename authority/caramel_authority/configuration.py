@@ -67,6 +67,8 @@ class Configuration:
     database: str = "sqlite:////var/lib/caramel-authority/state.db"
     signer: str = "ca"
     retry_after: int = 900
+    pending_days: int = 30
+    pending_limit: int = 10000
     front: tuple[str, ...] = ("127.0.0.1", "::1", "localhost")
     rules: Rules = field(default_factory=Rules)
     ca: Ca = field(default_factory=Ca)
@@ -92,6 +94,7 @@ class Configuration:
         wants = [
             (self.signer in ("ca", "acme"), 'signer is "ca" or "acme"'),
             (self.retry_after > 0, "retry_after is positive"),
+            (self.pending_days > 0 and self.pending_limit > 0, "pending_days and pending_limit are positive"),
             (
                 self.ca.life_hours * 3600 > self.ca.backdate_seconds >= 0,
                 "ca.life_hours is longer than backdate_seconds",

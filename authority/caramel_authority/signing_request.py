@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,15 +19,26 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from .errors import BadRequest
+from .weak_keys import weakness
 
+#: Characters of CN and OU (X.520, ub-common-name, ub-organizational-unit-name; RFC 5280, appendix A.1).
+LONGEST_NAME = 64
 #: Bytes. An RSA request of 4096 bits with a long subject has 1 900.
 LONGEST = 2048
-CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+#: What an ID never has: what ends or begins a value in a distinguished name (RFC 4514, 2.4; OpenSSL's older form has
+#: `/` between them, which is no trouble inside one), in a list of IDs, or in a pattern of host names.
+NOT_IN_ID = frozenset(',+"\\<>;=#*')
 #: One label of a host name (RFC 1123, 2.1).
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 HOST_NAME = re.compile(rf"{LABEL}(\.{LABEL})*")
 #: What a subject begins with, as far as the CA's subject has it, in this order.
 PREFIX = (NameOID.COUNTRY_NAME, NameOID.STATE_OR_PROVINCE_NAME, NameOID.LOCALITY_NAME, NameOID.ORGANIZATION_NAME)
+
+#: Labels of names that a zone, or those who send mail and look for services in it, need for themselves.
+OWN_LABEL = re.compile(
+    r"(ns|mx|dns|mail|smtp|imap|pop3?|www|ftp|gw)[0-9]*|localhost|localdomain|wpad|isatap|autoconfig|autodiscover|"
+    r"mta-sts|hostmaster|postmaster|webmaster|admin|root"
+)
 
 Subject = Sequence[tuple[x509.ObjectIdentifier, str]]
 
@@ -79,7 +91,13 @@ def validate(body: bytes, sha256: str, prefixes: Sequence[Subject] | None) -> Si
         key = csr.public_key()
         signed = csr.is_signature_valid
         digest = csr.signature_hash_algorithm
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except (
+        ValueError,
+        UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ):
         raise BadRequest("not a certificate request in PEM") from None
     if not exact:
         raise BadRequest("PEM not as OpenSSL writes it")
@@ -99,6 +117,9 @@ def _judge_key(key: object) -> None:
             raise BadRequest(f"Bad key: RSA of {key.key_size} bits; 2048, 3072 or 4096 are taken")
         if key.public_numbers().e < 65537:
             raise BadRequest("Bad key: RSA with a public exponent below 65537")
+        weak = weakness(key.public_numbers().n)
+        if weak:
+            raise BadRequest(f"Bad key: RSA, {weak}")
     elif not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise BadRequest("Bad key: neither RSA nor P-256")
 
@@ -108,11 +129,14 @@ def _judge_subject(subject: Subject, prefixes: Sequence[Subject] | None) -> str:
     names = [value for oid, value in subject if oid == NameOID.COMMON_NAME]
     if len(names) != 1 or subject[-1][0] != NameOID.COMMON_NAME:
         raise BadRequest("Bad subject: it has to end with the only CN")
-    if not CLIENT_ID.fullmatch(names[0]):
-        raise BadRequest("Bad subject: the CN has 1 to 64 of A-Z a-z 0-9 . _ : -")
+    wrong = id_problem(names[0])
+    if wrong:
+        raise BadRequest(f"Bad subject: the CN is no client ID: {wrong}")
     before = list(subject[:-1])
     if before and before[-1][0] == NameOID.ORGANIZATIONAL_UNIT_NAME:
-        del before[-1]
+        unit = before.pop()[1]
+        if len(unit) > LONGEST_NAME or any(unicodedata.category(one)[0] == "C" for one in unit):
+            raise BadRequest(f"Bad subject: the OU has at most {LONGEST_NAME} characters, and no control characters")
     if prefixes is not None and before not in [list(prefix) for prefix in prefixes]:
         wanted = " or ".join(_text(prefix) for prefix in prefixes)
         raise BadRequest(f"Bad subject: {_text(before)} before OU and CN, where {wanted} is expected")
@@ -132,7 +156,31 @@ def _judge_names(extensions: x509.Extensions, client_id: str) -> None:
 
 def device_of(client_id: str) -> str:
     """What IDs of the same device share: as host names, they differ neither by case nor by a final dot."""
-    return client_id.lower().rstrip(".")
+    return unicodedata.normalize("NFC", client_id.casefold()).rstrip(".")
+
+
+def id_problem(client_id: str) -> str | None:
+    """Why this is no client ID, None where it is one: text that a person can read back, and that no list, log or
+    distinguished name takes for something else.
+    """
+    if not 1 <= len(client_id) <= LONGEST_NAME or not 1 <= len(device_of(client_id)) <= LONGEST_NAME:
+        return f"it has 1 to {LONGEST_NAME} characters"
+    if client_id != unicodedata.normalize("NFC", client_id):
+        return "it has composed characters in another form than NFC"
+    for one in client_id:
+        # Control, format, private, unassigned (C), separators (Z): what is not seen, or moves what is seen.
+        if one in NOT_IN_ID or (one != " " and unicodedata.category(one)[0] in "CZ"):
+            return f"it has no {one!r}"
+    if client_id != client_id.strip() or "  " in client_id:
+        return "it has no blank at its ends, nor two in a row"
+    return None
+
+
+def zones_own(client_id: str, zone: str) -> bool:
+    """Whether the ID is a name that the zone needs for itself."""
+    name, own = device_of(client_id), zone.strip(".").lower()
+    label, _, rest = name.partition(".")
+    return bool(own) and (name == own or (rest == own and bool(OWN_LABEL.fullmatch(label) or label.startswith("_"))))
 
 
 def in_zone(client_id: str, zone: str) -> bool:

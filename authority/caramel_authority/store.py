@@ -12,8 +12,9 @@ killed leaves no transaction behind, neither half nor whole.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -210,6 +211,8 @@ class Store:
         self._connect(url, "rw")
         with self.reading() as db:
             schema.check(db)
+        # Connections are a process's own: whoever forks now shares none (SQLAlchemy, "Using Connection Pools").
+        self._engine.dispose()
 
     @classmethod
     def init(cls, url: str) -> bool:
@@ -283,6 +286,27 @@ def insert_new(db: Connection, table: Table, **values: Any) -> bool:
     dialect = postgresql if db.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(table).values(**values).on_conflict_do_nothing()
     return db.execute(statement.returning(*table.primary_key)).first() is not None
+
+
+def lock_devices(db: Connection, names: Sequence[str]) -> None:
+    """Nobody else decides about these devices until the transaction ends. On SQLite nobody else writes anyway."""
+    if db.dialect.name == "postgresql":
+        hashes = sorted(int.from_bytes(sha256(name.encode()).digest()[:8], "big", signed=True) for name in names)
+        # In the same order whoever asks, so that two never wait for each other.
+        db.execute(
+            text("SELECT pg_advisory_xact_lock(one) FROM unnest(CAST(:all AS bigint[])) AS one"), {"all": hashes}
+        )
+
+
+def see(db: Connection, seen: dict[str, tuple[int, str | None]]) -> None:
+    """Writes down when, and from where, these requests were asked about; those that are gone are left out."""
+    dialect = postgresql if db.dialect.name == "postgresql" else sqlite
+    there = set(db.execute(select(requests.c.sha256).where(requests.c.sha256.in_(seen))).scalars())
+    rows = [{"sha256": one, "at": at, "address": address} for one, (at, address) in seen.items() if one in there]
+    if rows:
+        statement = dialect.insert(sightings)
+        new = {"at": statement.excluded.at, "address": statement.excluded.address}
+        db.execute(statement.on_conflict_do_update(index_elements=[sightings.c.sha256], set_=new), rows)
 
 
 def number(db: Connection, name: str, lock: bool = False) -> int:

@@ -3,10 +3,17 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import ipaddress
+import math
+import random
 import socket
+import subprocess
+from collections.abc import Callable
 from email.utils import format_datetime, parsedate_to_datetime
+from typing import Union
 
 import authority_world
 import pytest
@@ -160,9 +167,68 @@ def asks_to_be_a_ca() -> bytes:
     return builder.sign(ec_key(), hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
+def of_version_2() -> bytes:
+    """`INTEGER 0` is the version (RFC 2986, 4.1), the first element of the inner sequence."""
+    der = x509.load_pem_x509_csr(csr("fffbeec0ffee")).public_bytes(serialization.Encoding.DER)
+    assert der.count(b"\x02\x01\x00") == 1
+    return armored(der.replace(b"\x02\x01\x00", b"\x02\x01\x01"))
+
+
+def armored(der: bytes) -> bytes:
+    text = base64.b64encode(der)
+    lines = [text[at : at + 64] for at in range(0, len(text), 64)]
+    return b"\n".join([b"-----BEGIN CERTIFICATE REQUEST-----", *lines, b"-----END CERTIFICATE REQUEST-----", b""])
+
+
+def is_prime(number: int) -> bool:
+    """As good as certain, for numbers that nobody chose to deceive (Fermat)."""
+    return all(number % small for small in (3, 5, 7, 11, 13)) and pow(2, number - 1, number) == 1
+
+
+def next_prime(number: int) -> int:
+    number += 1 + number % 2
+    while not is_prime(number):
+        number += 2
+    return number
+
+
+def prime(bits: int) -> int:
+    said = subprocess.run(["openssl", "prime", "-generate", "-bits", str(bits)], capture_output=True, check=True)
+    return int(said.stdout)
+
+
+def roca_prime() -> int:
+    """A prime of the form that Nemec et al. found in 2017: k * M + (65537 ** a mod M)."""
+    product = math.prod(one for one in range(2, 350) if all(one % two for two in range(2, one)))
+    while True:
+        low = pow(65537, random.randrange(1 << 64), product)
+        factor = random.randrange(3 << 1022, 1 << 1024) // product
+        if is_prime(number := factor * product + low):
+            return number
+
+
+def weak(p: int, q: int) -> bytes:
+    """A request with the modulus p * q, and a signature that is right for it (RFC 8017, 8.2.1)."""
+    modulus, exponent = p * q, 65537
+    order = math.lcm(*(one - 1 for one in (p, q) if one > 1))
+    secret = pow(exponent, -1, order)
+    size = (modulus.bit_length() + 7) // 8
+    der = x509.load_pem_x509_csr(csr("fffbeec0ffee", rsa_key())).public_bytes(serialization.Encoding.DER)
+    known = rsa_key().public_key().public_numbers().n.to_bytes(256, "big")
+    assert size == 256 and der.count(known) == 1
+    der = der.replace(known, modulus.to_bytes(256, "big"))
+    # Outer sequence and inner one have headers of four bytes; behind the inner one are algorithm and signature.
+    inner = der[4 : 8 + int.from_bytes(der[6:8], "big")]
+    digest_info = bytes.fromhex("3031300d060960864801650304020105000420") + hashlib.sha256(inner).digest()
+    padded = b"\0\1" + b"\xff" * (size - 3 - len(digest_info)) + b"\0" + digest_info
+    signature = pow(int.from_bytes(padded, "big"), secret, modulus).to_bytes(256, "big")
+    return armored(der[:-256] + signature)
+
+
+OU_OF_900 = subject(*authority_world.PREFIX, ("OU", "x" * 900), ("CN", "fffbeec0ffee"))
 P = authority_world.PREFIX
 GOOD = csr("fffbeec0ffee")
-BAD = {
+BAD: dict[str, tuple[Union[bytes, Callable[[], bytes]], str]] = {
     "nothing": (b"", "not a certificate request in PEM"),
     "no PEM": (b"hello\n", "not a certificate request in PEM"),
     "a certificate's label": (
@@ -183,8 +249,22 @@ BAD = {
     "two CNs": (subject(*P, ("CN", "a"), ("CN", "b")), "Bad subject: it has to end with the only CN"),
     "CN not last": (subject(("CN", "a"), *P), "Bad subject: it has to end with the only CN"),
     "no subject": (subject(), "Bad subject: it has to end with the only CN"),
-    "CN with a comma": (csr("a,DNS:ca.example.com"), "Bad subject: the CN has 1 to 64 of"),
-    "CN with a blank": (csr("a b"), "Bad subject: the CN has 1 to 64 of"),
+    "CN with a comma": (csr("a,DNS:ca.example.com"), "Bad subject: the CN is no client ID: it has no ','"),
+    "CN with a wild card": (csr("*.example.com"), "Bad subject: the CN is no client ID: it has no '*'"),
+    "CN with a new line": (csr("a\nb"), "Bad subject: the CN is no client ID: it has no '\\n'"),
+    "CN that reads backwards": (csr("a\u202eb"), "Bad subject: the CN is no client ID: it has no '\\u202e'"),
+    "CN with blanks": (csr("a  b"), "Bad subject: the CN is no client ID: it has no blank at its ends"),
+    "CN in two forms": (csr("e\u0301"), "Bad subject: the CN is no client ID: it has composed"),
+    "a long OU": (OU_OF_900, "Bad subject: the OU has at most 64 characters"),
+    "version 2": (of_version_2(), "not a certificate request in PEM"),
+    "the modulus is a prime": (lambda: weak(prime(2048), 1), "Bad key: RSA, its modulus is a prime"),
+    "a small factor": (lambda: weak(prime(2040), 251), "Bad key: RSA, its modulus has a small factor"),
+    "an even modulus": (lambda: weak(prime(2047), 2), "bad signature"),
+    "factors that are close": (
+        lambda: weak(close := prime(1024), next_prime(close)),
+        "Bad key: RSA, the factors of its modulus are close",
+    ),
+    "ROCA": (lambda: weak(roca_prime(), roca_prime()), "Bad key: RSA, made by a library whose keys can be factored"),
     "O missing": (subject(*P[:3], ("CN", "a")), "Bad subject: L=Linköping,ST=Östergötland,C=SE before OU"),
     "another O": (subject(*P[:3], ("O", "Other AB"), ("CN", "a")), "Bad subject: O=Other AB,"),
     "another order": (subject(P[1], P[0], *P[2:], ("CN", "a")), "Bad subject: O=Example AB,L=Link"),
@@ -212,13 +292,28 @@ def one_server(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(one_server: Server, what: str) -> None:
-    body, detail = BAD[what]
+    given, detail = BAD[what]
+    body = given() if callable(given) else given
     reply = one_server.post(body)
     assert reply.status == 400
     assert reply.json["detail"].startswith(detail)
     is_problem(reply, 400, "Bad Request", reply.json["detail"])
     assert one_server.authority.rows("SELECT * FROM requests") == []
     assert one_server.get(sha256(body)).status == 404
+
+
+@pytest.mark.parametrize("client_id", ["Bj\u00f6rn's unit 7", "line/3@plant", "a:b", "\u6a5f-1", "x" * 64])
+def test_what_a_client_id_may_be(one_server: Server, client_id: str) -> None:
+    """What the server that is replaced took, as far as nobody takes it for something else."""
+    request = csr(client_id)
+    one_server.authority.command("allow", client_id)
+    reply = one_server.enroll(request)
+    assert reply.status == 200
+    name = reply.certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    assert [one.value for one in name] == [client_id]
+    one_server.authority.rows("DELETE FROM certificates")
+    one_server.authority.rows("DELETE FROM sightings")
+    one_server.authority.rows("DELETE FROM requests")
 
 
 def test_ed25519_is_refused(one_server: Server) -> None:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What an administrator looks at: requests and the log, by one query each, so that 90 000 devices are one look.
+
+Nothing is changed here. Moments are text, as a person and a program can read them: `2026-11-28T07:15:00Z`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TextIO
+
+from sqlalchemy import ColumnElement, Connection, Select, String, case, func, select
+
+from .store import AUTHORIZED, PENDING, REJECTED, bars, certificates, log, now, orders, requests, sightings
+
+#: Rows that are fetched at once.
+MANY = 5000
+
+
+@lru_cache(maxsize=65536)
+def when(moment: int | None) -> str | None:
+    return None if moment is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which requests are wanted; with nothing said, all. `silent` and `ends_within` are seconds."""
+
+    state: str | None = None
+    silent: int | None = None
+    ends_within: int | None = None
+
+
+def overview(db: Connection, asked: Asked) -> Iterator[dict[str, Any]]:
+    """Every request that is wanted, in the order in which they were posted."""
+    of_it = certificates.alias()
+    newest = select(func.max(of_it.c.id)).where(of_it.c.sha256 == requests.c.sha256, of_it.c.not_before <= now())
+    query = (
+        select(
+            requests.c.sha256,
+            case((bars.c.kind.is_not(None), bars.c.kind), else_=requests.c.state).label("state"),
+            requests.c.client_id,
+            requests.c.posted,
+            requests.c.address,
+            sightings.c.at.label("seen"),
+            sightings.c.address.label("seen_from"),
+            certificates.c.not_after.label("until"),
+            certificates.c.usages,
+            orders.c.problem,
+        )
+        .outerjoin(bars, bars.c.device == requests.c.device)
+        .outerjoin(sightings, sightings.c.sha256 == requests.c.sha256)
+        .outerjoin(certificates, certificates.c.id == newest.scalar_subquery())
+        .outerjoin(orders, orders.c.sha256 == requests.c.sha256)
+        .order_by(requests.c.posted)
+    )
+    if asked.state:
+        query = query.where(requests.c.state == asked.state)
+    if asked.silent is not None:
+        last = func.coalesce(sightings.c.at, requests.c.posted)
+        query = query.where(requests.c.state == AUTHORIZED, last < now() - asked.silent)
+    if asked.ends_within is not None:
+        query = query.where(requests.c.state == AUTHORIZED, certificates.c.not_after < now() + asked.ends_within)
+    yield from _rows(db, query, ("posted", "seen", "until"))
+
+
+def queue(db: Connection) -> Iterator[dict[str, Any]]:
+    """What waits for a decision, the oldest first: since when, from where, how many keys were seen for that ID, and
+    whether one of them was rejected.
+    """
+    other = requests.alias()
+    same = select(func.count(other.c.key_sha256.distinct())).where(other.c.device == requests.c.device)
+    rejected = select(func.count()).where(other.c.device == requests.c.device, other.c.state == REJECTED)
+    query = (
+        select(
+            requests.c.sha256,
+            func.coalesce(bars.c.kind, requests.c.state).label("state"),
+            requests.c.client_id,
+            requests.c.posted,
+            requests.c.address,
+            sightings.c.at.label("seen"),
+            sightings.c.address.label("seen_from"),
+            same.scalar_subquery().label("keys"),
+            rejected.scalar_subquery().label("rejected_before"),
+        )
+        .outerjoin(bars, bars.c.device == requests.c.device)
+        .outerjoin(sightings, sightings.c.sha256 == requests.c.sha256)
+        .where(requests.c.state == PENDING)
+        .order_by(requests.c.posted)
+    )
+    yield from _rows(db, query, ("posted", "seen"))
+
+
+def barred(db: Connection) -> Iterator[dict[str, Any]]:
+    """The devices that are barred or suspended, whether they ever asked or not."""
+    query = select(bars.c.kind.label("state"), bars.c.device, bars.c.since, bars.c.who).order_by(bars.c.device)
+    yield from _rows(db, query, ("since",))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Which lines of the log are wanted; with nothing said, all. `since` is a moment, `last` a number of lines."""
+
+    client_id: str | None = None
+    action: str | None = None
+    since: int | None = None
+    last: int | None = None
+
+
+def log_text(db: Connection, wanted: Lines) -> Iterator[str]:
+    """The log, many lines at a time: when, who, what, client ID, request, detail. The database writes each line:
+    900 000 of them would take twice as long here.
+    """
+    columns = [_moment(db, log.c.at), log.c.who, log.c.action, func.coalesce(log.c.client_id, "-")]
+    line = functools.reduce(lambda left, right: left + "  " + right, columns)
+    line += "  " + func.coalesce(func.substr(log.c.sha256, 1, 16), "-")
+    line += case((func.coalesce(log.c.detail, "") == "", ""), else_="  " + log.c.detail)
+    query = _wanted(select(line.label("line"), log.c.id), wanted)
+    for lines in db.execute(query, execution_options={"yield_per": MANY}).scalars().partitions():
+        yield "\n".join([*lines, ""])
+
+
+def log_rows(db: Connection, wanted: Lines) -> Iterator[dict[str, Any]]:
+    """The same as values."""
+    columns = (log.c.id, log.c.at, log.c.who, log.c.action, log.c.client_id, log.c.sha256, log.c.detail)
+    yield from _rows(db, _wanted(select(*columns), wanted), ("at",))
+
+
+def _wanted(query: Select[Any], wanted: Lines) -> Select[Any]:
+    if wanted.client_id:
+        # Whatever ID the device was called by.
+        query = query.where(func.lower(log.c.client_id) == wanted.client_id.lower())
+    if wanted.action:
+        query = query.where(log.c.action == wanted.action)
+    if wanted.since is not None:
+        query = query.where(log.c.at >= wanted.since)
+    if wanted.last is not None:
+        last = query.order_by(log.c.id.desc()).limit(wanted.last).subquery()
+        return select(*last.c).order_by(last.c.id)
+    return query.order_by(log.c.id)
+
+
+def _moment(db: Connection, column: ColumnElement[int]) -> ColumnElement[str]:
+    if db.dialect.name == "sqlite":
+        return func.strftime("%Y-%m-%dT%H:%M:%SZ", column, "unixepoch", type_=String)
+    utc = func.timezone("UTC", func.to_timestamp(column))
+    return func.to_char(utc, 'YYYY-MM-DD"T"HH24:MI:SS"Z"', type_=String)
+
+
+def print_json(rows: Iterable[dict[str, Any]], file: TextIO) -> None:
+    """A list of objects, written as it comes."""
+    before = "["
+    for row in rows:
+        file.write(f"{before}\n{json.dumps(row, ensure_ascii=False)}")
+        before = ","
+    file.write("\n]\n" if before == "," else "[]\n")
+
+
+def _rows(db: Connection, query: Select[Any], moments: Iterable[str]) -> Iterator[dict[str, Any]]:
+    result = db.execute(query, execution_options={"yield_per": MANY})
+    names = list(result.keys())
+    for row in result:
+        found = dict(zip(names, row, strict=True))
+        for name in moments:
+            found[name] = when(found[name])
+        yield found
