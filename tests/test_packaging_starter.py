@@ -48,7 +48,9 @@ def main(arguments=None, statuses={}):
             ignored = [line.split()[1] for line in file if line.startswith("SigIgn")]
         os.write(1, "|".join([*ignored, os.readlink("/proc/self/fd/0"), sys.executable, *rest]).encode())
         os._exit(statuses[0])
-    if what == "sleep":
+    if what in ("sleep", "hang"):
+        if what == "hang":  # as in a library that never comes back to Python
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
         os.write(1, b"asleep")
         time.sleep(float(rest[0]))
         os._exit(statuses[0])
@@ -75,7 +77,10 @@ def python_with(folder: Path) -> None:
     (package / "caramel_embedded").mkdir()
     (package / "caramel_embedded/__init__.py").touch()
     (package / "caramel_embedded/__main__.py").write_text(STAND_IN)
-    shutil.copy(STARTER, folder / "bin")
+    text = STARTER.read_text()
+    assert "range(250)" in text
+    (folder / "bin/caramel-embedded").write_text(text.replace("range(250)", "range(25)"))
+    (folder / "bin/caramel-embedded").chmod(0o755)
 
 
 def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -392,6 +397,20 @@ def test_a_signal_ends_the_run(shell: list[str], bin: Path, name: str) -> None:
     out, err = process.communicate(timeout=15)
     assert (process.returncode, out) == (127, b"")
     assert err.splitlines()[-1] == b"caramel-embedded: ended by a signal"
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+def test_what_has_not_ended_after_a_signal_is_killed(shell: list[str], bin: Path, group: bool) -> None:
+    """Half a second later here, however many more signals come; and nothing is left, the clock that waited included."""
+    process = start(*shell, bin / "caramel-embedded", "hang", "50", start_new_session=True)
+    assert process.stdout and process.stdout.read(6) == b"asleep"
+    for name in ("TERM", "HUP", "INT", "TERM"):
+        (os.killpg if group else os.kill)(process.pid, getattr(signal, "SIG" + name))
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (127, b"")
+    assert err.splitlines()[-1] == b"caramel-embedded: ended by a signal"
+    assert not strays()
 
 
 @pytest.mark.parametrize("name", ["PIPE", "XFSZ", "CHLD", "WINCH", "URG", "CONT"])
