@@ -11,6 +11,12 @@ INSTALL ?= install
 # What starts the checks on the target: systemd, sysv (BusyBox and other init scripts) or none.
 INIT ?= systemd
 
+# What /bin/sh is on the target: bash or dash, where it is one of them. Their scripts then begin with "#!/bin/sh -p", with
+# which Bash takes nothing from the environment: with SHELLOPTS=noexec there, every script would end with 0. BusyBox
+# doesn't know -p.
+TARGET_SH ?=
+FIRST_LINE = $(if $(TARGET_SH),-e '1s|^\#!/bin/sh$$|& -p|')
+
 # For make zipapp: where Python is on the device, and the file to make.
 TARGET_PYTHON ?= /usr/bin/python3
 OUT ?= $(BUILD)/caramel-embedded.pyz
@@ -38,10 +44,11 @@ BAKE = $(PYTHON) -B "$(PACKAGING)bake.py" $(if $(CONF),--conf "$(CONF)") \
 	$(if $(SERVER),--set "CARAMEL_CA=$(SERVER)") $(if $(CA_CERT),--set "CARAMEL_CA_CERT=$(CA_CERT)") \
 	--term CARAMEL_CA=SERVER= --term CARAMEL_CA_CERT=CA_CERT=
 
-.PHONY: zipapp install install-program install-extras install-systemd install-sysv install-none deb device-test
+.PHONY: zipapp install install-where install-program install-extras install-libexec install-systemd install-sysv \
+	install-none uninstall deb device-test
 
 zipapp: $(if $(filter $(BUILD)/zipapp,$(PACKAGES)),$(BUILD)/zipapp/installed) ## one executable file for an image: CA_CERT=ca.pem SERVER=host[:port] [CONF=more.conf] [OUT=file]
-	@$(PYTHON) -B "$(PACKAGING)pyz.py" --output "$(OUT)" --python "$(TARGET_PYTHON)" --packages "$(PACKAGES)" \
+	@$(PYTHON) -B "$(PACKAGING)pyz.py" --output "$(OUT)" --python "$(TARGET_PYTHON)" --sh "$(TARGET_SH)" --packages "$(PACKAGES)" \
 		$(if $(CONF),--conf "$(CONF)") $(if $(SERVER),--server "$(SERVER)") $(if $(CA_CERT),--ca-cert "$(CA_CERT)")
 
 # Sources only: what is compiled is compiled for the archive.
@@ -52,17 +59,29 @@ $(BUILD)/zipapp/installed: $(PACKAGING)zipapp.txt
 		--only-binary :all: --target "$(@D)" -r $<
 	@touch $@
 
-install: install-program install-extras install-$(INIT) ## into an image: DESTDIR= [CONF=firmware.conf] [INIT=systemd|sysv|none]
+install: install-program install-extras install-$(INIT) ## into an image: DESTDIR= [CONF=firmware.conf] [INIT=systemd|sysv|none] [TARGET_SH=bash|dash]
 
-# First what can fail, so that a bad setting leaves no half of an installation.
-install-program:
+# What is meant for an image must not land in the machine that builds it. Whoever means this machine says DESTDIR=/.
+install-where:
+	@test -n "$(DESTDIR)" || { echo "make $(or $(MAKECMDGOALS),install): DESTDIR= is not set: name the root folder of the" \
+		"image, or this machine with DESTDIR=/" >&2; exit 1; }
 	@case "$(INIT)" in systemd|sysv|none) ;; *) \
 		echo "make install: INIT=$(INIT) is none of systemd, sysv, none" >&2; exit 1;; esac
+	@case "$(TARGET_SH)" in ''|bash|dash) ;; *) \
+		echo "make install: TARGET_SH=$(TARGET_SH) is none of bash, dash; leave it out for another shell" >&2; exit 1;; esac
+
+# A script, with the shell of the target and the paths of this installation. $(call script,from,to)
+PATHS = -e 's|/usr/\(bin/caramel-embedded\|libexec/\)|$(PREFIX)/\1|'
+script = sed $(FIRST_LINE) $(PATHS) "$(1)" >"$(DESTDIR)$(2)" && chmod 0755 "$(DESTDIR)$(2)"
+
+# First what can fail, so that a bad setting leaves no half of an installation.
+install-program: install-where
 	@$(BAKE) "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded"
 	$(INSTALL) -m 0644 $(ROOT)caramel_embedded/*.py "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded/"
 	test ! -e $(ROOT)caramel_embedded/py.typed || \
 		$(INSTALL) -m 0644 $(ROOT)caramel_embedded/py.typed "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded/"
-	$(INSTALL) -D -m 0755 $(PACKAGING)starter/caramel-embedded "$(DESTDIR)$(PREFIX)/bin/caramel-embedded"
+	$(INSTALL) -d "$(DESTDIR)$(PREFIX)/bin"
+	$(call script,$(PACKAGING)starter/caramel-embedded,$(PREFIX)/bin/caramel-embedded)
 
 # COMPILE=no where the image is for another version of Python than this machine's.
 ifneq ($(COMPILE),no)
@@ -70,25 +89,25 @@ ifneq ($(COMPILE),no)
 		"$(DESTDIR)$(PYTHON_DIR)/caramel_embedded"
 endif
 
-install-extras:
+install-extras: install-where
 	$(INSTALL) -D -m 0644 $(PACKAGING)man/caramel-embedded.8 "$(DESTDIR)$(PREFIX)/share/man/man8/caramel-embedded.8"
 	$(INSTALL) -D -m 0644 $(PACKAGING)completion/caramel-embedded.bash \
 		"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/caramel-embedded"
 	$(INSTALL) -D -m 0644 $(PACKAGING)caramel-embedded.conf \
 		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded/examples/caramel-embedded.conf"
 
-# The paths in the units and scripts are those of a system installation.
-install-libexec:
+LIBEXEC := until-enrolled until-certified keep-enrolled
+
+install-libexec: install-where
 	$(INSTALL) -d "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded"
-	for script in until-enrolled until-certified keep-enrolled; do \
-		sed 's#/usr/bin/caramel-embedded#$(PREFIX)/bin/caramel-embedded#' "$(PACKAGING)libexec/$$script" \
-			>"$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/$$script" && \
-		chmod 0755 "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/$$script" || exit 1; done
+	$(INSTALL) -m 0644 $(PACKAGING)libexec/chance "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded/chance"
+	for script in $(LIBEXEC); do \
+		$(call script,$(PACKAGING)libexec/$$script,$(PREFIX)/libexec/caramel-embedded/$$script) || exit 1; done
 
 install-systemd: install-libexec
 	$(INSTALL) -d "$(DESTDIR)$(UNITDIR)"
 	for unit in $(UNITS); do \
-		sed 's#/usr/\(bin\|libexec\)/#$(PREFIX)/\1/#' "$(PACKAGING)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
+		sed $(PATHS) "$(PACKAGING)systemd/$$unit" >"$(DESTDIR)$(UNITDIR)/$$unit" && \
 		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$unit" || exit 1; done
 	for example in needs-certificate instance-own-user; do \
 		$(INSTALL) -D -m 0644 "$(PACKAGING)systemd/examples/$$example.conf" \
@@ -96,11 +115,17 @@ install-systemd: install-libexec
 
 install-sysv: install-libexec
 	$(INSTALL) -d "$(DESTDIR)$(SYSCONFDIR)/init.d"
-	sed 's#/usr/libexec/#$(PREFIX)/libexec/#' $(ROOT)buildroot/package/caramel-embedded/S95caramel-embedded \
-		>"$(DESTDIR)$(SYSCONFDIR)/init.d/S95caramel-embedded"
-	chmod 0755 "$(DESTDIR)$(SYSCONFDIR)/init.d/S95caramel-embedded"
+	$(call script,$(ROOT)buildroot/package/caramel-embedded/S95caramel-embedded,$(SYSCONFDIR)/init.d/S95caramel-embedded)
 
 install-none:
+
+# What any of the above has put there, with the same DESTDIR=, PREFIX= and PYTHON_DIR=. Settings and identities stay.
+uninstall: install-where ## what make install has put there: DESTDIR=
+	rm -rf "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded" "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded" \
+		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded"
+	rm -f "$(DESTDIR)$(PREFIX)/bin/caramel-embedded" "$(DESTDIR)$(PREFIX)/share/man/man8/caramel-embedded.8" \
+		"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/caramel-embedded" \
+		"$(DESTDIR)$(SYSCONFDIR)/init.d/S95caramel-embedded" $(foreach unit,$(UNITS),"$(DESTDIR)$(UNITDIR)/$(unit)")
 
 deb: ## the Debian package, into build/: [CARAMEL_BAKE=/path/to/firmware.conf]
 	@BUILD="$(BUILD)" "$(PACKAGING)deb.sh"

@@ -38,6 +38,8 @@ LEFT_OUT = ("urllib3/contrib/", "urllib3/http2/connection.py", "fasteners/pywin3
 #: zip archive by itself, but with a crash's status, and through runpy, which takes longer than the shell does. Behind
 #: the shell's last line come the compiled modules, and behind these the zip archive, which is read from its end.
 STARTER = ROOT / "packaging" / "starter" / "caramel-embedded"
+#: Shells that know -p, with which Bash takes no options, no functions and no file to run from the environment.
+SHELLS = ("", "bash", "dash")
 WHERE = re.compile(r"^# --- where .*?^# --- end of where\n", re.MULTILINE | re.DOTALL)
 
 #: Instead of the starter's own part on where Python and the program are. -S: what most runs need is in the standard
@@ -171,18 +173,20 @@ def libraries(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def head(values: dict[str, str]) -> bytes:
-    """The starter, with the archive's own way to Python and the program."""
+def head(values: dict[str, str], sh: str) -> bytes:
+    """The starter, with the archive's own way to Python and the program, for a device whose /bin/sh is `sh`."""
     find = FIND
     for name, value in values.items():
         find = find.replace(f"@{name}@", value)
     text, count = WHERE.subn(lambda _: find, STARTER.read_text(encoding="ascii"))
     if count != 1:
         raise BakeError(f"{STARTER}: the marks around where Python is are gone")
+    if sh:
+        text = text.replace("#!/bin/sh\n", "#!/bin/sh -p\n", 1)
     return text.encode()
 
 
-def write(output: Path, python: str, baked: Baked, packages: Path) -> None:
+def write(output: Path, python: str, sh: str, baked: Baked, packages: Path) -> None:
     data = {f"{PACKAGE}/baked.conf": baked.conf.encode()}
     for name, pem in (("baked.pem", baked.pem), ("baked-identity.pem", baked.identity_pem)):
         if pem is not None:
@@ -197,7 +201,7 @@ def write(output: Path, python: str, baked: Baked, packages: Path) -> None:
     def start(at: int) -> bytes:
         tag = sys.implementation.cache_tag
         values = {"VERSION": version(), "PYTHON": python, "TAG": tag, "START": f"{at:5}", "SIZE": str(len(blob))}
-        return head(values)
+        return head(values, sh)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(output.name + ".new")
@@ -217,6 +221,7 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="pyz.py", description="Make the program one executable file.")
     options.add_argument("--output", type=Path, default=ROOT / "build" / "caramel-embedded.pyz")
     options.add_argument("--python", default="/usr/bin/python3", help="where Python is on the device")
+    options.add_argument("--sh", default="", help="what /bin/sh is on the device: bash or dash")
     where = "folder with urllib3 and fasteners, as pip install --target makes it"
     options.add_argument("--packages", type=Path, required=True, help=where)
     options.add_argument("--server", help="the Caramel server, HOST or HOST:PORT")
@@ -226,6 +231,8 @@ def main() -> int:
     try:
         if not given.python.startswith("/") or not given.python.isprintable() or set(given.python) & set(" '\"\\$`"):
             raise BakeError(f"TARGET_PYTHON={given.python}: must be a path without spaces and quotes")
+        if given.sh not in SHELLS:
+            raise BakeError(f"TARGET_SH={given.sh}: must be bash or dash, or nothing where it is neither")
         extra = {"CARAMEL_CA": given.server, "CARAMEL_CA_CERT": given.ca_cert}
         baked = bake(
             given.conf or environment(),
@@ -234,7 +241,7 @@ def main() -> int:
             source_time(),
             require=extra,
         )
-        write(given.output, given.python, baked, given.packages)
+        write(given.output, given.python, given.sh, baked, given.packages)
     except BakeError as error:
         print(f"caramel-embedded: {error}", file=sys.stderr)
         return 1

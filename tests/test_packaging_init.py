@@ -1,11 +1,13 @@
 """The shell scripts of an image: the init script for BusyBox, and what it keeps in the background.
 
-make device-test boots them on Arm under BusyBox; here each branch is walked with a stand-in for the program.
+make device-test boots them on Arm under BusyBox; here each branch is walked with a stand-in for the program, and with
+exactly the programs that small systems have.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from typing import Optional, Union
 
 import pytest
 from needs import busybox_with_crond, needs, require, slow
-from world import ROOT, Daemon, environment, until
+from world import ROOT, SYSTEMS, Daemon, environment, small_system, until
 
 LIBEXEC = ROOT / "packaging/libexec"
 INIT_SCRIPT = ROOT / "buildroot/package/caramel-embedded/S95caramel-embedded"
@@ -26,6 +28,8 @@ SCRIPTS = [
     LIBEXEC / "until-enrolled",
     LIBEXEC / "until-certified",
     LIBEXEC / "keep-enrolled",
+    LIBEXEC / "chance",
+    ROOT / "examples/split-identity",
     INIT_SCRIPT,
     ROOT / "packaging/deb.sh",
     ROOT / "tests/device/device-test.sh",
@@ -38,12 +42,16 @@ cd "{folder}" || exit
 echo "$*" >>asked
 case "$*" in
 *--status*)
-    printf '{{\\n  "client_id": "%s",\\n  "key_file": "{folder}/identity.pem"\\n}}\\n' "$(cat id)"
+    case "$*" in
+    *--json*) printf '{{\\n  "client_id": "%s",\\n  "key_file": "{folder}/identity.pem"\\n}}\\n' "$(cat id)" ;;
+    *) printf 'client ID        %s\\nkey file         {folder}/identity.pem\\n' "$(cat id)" ;;
+    esac
     exit "$(cat status)" ;;
 esac
+id=$(cat id)
 read -r status after <plan
 [ "$(wc -l <plan)" = 1 ] || sed -i 1d plan
-printf '{{"status": %s, "client_id": "x", "retry_after": %s, "message": "..."}}\\n' "$status" "${{after:-null}}"
+printf '{{"status": %s, "client_id": "%s", "retry_after": %s}}\\n' "$status" "$id" "${{after:-null}}"
 exit "$status"
 """
 
@@ -63,18 +71,28 @@ while :; do /bin/sleep 0.1; done
 class Image:
     """The scripts with their surroundings replaced."""
 
-    def __init__(self, folder: Path, shell: list[str]) -> None:
+    def __init__(self, folder: Path, shell: list[str], path: str) -> None:
         self.folder, self.shell = folder, shell
         self.bin = folder / "bin"
         self.bin.mkdir()
+        self.path = f"{self.bin}:{path}"
         self.program = self.script("caramel-embedded", STAND_IN.format(folder=folder))
         self.script("sleep", SLEEP.format(folder=folder))
-        for name in ("until-enrolled", "until-certified", "keep-enrolled"):
+        self.script("logger", f'#!/bin/sh\necho "$*" >>"{folder}/logged"\n')
+        for name, *theirs in (
+            ("until-enrolled", "/proc/uptime"),
+            ("until-certified",),
+            ("keep-enrolled", "/proc/[0-9]*/comm"),
+            ("chance", "/proc/uptime"),
+        ):
             shutil.copy(LIBEXEC / name, self.bin)
-        text = (self.bin / "until-enrolled").read_text()
-        assert "/proc/uptime" in text
-        (self.bin / "until-enrolled").write_text(text.replace("/proc/uptime", str(folder / "uptime")))
-        self.write("uptime", "3.14 5.00\n")
+            text = (LIBEXEC / name).read_text()
+            for path in theirs:
+                assert path in text
+                text = text.replace(path, f"{folder}{path}")
+            (self.bin / name).write_text(text)
+        (folder / "proc/1").mkdir(parents=True)
+        self.write("proc/uptime", "3.14 5.00\n")
         self.plan(0)
         self.write("status", "127\n")
         self.write("id", "fffbeec0ffee\n")
@@ -97,7 +115,7 @@ class Image:
 
     def start(self, name: str, *options: str, stderr: Optional[int] = None, **env: str) -> subprocess.Popen[bytes]:
         environ = environment(**{"CARAMEL_EMBEDDED": str(self.program), "RETRY_FIRST": "2", "RETRY_MAX": "10", **env})
-        environ["PATH"] = f"{self.bin}:{environ['PATH']}"
+        environ["PATH"] = self.path
         return subprocess.Popen(
             [*self.shell, str(self.bin / name), *options], env=environ, stderr=stderr, start_new_session=True
         )
@@ -106,10 +124,32 @@ class Image:
         return self.start(name, *options, stderr=None, **env).wait(30)
 
 
-@pytest.fixture(params=["dash", "bash", "busybox"])
+#: Big shells with all that this machine has, and small systems with nothing but what they have.
+PLACES = [
+    "dash",
+    "openwrt",
+    *(pytest.param(name, marks=slow) for name in ("bash", "scarthgap", "wrynose", "buildroot")),
+]
+
+
+@pytest.fixture(params=PLACES)
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
-    require(request.param if request.param != "busybox" else "ash")
-    return Image(tmp_path, ["busybox", "sh"] if request.param == "busybox" else [request.param])
+    if request.param in SYSTEMS:
+        require("ash", "flock")
+        applets = small_system(request.param, tmp_path / "applets")
+        return Image(tmp_path, [str(applets / "sh")], str(applets))
+    require(request.param)
+    return Image(tmp_path, [request.param], os.environ["PATH"])
+
+
+def test_what_small_systems_lack_is_not_there(tmp_path: Path) -> None:
+    """And each of them can do what the scripts want of it."""
+    require("ash", "flock")
+    for system in SYSTEMS:
+        there = {path.name for path in small_system(system, tmp_path / system).iterdir()}
+        assert "cksum" not in there or system == "buildroot"
+        assert "stat" not in there or system in ("scarthgap", "wrynose")
+        assert {"sh", "sed", "grep", "cat", "ls", "sleep", "dd", "tr", "mv", "cp", "flock"} <= there
 
 
 @needs("shellcheck")
@@ -158,7 +198,7 @@ def test_no_setting_makes_a_storm_or_an_end(image: Image, value: str) -> None:
     image.plan(69, 69, 0)
     process = image.start("until-enrolled", RETRY_FIRST=value, SPREAD=value, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (0, b"")
+    assert (process.returncode, unexpected(errors)) == (0, [])
     slept = [int(line) for line in image.lines("slept")]
     for seconds, most in zip(slept, (30, 20)):
         assert 1 <= seconds <= most
@@ -169,19 +209,44 @@ def test_no_setting_makes_a_storm_or_an_end(image: Image, value: str) -> None:
     assert [1 <= int(line) <= most for line, most in zip(image.lines("slept"), (4, 8, 16))] == [True] * 3
 
 
+def unexpected(errors: bytes) -> list[str]:
+    """What a script has said on standard error beside its own lines."""
+    return [line for line in errors.decode().splitlines() if not line.startswith("caramel-embedded: ")]
+
+
 @needs("mounts")
-def test_pauses_differ_where_the_kernels_files_are_hidden(image: Image) -> None:
-    """As ProcSubset=pid of systemd hides them."""
-    hidden = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs tmpfs /proc/sys; exec "$@"', "hidden"]
-    image.shell = [*hidden, *image.shell]
-    for _ in range(8):
+@pytest.mark.parametrize("hidden", ["/proc/sys", "/proc/sys /dev"])
+def test_a_fleet_is_not_in_step_where_the_kernels_files_are_hidden(image: Image, hidden: str) -> None:
+    """As ProcSubset=pid of systemd hides them, or as a chroot has no /dev. All devices are at the same instant of
+    their boot, and with the same process IDs.
+    """
+    mounts = "".join(f"mount -t tmpfs tmpfs {folder}; " for folder in hidden.split())
+    null = "mknod -m 666 /dev/null c 1 3; " if "/dev" in hidden else ""
+    script = f'{mounts}{null}PATH={image.path}; exec "$@"'
+    image.shell[:0] = ["unshare", "--mount", "--pid", "--fork", "sh", "-ec", script, "hidden"]
+    image.path = os.environ["PATH"]
+    for number in range(8):
+        image.write("id", f"00163e00000{number}\n")
         image.plan(69, 0)
         process = image.start("until-enrolled", RETRY_FIRST="1700", stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=30)
-        assert (process.returncode, errors) == (0, b"")
-    # Far apart, not process IDs that follow each other.
+        assert (process.returncode, unexpected(errors)) == (0, [])
+    # Far apart, not numbers that follow each other.
     slept = sorted(int(line) for line in image.lines("slept"))
-    assert slept[-1] - slept[0] > 150
+    assert len(set(slept)) >= 6 and slept[-1] - slept[0] > 500, slept
+
+
+def test_it_says_when_the_next_check_is(image: Image) -> None:
+    """A device that waits for its certificate is otherwise silent for an hour."""
+    image.plan(69, "127 1700", 0)
+    process = image.start("until-enrolled", stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=30)
+    expected = [f"caramel-embedded: the next check is in {seconds} s" for seconds in image.lines("slept")]
+    assert errors.decode().splitlines() == expected and len(expected) == 2
+    image.write("status", "0\n")
+    process = image.start("until-enrolled", SPREAD="200", stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=30)
+    assert re.fullmatch(r"[^\n]*there is a usable certificate; the next check is in \d+ s\n", errors.decode())
 
 
 def test_a_certificate_at_once_is_no_pause(image: Image) -> None:
@@ -229,7 +294,7 @@ def test_with_a_certificate_a_check_that_fails_is_no_reason_to_hurry(image: Imag
 def test_the_wait_is_for_the_time_after_the_boot(image: Image, uptime: str, spread: int, most: int) -> None:
     """Cron and the hourly timer have spread the checks themselves, but for the minute in which cron counts."""
     image.write("status", "0\n")
-    image.write("uptime", f"{uptime}\n")
+    image.write("proc/uptime", f"{uptime}\n")
     for _ in range(8):
         assert image.run("until-enrolled", SPREAD=str(spread)) == 0
     slept = [int(line) for line in image.lines("slept")]
@@ -241,9 +306,9 @@ def test_the_wait_is_over_when_the_certificate_has_ended(image: Image) -> None:
     """Or when the clock is right at last, and shows that it had."""
     image.write("status", "0\n")
     image.script("sleep", f'#!/bin/sh\necho "$1" >>"{image.folder}/slept"\necho 127 >"{image.folder}/status"\n')
-    image.write("uptime", "unreadable\n")  # counts as no boot
+    image.write("proc/uptime", "unreadable\n")  # counts as no boot
     assert image.run("until-enrolled", SPREAD="20000") == 0
-    (image.folder / "uptime").unlink()  # where it can't be had, every start counts as a boot
+    (image.folder / "proc/uptime").unlink()  # where it can't be had, every start counts as a boot
     image.write("slept", "")
     image.write("asked", "")
     for _ in range(4):  # by chance the wait may be a short one, too
@@ -251,7 +316,7 @@ def test_the_wait_is_over_when_the_certificate_has_ended(image: Image) -> None:
         assert image.run("until-enrolled", "--syslog", SPREAD="30000") == 0
     assert len(image.lines("slept")) <= 4
     assert image.lines("asked").count("--json --syslog") == 4
-    assert 4 <= image.lines("asked").count("--syslog --status") <= 8
+    assert 4 <= image.lines("asked").count("--syslog --status --json") <= 8
 
 
 def test_pauses_differ_from_device_to_device(image: Image) -> None:
@@ -269,15 +334,6 @@ def test_it_can_be_stopped_in_a_pause_at_once(image: Image) -> None:
     process.terminate()
     assert process.wait(10) == -signal.SIGTERM
     assert time.monotonic() - started < 5
-
-
-def test_without_cksum_it_pauses_all_the_same(image: Image) -> None:
-    image.plan(69, 69, 0)
-    image.script("cksum", "#!/bin/sh\nexit 127\n")
-    if image.shell[0] == "busybox":  # its own comes first
-        image.shell = ["busybox", "sh", "-c", 'cksum() { return 127; }; . "$0"']
-    assert image.run("until-enrolled") == 0
-    assert len(image.lines("slept")) == 2
 
 
 # --- until-certified ------------------------------------------------------------------------------------
@@ -300,7 +356,7 @@ def test_it_ends_as_soon_as_the_file_has_a_certificate_and_looks_no_oftener(imag
 def test_it_ends_at_once_where_there_is_one(image: Image) -> None:
     image.write("status", "0\n")
     assert image.run("until-certified") == 0
-    assert (image.lines("asked"), image.lines("slept")) == (["--status --json"], [])
+    assert (image.lines("asked"), image.lines("slept")) == (["--status"], [])
 
 
 def test_it_ends_though_no_file_has_changed(image: Image) -> None:
@@ -320,81 +376,82 @@ def test_it_ends_though_no_file_has_changed(image: Image) -> None:
 
 def cron(image: Image, running: bool = True) -> Path:
     """A folder of crontabs, and a crond that runs or doesn't."""
-    image.script("pidof", f"#!/bin/sh\nexit {0 if running else 1}\n")
+    image.write("proc/1/comm", "crond\n" if running else "init\n")
     folder = image.folder / "crontabs"
     folder.mkdir()
     return folder
 
 
 def minute(client_id: str) -> int:
-    done = subprocess.run(["cksum"], input=client_id.encode(), stdout=subprocess.PIPE, check=True)
-    return int(done.stdout.split()[0]) % 60
+    """By the script's own words: a function of the client ID, 0 to 59."""
+    done = subprocess.run(
+        ["dash", "-c", f'. {LIBEXEC}/chance; number "$1"', "minute", client_id], stdout=subprocess.PIPE, check=True
+    )
+    return int(done.stdout) % 60
 
 
-@pytest.fixture
-def plain(tmp_path: Path) -> Image:
-    """With a shell that takes pidof from PATH; BusyBox has its own."""
-    return Image(tmp_path, ["dash"])
-
-
-def test_cron_takes_over_at_the_minute_of_the_client_id(plain: Image) -> None:
-    folder = cron(plain)
-    plain.plan(69, 0)
-    assert plain.run("keep-enrolled", "--syslog", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
+def test_cron_takes_over_at_the_minute_of_the_client_id(image: Image) -> None:
+    folder = cron(image)
+    image.plan(69, 0)
+    assert image.run("keep-enrolled", "--syslog", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
     line = f"{minute('fffbeec0ffee')} * * * * /etc/x start # caramel-embedded"
-    assert plain.lines("crontabs/root") == [line]
-    assert plain.lines("crontabs/cron.update") == ["root"]
+    assert image.lines("crontabs/root") == [line]
+    assert image.lines("crontabs/cron.update") == ["root"]
     assert (folder / "root").stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in folder.iterdir()) == ["cron.update", "root"]
 
 
-def test_a_crontab_that_has_the_line_is_not_written(plain: Image) -> None:
-    folder = cron(plain)
+def test_a_crontab_that_has_the_line_is_not_written(image: Image) -> None:
+    folder = cron(image)
     for _ in range(2):
-        assert plain.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
+        assert image.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
     before = (folder / "root").stat()
-    assert plain.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
+    assert image.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
     after = (folder / "root").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_the_lines_of_others_stay_and_an_old_one_of_ours_goes(plain: Image) -> None:
-    folder = cron(plain)
+def test_the_lines_of_others_stay_and_an_old_one_of_ours_goes(image: Image) -> None:
+    folder = cron(image)
     (folder / "root").write_text("5 4 * * * backup\n7 * * * * /old/caramel-embedded # caramel-embedded\n")
-    assert plain.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
-    assert plain.lines("crontabs/root")[0] == "5 4 * * * backup"
-    assert len(plain.lines("crontabs/root")) == 2
-    assert "/old/" not in plain.lines("crontabs/root")[1]
+    assert image.run("keep-enrolled", CRONTABS=str(folder), CRON_COMMAND="/etc/x start") == 0
+    assert image.lines("crontabs/root")[0] == "5 4 * * * backup"
+    assert len(image.lines("crontabs/root")) == 2
+    assert "/old/" not in image.lines("crontabs/root")[1]
 
 
 @pytest.mark.parametrize("without", ["crond", "folder", "command"])
-def test_without_cron_it_checks_every_hour_by_itself(plain: Image, without: str) -> None:
-    folder = cron(plain, running=without != "crond")
+def test_without_cron_it_checks_every_hour_by_itself(image: Image, without: str) -> None:
+    folder = cron(image, running=without != "crond")
     if without == "folder":
         folder.rmdir()
-    plain.write("id", "unit-0001\n")
+    image.write("id", "unit-0001\n")
     command = "" if without == "command" else "/etc/x start"
-    process = plain.start("keep-enrolled", "--hook", "a 'b' c", CRONTABS=str(folder), CRON_COMMAND=command)
+    process = image.start("keep-enrolled", "--hook", "a 'b' c", CRONTABS=str(folder), CRON_COMMAND=command)
     try:
-        until("it waits for an hour", lambda: "3600" in plain.lines("slept"))
+        until("it waits for an hour", lambda: "3600" in image.lines("slept"))
         # First until its own minute of the hour.
-        assert plain.lines("slept")[0] == str(minute("unit-0001") * 60 + 1)
-        assert [line for line in plain.lines("asked") if "--status" not in line] == ["--json --hook a 'b' c"] * 2
+        assert image.lines("slept")[0] == str(minute("unit-0001") * 60 + 1)
+        assert [line for line in image.lines("asked") if "--status" not in line] == ["--json --hook a 'b' c"] * 2
         assert process.poll() is None
     finally:
         process.terminate()
         assert process.wait(10) == -signal.SIGTERM
     assert not (folder / "root").exists()
+    # Nobody wonders why there is no line in a crontab, unless it was said that there is to be none.
+    said = {"crond": "no crond runs", "folder": "no folder of crontabs can be written to"}
+    assert (without == "command") == (not image.lines("logged"))
+    assert all(said[without] in line for line in image.lines("logged"))
 
 
-def test_without_cron_an_hourly_check_that_fails_is_no_reason_to_hurry(plain: Image) -> None:
-    plain.write("id", "unit-0001\n")
-    plain.write("status", "0\n")
-    plain.plan(0, 127, 0)
-    process = plain.start("keep-enrolled", CRON_COMMAND="", SPREAD="1", RETRY_MAX="40")
+def test_without_cron_an_hourly_check_that_fails_is_no_reason_to_hurry(image: Image) -> None:
+    image.write("id", "unit-0001\n")
+    image.write("status", "0\n")
+    image.plan(0, 127, 0)
+    process = image.start("keep-enrolled", CRON_COMMAND="", SPREAD="1", RETRY_MAX="40")
     try:
-        until("it waits for an hour", lambda: "3600" in plain.lines("slept"))
-        own, _, retry = [int(line) for line in plain.lines("slept") if line not in ("3600",)][1:4]
+        until("it waits for an hour", lambda: "3600" in image.lines("slept"))
+        own, _, retry = [int(line) for line in image.lines("slept") if line not in ("3600",)][1:4]
         assert own == minute("unit-0001") * 60 + 1
         assert 1 <= retry <= 20
     finally:
@@ -402,12 +459,23 @@ def test_without_cron_an_hourly_check_that_fails_is_no_reason_to_hurry(plain: Im
         assert process.wait(10) == -signal.SIGTERM
 
 
-def test_the_minutes_of_a_fleet_are_spread_evenly() -> None:
-    """MAC addresses in a row, as a maker's devices have them: chi-squared, 59 degrees of freedom, p about 1e-6."""
+def test_every_shell_counts_the_same(image: Image) -> None:
+    """A device whose shell is another one after an update keeps its line in the crontab."""
+    for client_id in ("fffbeec0ffee", "SN-00000001", "*.?[a]", "x" * 64):
+        script = f'. {LIBEXEC}/chance; number "$1"'
+        command = [*image.shell, "-c", script, "number", client_id]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env={"PATH": image.path})
+        assert int(done.stdout) % 60 == minute(client_id)
+
+
+@pytest.mark.parametrize("form", ["00163e%06x", "SN-%08d", "unit-%d.example.com"])
+def test_the_minutes_of_a_fleet_are_spread_evenly(form: str) -> None:
+    """IDs in a row, as a maker's devices have them: chi-squared, 59 degrees of freedom, p about 1e-6."""
     count = 1500
-    script = f'i=0; while [ $i -lt {count} ]; do printf "00163e%06x" $((i + 4711)) | cksum; i=$((i + 1)); done'
+    each = f'number "$(printf "{form}" $((i + 4711)))"'
+    script = f". {LIBEXEC}/chance; i=0; while [ $i -lt {count} ]; do {each}; i=$((i + 1)); done"
     done = subprocess.run(["dash", "-c", script], stdout=subprocess.PIPE, check=True)
-    minutes = Counter(int(line.split()[0]) % 60 for line in done.stdout.splitlines())
+    minutes = Counter(int(line) % 60 for line in done.stdout.splitlines())
     expected = count / 60
     assert len(minutes) == 60
     assert sum((found - expected) ** 2 / expected for found in minutes.values()) < 125
@@ -479,7 +547,8 @@ def test_started_twice_it_runs_once_and_stopped_it_is_gone(init: list[str], tmp_
     call(init, "start")
     until("it has started", (tmp_path / "started").exists)
     assert call(init, "start").returncode == 0
-    assert len(processes(tmp_path)) == 1
+    until("there is one", lambda: len(processes(tmp_path)) == 1)  # what it starts is two until its exec
+    assert len((tmp_path / "started").read_text().splitlines()) == 1
     assert call(init, "restart").returncode == 0
     until("it has started anew", lambda: len((tmp_path / "started").read_text().splitlines()) == 2)
     assert call(init, "stop").stdout == "Stopping caramel-embedded: OK\n"

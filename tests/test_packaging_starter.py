@@ -401,7 +401,7 @@ def test_a_signal_ends_the_run(shell: list[str], bin: Path, name: str) -> None:
 
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_what_has_not_ended_after_a_signal_is_killed(shell: list[str], bin: Path, group: bool) -> None:
-    """Half a second later here, however many more signals come; and nothing is left, the clock that waited included."""
+    """Half a second later here, however many more signals come. Nothing is left, the second process included."""
     process = start(*shell, bin / "caramel-embedded", "hang", "50", start_new_session=True)
     assert process.stdout and process.stdout.read(6) == b"asleep"
     for name in ("TERM", "HUP", "INT", "TERM"):

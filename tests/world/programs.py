@@ -70,6 +70,30 @@ def interpreters() -> list[tuple[str, str]]:
     return found
 
 
+#: What BusyBox is on small systems: the names of its applets, by the name of the system.
+SYSTEMS = {
+    system: names.split()
+    for system, _, names in (
+        line.partition(": ") for line in (ROOT / "tests/world/applets.txt").read_text().splitlines() if line[0] != "#"
+    )
+}
+
+
+def small_system(system: str, folder: Path) -> Path:
+    """Makes a folder that is all of a PATH: exactly the applets that this system has, as far as this machine's
+    BusyBox knows them. flock(1), which Debian's leaves out, is util-linux's.
+    """
+    busybox = shutil.which("busybox") or ""
+    known = subprocess.run([busybox, "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    folder.mkdir()
+    for name in SYSTEMS[system]:
+        if name in known:
+            (folder / name).symlink_to(busybox)
+        elif name == "flock":
+            (folder / name).symlink_to(shutil.which(name) or "")
+    return folder
+
+
 def wheel() -> Path:
     """The package as `make` built it."""
     return max((BUILD / "wheel").glob("caramel_embedded-*.whl"), key=lambda path: path.stat().st_mtime)

@@ -14,6 +14,9 @@ CARAMEL_EMBEDDED_INTERFACES ?= ""
 CARAMEL_EMBEDDED_KEY_FILE ?= ""
 # File with NAME=value lines for any other setting of caramel-embedded(8).
 CARAMEL_EMBEDDED_SETTINGS ?= ""
+# What /bin/sh is in the image: bash where IMAGE_INSTALL brings it, which then replaces BusyBox's; dash; or nothing.
+CARAMEL_EMBEDDED_SH ?= ""
+export TARGET_SH = "${CARAMEL_EMBEDDED_SH}"
 
 # The checkout that this layer is a folder of. Only what is installed is listed, so that nothing else causes a rebuild.
 FILESEXTRAPATHS:prepend := "${THISDIR}/../../../../..:"
@@ -70,6 +73,9 @@ python caramel_embedded_settings() {
 }
 
 do_install:append() {
+    if [ -n "${CARAMEL_EMBEDDED_SH}" ]; then
+        sed -i -e '1s|^#!/bin/sh$|& -p|' ${D}${bindir}/caramel-embedded
+    fi
     oe_runmake -f ${S}/packaging/packaging.mk DESTDIR=${D} PREFIX=${prefix} UNITDIR=${systemd_system_unitdir} \
         SYSCONFDIR=${sysconfdir} install-extras
     if ${@bb.utils.contains('DISTRO_FEATURES', 'systemd', 'true', 'false', d)}; then
