@@ -71,7 +71,7 @@ install-where:
 		echo "make install: TARGET_SH=$(TARGET_SH) is none of bash, dash; leave it out for another shell" >&2; exit 1;; esac
 
 # A script, with the shell of the target and the paths of this installation. $(call script,from,to)
-PATHS = -e 's|/usr/\(bin/caramel-embedded\|libexec/\)|$(PREFIX)/\1|'
+PATHS = -e 's,/usr/\(bin/caramel-embedded\|libexec/\),$(PREFIX)/\1,'
 script = sed $(FIRST_LINE) $(PATHS) "$(1)" >"$(DESTDIR)$(2)" && chmod 0755 "$(DESTDIR)$(2)"
 
 # First what can fail, so that a bad setting leaves no half of an installation.

@@ -524,7 +524,8 @@ ALWAYS = [
     "usr/share/doc/caramel-embedded/examples/caramel-embedded.conf",
     "usr/share/man/man8/caramel-embedded.8",
 ]
-LIBEXEC = [f"usr/libexec/caramel-embedded/{name}" for name in ("keep-enrolled", "until-certified", "until-enrolled")]
+SCRIPTS = [f"usr/libexec/caramel-embedded/{name}" for name in ("keep-enrolled", "until-certified", "until-enrolled")]
+LIBEXEC = [*SCRIPTS, "usr/libexec/caramel-embedded/chance"]
 UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "packaging/systemd").glob("*.*"))
 FILES = {
     "none": ALWAYS,
@@ -537,12 +538,12 @@ FILES = {
         "usr/share/doc/caramel-embedded/examples/needs-certificate.conf",
     ],
 }
-PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *LIBEXEC}
+PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *SCRIPTS}
 
 
-def make_install(folder: Path, *words: str, **env: str) -> Done:
+def make_install(folder: Optional[Path], *words: str, goal: str = "install", **env: str) -> Done:
     return run(
-        "make", "-s", "-f", "packaging/packaging.mk", "install", f"DESTDIR={folder}", "PYTHON_DIR=/usr/lib/p",
+        "make", "-s", "-f", "packaging/packaging.mk", goal, f"DESTDIR={folder or ''}", "PYTHON_DIR=/usr/lib/p",
         f"PYTHON={sys.executable}", "COMPILE=no", *words, env=surroundings(SOURCE_DATE_EPOCH=EPOCH, **env),
     )  # fmt: skip
 
@@ -556,6 +557,56 @@ def test_make_install_puts_the_right_files_into_an_image(tmp_path: Path, init: s
     assert sorted(found) == sorted(PACKAGE + FILES[init])
     for name, path in found.items():
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if name in PROGRAMS else 0o644), name
+        assert (name in PROGRAMS) == path.read_text().startswith("#!/bin/sh\n"), name
+    # What somebody has made of it stays.
+    (target / "etc/caramel-embedded.conf").parent.mkdir(exist_ok=True)
+    (target / "etc/caramel-embedded.conf").touch()
+    assert make_install(target, goal="uninstall").returncode == 0
+    assert [path.name for path in target.rglob("*") if not path.is_dir()] == ["caramel-embedded.conf"]
+
+
+@pytest.mark.parametrize("goal", ["install", "install-sysv", "install-systemd", "install-extras", "uninstall"])
+def test_this_machine_is_an_image_only_if_somebody_says_so(goal: str) -> None:
+    """Without DESTDIR=, root would get timers on the machine that builds images."""
+    done = make_install(None, "INSTALL=false", "PREFIX=/nowhere", "SYSCONFDIR=/nowhere", goal=goal)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"make {goal}: DESTDIR= is not set: name the root folder of the image, or")
+    assert "DESTDIR=/" in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("sh", ["bash", "dash"])
+def test_the_scripts_for_a_shell_that_knows_p_begin_with_it(
+    tmp_path: Path, pyz: Path, ca: Authority, sh: str
+) -> None:
+    for init in ("systemd", "sysv"):
+        assert make_install(tmp_path / "image", f"INIT={init}", f"TARGET_SH={sh}").returncode == 0
+    assert zipapp(tmp_path / "image/one", ca, f"TARGET_SH={sh}").returncode == 0
+    for name in (*PROGRAMS, "one"):
+        assert (tmp_path / "image" / name).read_bytes().startswith(b"#!/bin/sh -p\n"), name
+    assert make_install(tmp_path / "other", "TARGET_SH=zsh").returncode == 2
+    assert "TARGET_SH=zsh" in zipapp(tmp_path / "other", ca, "TARGET_SH=zsh").stderr
+    assert not (tmp_path / "other").exists()
+
+
+@needs("mounts", "bash")
+def test_bash_as_sh_takes_nothing_from_the_environment(tmp_path: Path, ca: Authority) -> None:
+    """With SHELLOPTS=noexec every script without -p ends with 0, and whoever asks hears "certified"."""
+    assert make_install(tmp_path, "INIT=systemd", "TARGET_SH=bash").returncode == 0
+    assert zipapp(tmp_path / "one", ca, "TARGET_SH=bash").returncode == 0
+    plain = tmp_path / "plain"
+    plain.write_bytes((ROOT / "packaging/starter/caramel-embedded").read_bytes())
+    plain.chmod(0o755)
+    script = tmp_path / "usr/libexec/caramel-embedded/until-certified"
+    script.write_text(
+        script.read_text().replace("/usr/bin/caramel-embedded", "false", 1).replace("sleep 2", "exit 42")
+    )
+    as_sh = ["unshare", "--mount", "sh", "-ec", 'mount --bind "$(command -v bash)" /bin/sh; exec "$@"', "as sh"]
+    for name, value in (("SHELLOPTS", "noexec"), ("BASH_FUNC_wait%%", "() { trap - EXIT; exit; }")):
+        ends = {}
+        for path in (tmp_path / "usr/bin/caramel-embedded", tmp_path / "one", script, plain):
+            done = run(*as_sh, "env", f"{name}={value}", path, "--nonsense", env=surroundings())
+            ends[path.name] = done.returncode
+        assert ends == {"caramel-embedded": 127, "one": 127, "until-certified": 42, "plain": 0}, "what it is about"
 
 
 def test_another_prefix_is_in_all_that_refers_to_it(tmp_path: Path) -> None:
