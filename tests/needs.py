@@ -126,6 +126,9 @@ NEEDS: dict[str, Need] = {
     "knotd": program("knotd", "knot"),
     "knsupdate": program("knsupdate", "knot-dnsutils"),
     "lintian": program("lintian"),
+    "localedef": Need(
+        lambda: shutil.which("localedef") is not None and Path("/usr/share/i18n/charmaps").is_dir(), ("locales",)
+    ),
     "locust": Need(lambda: (BUILD / "fleet/bin/locust").exists(), what="Locust (make build/fleet/installed)"),
     "logger": program("logger", "bsdutils"),
     "login": Need(

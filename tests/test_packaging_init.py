@@ -19,7 +19,7 @@ from typing import Optional, Union
 
 import pytest
 from needs import busybox_with_crond, needs, require, slow
-from world import ROOT, SYSTEMS, Daemon, environment, small_system, until
+from world import PLAIN, ROOT, SYSTEMS, Authority, Daemon, environment, small_system, until
 
 LIBEXEC = ROOT / "packaging/libexec"
 INIT_SCRIPT = ROOT / "buildroot/package/caramel-embedded/S95caramel-embedded"
@@ -351,6 +351,22 @@ def test_it_ends_as_soon_as_the_file_has_a_certificate_and_looks_no_oftener(imag
     image.write("identity.pem", "another\n")
     assert process.wait(10) == 0
     assert len(image.lines("asked")) - before <= 2
+
+
+def test_whatever_the_path_is_it_looks_at_that_file(image: Image, authority: Authority) -> None:
+    """By what the real program says of it."""
+    key_file = image.folder / "é \"a\" \\ 'b' $c.pem"
+    image.script("sleep", f'#!/bin/sh\necho "$1" >>"{image.folder}/slept"\nexec /bin/sleep 0.1\n')
+    settings = {"CARAMEL_CN": "x", "CARAMEL_CA": "localhost:1", "CARAMEL_CA_CERT": str(authority.certificate_file)}
+    env = {"CARAMEL_CONFIG": os.devnull, "CARAMEL_KEY_FILE": str(key_file), "CARAMEL_EMBEDDED": PLAIN, "LC_ALL": "C"}
+    process = image.start("until-certified", **settings, **env)
+    until("its pauses have grown to eight looks and more", lambda: len(image.lines("slept")) >= 8)
+    before = len(image.lines("slept"))
+    draft = image.folder / "draft"
+    draft.write_bytes(authority.identity("x"))
+    draft.rename(key_file)
+    assert process.wait(30) == 0
+    assert len(image.lines("slept")) - before <= 3
 
 
 def test_it_ends_at_once_where_there_is_one(image: Image) -> None:

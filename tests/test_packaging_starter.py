@@ -326,6 +326,26 @@ def test_the_current_folder_is_not_where_python_is_looked_for(shell: list[str], 
     assert run(*shell, STARTER.name, "--nonsense", cwd=tmp_path).returncode == 127
 
 
+# --- Its surroundings ---
+
+
+def test_a_path_beyond_ascii_is_one_file_in_every_locale(tmp_path: Path, authority: Authority) -> None:
+    """Python would encode it as the locale does, and a device would have one identity at boot, another by hand."""
+    require("localedef")
+    for charset in ("ISO-8859-1", "UTF-8"):
+        run("localedef", "--no-archive", "-i", "sv_SE", "-f", charset, tmp_path / f"sv_SE.{charset}")
+    device = Device(tmp_path / "disk", "localhost:9", authority.certificate_file, command=[PLAIN])
+    device.key_file, config = tmp_path / "disk/nyckel-ö/id.pem", device.config
+    assert config
+    config.write_text(f"CARAMEL_KEY_FILE='{device.key_file}'\n", encoding="utf-8")
+    options = ["--server", "localhost:9", "--ca-cert", str(authority.certificate_file), "--config", str(config)]
+    for locale in ("sv_SE.ISO-8859-1", "sv_SE.UTF-8", "C", "POSIX"):
+        done = device.run(*options, "--client-id", "x", bare=True, env={"LC_ALL": locale, "LOCPATH": str(tmp_path)})
+        assert done.status == 127 and "can't be reached" in done.err
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"empty.conf", "nyckel-ö"}
+    assert sorted(path.name for path in device.key_file.parent.iterdir()) == ["id.pem"]
+
+
 # --- Signals --------------------------------------------------------------------------------------------
 
 #: What would end a process and can be caught, but for the faults of a process itself.
