@@ -99,11 +99,14 @@ def test_purging_says_where_private_keys_are_left(tmp_path: Path) -> None:
         "dpkg -i /mnt/baked/*.deb; dpkg --purge caramel-embedded; echo nothing to say\n"
         + make
         + "mkdir -p /etc/caramel-embedded; echo 'CARAMEL_KEY_FILE=/var/other.pem' >/etc/caramel-embedded/mail.conf\n"
-        "dpkg -i /mnt/baked/*.deb; dpkg --remove caramel-embedded; echo removed; dpkg --purge caramel-embedded\n"
+        "dpkg -i /mnt/baked/*.deb; systemctl enable --quiet caramel-embedded@mail.timer\n"
+        "dpkg --remove caramel-embedded; ls /etc/systemd/system/*/caramel-embedded@*; echo removed\n"
+        "dpkg --purge caramel-embedded; ls /etc/systemd/system/*/caramel-embedded@* 2>/dev/null || true\n"
         'for file in /var/lib/caramel-embedded*; do echo "$file"; done\n'
         + "".join(f'cat "{file}"\n' for file in files),
     )
-    assert lines[:2] == ["nothing to say", "removed"]
-    assert "private keys" in lines[2]
-    assert lines[3:7] == [f"  {file}" for file in files]
-    assert lines[7:] == ["/var/lib/caramel-embedded*", "key", "key", "key", "key"]
+    link = "/etc/systemd/system/timers.target.wants/caramel-embedded@mail.timer"
+    assert lines[:3] == ["nothing to say", link, "removed"]
+    assert "private keys" in lines[3]
+    assert lines[4:8] == [f"  {file}" for file in files]
+    assert lines[8:] == ["/var/lib/caramel-embedded*", "key", "key", "key", "key"]

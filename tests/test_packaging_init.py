@@ -572,6 +572,28 @@ def test_started_twice_it_runs_once_and_stopped_it_is_gone(init: list[str], tmp_
     assert call(init, "stop").returncode == 0
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("where", ["sbin", "nowhere"])
+def test_cron_starts_it_with_a_path_of_its_own(init: list[str], tmp_path: Path, system: str, where: str) -> None:
+    """cronie's and Vixie cron's is /usr/bin:/bin, where no start-stop-daemon is; not every system has one at all."""
+    require("ash", "flock")
+    applets, sbin = small_system(system, tmp_path / "usr-bin"), tmp_path / "sbin"
+    sbin.mkdir()
+    (applets / "start-stop-daemon").rename(sbin / "start-stop-daemon" if where == "sbin" else tmp_path / "taken away")
+    script = Path(init[-1])
+    text = script.read_text()
+    assert ":/usr/sbin:/sbin" in text
+    script.write_text(text.replace(":/usr/sbin:/sbin", f":{sbin}"))
+    init = ["env", "-i", f"PATH={applets}", str(applets / "sh"), str(script)]
+    assert call(init, "start").stdout == "Starting caramel-embedded: OK\n"
+    until("it has its options", lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text())
+    assert (tmp_path / "started").read_text() == "--syslog -q 7\n"
+    assert call(init, "start").returncode == 0
+    assert call(init, "stop").stdout == "Stopping caramel-embedded: OK\n"
+    until("it is gone", lambda: not processes(tmp_path))
+    assert (tmp_path / "started").read_text() == "--syslog -q 7\n", "it was started once"
+
+
 def test_a_process_id_of_an_earlier_boot_is_nobody_it_knows(init: list[str], tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
         (tmp_path / "pid").write_text(f"{other.pid}\n")
