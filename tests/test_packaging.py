@@ -574,6 +574,12 @@ def test_this_machine_is_an_image_only_if_somebody_says_so(goal: str) -> None:
     assert "DESTDIR=/" in done.stderr.splitlines()[0]
 
 
+def test_without_a_builder_make_container_says_what_to_install() -> None:
+    done = run("make", "-s", "-f", "packaging/packaging.mk", "container", "IMAGE_BUILDER=no-such-builder --root=x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("make container: no-such-builder is missing: apt-get install podman")
+
+
 @pytest.mark.parametrize("sh", ["bash", "dash"])
 def test_the_scripts_for_a_shell_that_knows_p_begin_with_it(
     tmp_path: Path, pyz: Path, ca: Authority, sh: str

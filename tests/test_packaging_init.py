@@ -359,7 +359,7 @@ def test_whatever_the_path_is_it_looks_at_that_file(image: Image, authority: Aut
     image.script("sleep", f'#!/bin/sh\necho "$1" >>"{image.folder}/slept"\nexec /bin/sleep 0.1\n')
     settings = {"CARAMEL_CN": "x", "CARAMEL_CA": "localhost:1", "CARAMEL_CA_CERT": str(authority.certificate_file)}
     env = {"CARAMEL_CONFIG": os.devnull, "CARAMEL_KEY_FILE": str(key_file), "CARAMEL_EMBEDDED": PLAIN, "LC_ALL": "C"}
-    process = image.start("until-certified", **settings, **env)
+    process = image.start("until-certified", stderr=None, **settings, **env)
     until("its pauses have grown to eight looks and more", lambda: len(image.lines("slept")) >= 8)
     before = len(image.lines("slept"))
     draft = image.folder / "draft"
