@@ -10,9 +10,9 @@ import calendar
 import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
-from . import pem
+from . import held, pem
 from .errors import NotReady, UsageError, lacking, printable
 from .identity import Identity, Issued, utc
 from .settings import KEY_TYPES
@@ -28,7 +28,7 @@ try:
 except Exception as problem:  # not ImportError alone: a compiled module that doesn't fit raises what it likes
     raise NotReady(lacking(problem, "pyOpenSSL or cryptography")) from None
 
-PrivateKey = Union[rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey]
+PrivateKey = Any  # an RSAPrivateKey, an EllipticCurvePrivateKey, or a HeldKey
 
 MAXIMUM_CHAIN = 5  # certificates, the identity's own included
 # Caramel signs nothing between: with 3072 bits it takes the request, and then fails to sign it for ever.
@@ -102,18 +102,75 @@ def _begin_of_subject(subject: x509.Name) -> list[tuple[x509.ObjectIdentifier, s
 # --- Make ---
 
 
-def make(client_id: str, anchors: Anchors, trust: Trust, hardware: tuple[str, ...]) -> Identity:
+def make(
+    client_id: str,
+    anchors: Anchors,
+    trust: Trust,
+    hardware: tuple[str, ...],
+    command: Optional[Sequence[str]] = None,
+    limit: float = 0.0,
+) -> Identity:
     """A new key and a request for it. Takes seconds on a slow processor.
 
-    Raises `UsageError` where the CA's subject can't be used for a request.
+    `command`: makes a key that a chip holds, see ``held``, within `limit` seconds. Raises `UsageError` where the CA's
+    subject can't be used for a request, `NotReady` where the command or the chip fails.
     """
     bits = KEY_TYPES[trust.key_type]
-    key: PrivateKey = rsa.generate_private_key(65537, bits) if bits else ec.generate_private_key(ec.SECP256R1())
+    key: PrivateKey
+    if command is not None:
+        key = _held_key(held.make(command, client_id, trust.key_type, limit))
+        if _kind_and_size(key) != (("RSA", bits) if bits else ("EC", 256)):
+            problem = "made a key of another type: %s, %d bits" % _kind_and_size(key)
+            raise NotReady("the key command %s %s" % (command[0], problem))
+    else:
+        key = rsa.generate_private_key(65537, bits) if bits else ec.generate_private_key(ec.SECP256R1())
     return Identity(_private_pem(key), _request(key, client_id, anchors), client_id, trust.digest, hardware)
 
 
+class HeldKey:
+    """A key that a chip holds, as `cryptography` knows keys: what it asks of one to sign a request.
+
+    The block itself goes to no function of `cryptography`: 43.0 panics, which is no `Exception`.
+    """
+
+    def __init__(self, block: bytes, public: Any) -> None:
+        """`public`: its public half."""
+        self.block = block
+        self._public = public
+
+    def public_key(self) -> Any:
+        """Its public half."""
+        return self._public
+
+    def sign(self, data: bytes, *_: object) -> bytes:
+        """A signature with SHA-256. Raises `KeyUnusable`."""
+        return held.sign(self.block, data)
+
+
+class _HeldRSAKey(HeldKey):
+    pass
+
+
+class _HeldCurveKey(HeldKey):
+    pass
+
+
+# No subclasses, which would have to have all that a key can do.
+rsa.RSAPrivateKey.register(_HeldRSAKey)
+ec.EllipticCurvePrivateKey.register(_HeldCurveKey)
+
+
+def _held_key(block: bytes, public: Any = None) -> HeldKey:
+    """`public`: its public half, for which the chip is asked if it isn't given. Raises `KeyUnusable`."""
+    public = public or serialization.load_pem_public_key(held.public_key(block))
+    return (_HeldRSAKey if isinstance(public, rsa.RSAPublicKey) else _HeldCurveKey)(block, public)
+
+
 def _private_pem(key: PrivateKey) -> bytes:
-    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    if isinstance(key, HeldKey):
+        return key.block
+    text: bytes = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return text
 
 
 def _request(key: PrivateKey, client_id: str, anchors: Anchors) -> bytes:
@@ -143,9 +200,10 @@ def examine(
     same key. `hardware`: what the identity is to remember. `modified`: the certificate's time, seconds since 1970,
     UTC; None: its notBefore. Raises `InvalidIdentity` with the reason where nothing can be kept.
     """
-    key = _signable_key(data, trust.elliptic)
+    stored = _request_in(data)
+    key = _signable_key(data, trust.elliptic, stored)
     wrong = []
-    request = _kept_request(_request_in(data), key, client_id, anchors)
+    request = _kept_request(stored, key, client_id, anchors)
     if request is None:
         wrong.append("the stored request is missing or damaged: made again with the same key")
         request = _request(key, client_id, anchors)
@@ -173,23 +231,42 @@ def _request_in(data: bytes) -> Optional[bytes]:
     return filed and filed.replace(pem.FILED_REQUEST, pem.REQUEST)
 
 
-def _signable_key(data: bytes, elliptic: bool) -> PrivateKey:
+def _signable_key(data: bytes, elliptic: bool, request: Optional[bytes]) -> PrivateKey:
+    """The key in `data`; the public half of one that a chip holds is in `request`, or the chip has to tell it."""
     block = pem.first(data, pem.KEY, b"RSA PRIVATE KEY", b"EC PRIVATE KEY")
-    if block is None:
+    chips = pem.first(data, *pem.HELD_KEYS)
+    if block is None and chips is None:
         raise InvalidIdentity("there is no private key in the file")
-    try:
-        key = serialization.load_pem_private_key(block, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # its text may quote what it read
-        raise InvalidIdentity("the private key can't be read") from None
-    if isinstance(key, rsa.RSAPrivateKey):
-        if key.key_size in SIGNABLE_BITS:
+    key: PrivateKey
+    if block is not None:
+        try:
+            key = serialization.load_pem_private_key(block, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # its text may quote what it read
+            raise InvalidIdentity("the private key can't be read") from None
+    else:
+        chips = (chips or b"").replace(b"\r\n", b"\n")
+        if not held.is_whole(chips):
+            raise InvalidIdentity("the private key can't be read")
+        key = _held_key(chips, _key_of_request(request))
+    public = key.public_key()
+    if isinstance(public, rsa.RSAPublicKey):
+        if public.key_size in SIGNABLE_BITS:
             return key
-        raise InvalidIdentity("the private key has %d bits: Caramel can't sign it" % key.key_size)
-    if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
+        raise InvalidIdentity("the private key has %d bits: Caramel can't sign it" % public.key_size)
+    if isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1):
         if elliptic:
             return key
         raise InvalidIdentity("the private key is not an RSA key, and the key type is RSA")
     raise InvalidIdentity("the private key is not an RSA key, nor one on the curve P-256")
+
+
+def _key_of_request(block: Optional[bytes]) -> Any:
+    """The public key that a request is for, if its signature is good; else None."""
+    try:
+        request = x509.load_pem_x509_csr(block or b"")
+        return request.public_key() if request.is_signature_valid else None
+    except Exception:  # damaged in whatever way
+        return None
 
 
 def _kept_request(block: Optional[bytes], key: PrivateKey, client_id: str, anchors: Anchors) -> Optional[bytes]:
@@ -308,6 +385,8 @@ def chain_sent(connected: socket.socket, host: str, remaining: Callable[[], floa
 
 
 def _loaded_key(identity: Identity) -> Any:
+    if identity.holder != "software":
+        return _held_key(identity.key, _key_of_request(identity.request))
     return serialization.load_pem_private_key(identity.key, password=None)
 
 
@@ -399,8 +478,12 @@ def describe(certificate: bytes) -> Optional[Description]:
 
 def key_size(identity: Identity) -> tuple[str, int]:
     """The kind of an identity's key, RSA or EC, and its size in bits."""
-    key = _loaded_key(identity)
-    return ("RSA" if isinstance(key, rsa.RSAPrivateKey) else "EC"), key.key_size
+    return _kind_and_size(_loaded_key(identity))
+
+
+def _kind_and_size(key: Any) -> tuple[str, int]:
+    public = key.public_key()
+    return ("RSA" if isinstance(public, rsa.RSAPublicKey) else "EC"), public.key_size
 
 
 def _name(name: x509.Name) -> str:

@@ -6,6 +6,7 @@ costs time is imported where it is used.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
@@ -74,12 +75,16 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
             if options.get(name) == "":
                 raise UsageError("%s: its value is empty" % flag)
     settings = Settings.read(options, environment)
+    if settings.openssl_conf is not None:
+        # For this process alone, and before anything loads OpenSSL, which reads it once. The TPM's library would
+        # write a dozen lines to standard error.
+        os.environ.update(OPENSSL_CONF=settings.openssl_conf, TSS2_LOG="all+NONE")
     if settings.unknown:
         words.step("settings that this version doesn't know: " + ", ".join(settings.unknown))
     if status:
         from .status import report
 
-        text, code = report(settings, json)
+        text, code = report(settings, json, words.verbose)
         return code, text
     words.client_id = settings.client_id
     try:

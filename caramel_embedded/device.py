@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Optional
 
-from .errors import CaramelError, Locked, UsageError
+from .errors import CaramelError, KeyUnusable, Locked, UsageError
 from .identity import Identity, remembered
 from .keyfile import KeyFile
 from .log import Log
@@ -37,7 +37,9 @@ def check(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[Outcom
         from .session import Check  # HTTP: not for --status, which judges the file with what stands here
 
         store = _Store(file, stored, settings.permissions, log)
-        conversation = Check(settings.server, stored, store.replace, settings.timeout, log.step, store.touch)
+        conversation = Check(
+            settings.server, stored, store.replace, settings.timeout, log.step, store.touch, settings.key_command
+        )
         failure: Optional[CaramelError] = None
         try:
             outcome = conversation.run()
@@ -48,7 +50,8 @@ def check(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[Outcom
         if file is not None:
             file.close()
     # Without the lock, and also after a failure: it can be owed for the certificate that is in place.
-    _call_hook(settings, file.path, conversation.kept, stored.trust, log, str(failure or outcome))
+    if not isinstance(failure, KeyUnusable):
+        _call_hook(settings, file.path, conversation.kept, stored.trust, log, str(failure or outcome))
     if failure is not None:
         raise failure
     return outcome, remarks
@@ -138,6 +141,13 @@ def _call_hook(
     from . import hook
 
     try:
+        if identity.holder != "software" and hook.is_owed(key_file, identity.certificate or b""):
+            from . import held
+
+            # What the hook starts again would not come up without its key.
+            reason = held.why_not(identity)
+            if reason:
+                raise KeyUnusable("the hook has to wait: the key can't be used, %s" % reason)
         called = hook.call(key_file, identity, settings.hook, settings.timeout, settings.permissions)
     except CaramelError as error:
         error.args = ("%s; %s" % (so_far, error),)

@@ -33,6 +33,10 @@ class NotReady(CaramelError):
     """The machine can't do it at this moment (no entropy, a package is missing): nothing was changed."""
 
 
+class KeyUnusable(NotReady):
+    """The chip that holds the key can't be used now: what was new is stored all the same, and nothing is lost."""
+
+
 class Locked(CaramelError):
     """Another process holds the lock on the key file: it does the work, there is nothing to do here."""
 

@@ -9,8 +9,6 @@ such a run, or one by cron, doesn't call the hook a second time.
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 from collections.abc import Mapping, Sequence
 
 from .errors import CaramelError, Locked, StorageError
@@ -43,7 +41,7 @@ def call(key_file: str, identity: Identity, command: Sequence[str], limit: float
             "CARAMEL_KEY_FILE": key_file,
             "CARAMEL_NOT_AFTER": utc(issued.not_after),
         }
-        _run(command, {**os.environ, **environment}, limit)
+        _run(command, environment, limit)
         note.replace(_succeeded(issued.pem), None, permissions)
         return True
     finally:
@@ -64,27 +62,12 @@ def _succeeded(certificate: bytes) -> bytes:
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], limit: float) -> None:
-    import subprocess  # most runs with a hook have none to call
+    from . import program  # most runs with a hook have none to call
 
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # standard output belongs to whoever asked for it; a hook's words are for the log
-            env=environment,
-            start_new_session=True,  # so that all of it can be ended
-        )
-    except (OSError, ValueError) as error:
-        raise HookFailed("the hook %s can't be run: %s" % (command[0], getattr(error, "strerror", error))) from None
-    try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        raise HookFailed("the hook %s was ended after %g seconds" % (command[0], limit)) from None
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if status < 0:
-        raise HookFailed("the hook %s was ended by signal %d" % (command[0], -status))
+        # Standard output belongs to whoever asked for it; a hook's words are for the log.
+        status, _, _ = program.run(command, program.surroundings(environment), limit, output=2)
+    except program.Failed as problem:
+        raise HookFailed("the hook %s %s" % (command[0], problem)) from None
     if status > 0:
         raise HookFailed("the hook %s failed with status %d" % (command[0], status))

@@ -142,6 +142,13 @@ class Identity(NamedTuple):
         return self.issued.modified if self.issued else None
 
     @property
+    def holder(self) -> str:
+        """What holds the private key: ``software`` (the key file itself), ``tpm`` or ``pkcs11``."""
+        if self.key.startswith(b"-----BEGIN %s-" % pem.KEY_IN_TPM):
+            return "tpm"
+        return "pkcs11" if self.key.startswith(b"-----BEGIN %s-" % pem.KEY_IN_TOKEN) else "software"
+
+    @property
     def for_servers_only(self) -> bool:
         """Whether the certificate is for servers and not for clients, as public CAs make them."""
         return self.issued is not None and self.issued.servers_only

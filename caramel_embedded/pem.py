@@ -9,6 +9,10 @@ import re
 from typing import Optional
 
 KEY = b"PRIVATE KEY"  # PKCS #8, RFC 5958
+# In the place of a key that a chip holds: for tpm2-openssl and pkcs11-provider, which OpenSSL reads them with.
+KEY_IN_TPM = b"TSS2 PRIVATE KEY"
+KEY_IN_TOKEN = b"PKCS#11 PROVIDER URI"
+HELD_KEYS = (KEY_IN_TPM, KEY_IN_TOKEN)
 CERTIFICATE = b"CERTIFICATE"
 REQUEST = b"CERTIFICATE REQUEST"  # PKCS #10, RFC 2986
 # In the file the request bears the older label of RFC 7468, section 7: GnuTLS takes any block that begins with

@@ -7,12 +7,12 @@ global state. The command is a thin skin over it (``cli``), and so is every appl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 from . import enrollment, pem, settings
 from .enrollment import Action, Event, State
-from .errors import CaramelError, Refused, UsageError
+from .errors import CaramelError, KeyUnusable, Refused, UsageError
 from .identity import Identity, Issued, utc
 from .server import ConnectionLost, Response, Server
 from .stored import Stored, usable
@@ -69,6 +69,7 @@ def check(
     build_time: float = 0.0,
     identity_ca: Optional[bytes] = None,
     key_type: str = "rsa-2048",
+    key_command: Optional[Sequence[str]] = None,
     say: Callable[[str], None] = lambda step: None,
 ) -> Outcome:
     """Asks a Caramel server once how things stand with an identity, and brings the identity up to date.
@@ -88,6 +89,8 @@ def check(
         build_time: a time that has certainly passed, seconds since 1970, UTC, for devices whose clock starts in 1970.
         identity_ca: the CA that signs this identity, PEM, where it isn't the one that signs the server.
         key_type: of new keys: ``rsa-2048``, ``rsa-4096`` or ``ec-p256``; Caramel itself signs no EC keys.
+        key_command: program and arguments that make a key which a chip holds, see ``docs/keys-in-hardware.md``; the
+            caller has to have OpenSSL's provider for it active. None: the key is made here.
         say: called with each step, for a person who looks for a fault. Never gets key material.
 
     Returns:
@@ -110,7 +113,7 @@ def check(
     address = _address(server)
     trust = Trust(ca_cert, identity_ca, build_time, settings.key_type(key_type))
     judged = Stored(stored or b"", settings.client_id(client_id), trust, modified=modified)
-    return Check(address, judged, store, timeout, say).run()
+    return Check(address, judged, store, timeout, say, key_command=key_command).run()
 
 
 class Check:
@@ -127,6 +130,7 @@ class Check:
         timeout: float,
         say: Callable[[str], None],
         touch: Optional[Callable[[Identity], None]] = None,
+        key_command: Optional[Sequence[str]] = None,
     ) -> None:
         """See `check`. `touch`: called in the place of `store` where nothing but the certificate's time is new."""
         self.kept = stored.identity
@@ -135,10 +139,13 @@ class Check:
         self._store = store
         self._touch = touch or store
         self._say = say
+        self._timeout = timeout
+        self._key_command = key_command
         self._server = Server(address, stored.trust, stored.client_id, timeout, say)
         self._data = stored.data  # the bytes that are stored now
         self._retry_after: Optional[int] = None
         self._notes = list(stored.notes)
+        self._shown = False  # whether there was a client certificate to show
 
     def run(self) -> Outcome:
         """Asks the server, and stores what is new. Raises what `check` raises."""
@@ -147,8 +154,14 @@ class Check:
         if self._trust.clock_is_behind:
             self._say("the clock is behind a time that has certainly passed: not looking at what isn't valid yet")
         try:
-            return self._converse(self._begin())
+            outcome = self._converse(self._begin())
+            problem = self._problem_of_chip(outcome.new)
+            if problem:
+                raise KeyUnusable("%s; %s" % (outcome, problem))
+            return outcome
         except CaramelError as error:
+            if not isinstance(error, KeyUnusable):
+                error.args = ("; ".join([str(error), *filter(None, [self._problem_of_chip(False)])]),)
             if self._retry_after is not None:
                 error.retry_after = self._retry_after
                 error.args = ("%s, %s" % (error, wish(self._retry_after)),)
@@ -165,8 +178,8 @@ class Check:
                 # A wrong CA in the configuration must not cost the device a good identity.
                 self._server.reach()
             return self._new()
-        shown = usable(identity, self._trust) and not identity.for_servers_only
-        self._server.connect(identity if shown else None)
+        self._shown = usable(identity, self._trust) and not identity.for_servers_only
+        self._server.connect(identity if self._shown else None)
         return identity
 
     def _converse(self, identity: Identity) -> Outcome:
@@ -276,9 +289,22 @@ class Check:
         self._say("making a key and a certificate request")
         with self._server.pause():
             anchors = certificates.anchors(self._trust)
-            identity = certificates.make(self._stored.client_id, anchors, self._trust, self._stored.hardware)
+            identity = certificates.make(
+                self._stored.client_id, anchors, self._trust, self._stored.hardware, self._key_command, self._timeout
+            )
         self._keep(identity)
         return identity
+
+    def _problem_of_chip(self, new: bool) -> Optional[str]:
+        """Why the chip that holds the key can't be used; None where it can, or was just used."""
+        if self.kept is None or self.kept.holder == "software":
+            return None
+        if not new and (not self._shown or self._server.shows_certificate):
+            return None
+        from . import held
+
+        reason = held.why_not(self.kept)
+        return reason and "the key can't be used: " + reason
 
     def _keep(self, identity: Identity) -> None:
         """Stores the identity if it isn't what is stored, or its certificate's time if that is all that is new."""

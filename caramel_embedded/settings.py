@@ -146,8 +146,8 @@ def _timeout(text: str) -> float:
     return seconds
 
 
-def _hook(text: str) -> tuple[str, ...]:
-    import shlex  # most devices have no hook
+def _command(text: str) -> tuple[str, ...]:
+    import shlex  # most devices have no hook, and no chip for keys
 
     try:
         words = tuple(shlex.split(text))
@@ -168,11 +168,13 @@ SETTINGS: tuple[tuple[str, Callable[[str], Any], str, str, str], ...] = (
     ("CARAMEL_INTERFACES", _interfaces, "--interfaces", "A,B", "interfaces whose MAC address may be the client ID"),
     ("CARAMEL_DOMAIN", domain, "--domain", "NAME", "makes a host name of an ID from the hardware"),
     ("CARAMEL_KEY_TYPE", key_type, "--key-type", "TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
+    ("CARAMEL_KEY_COMMAND", _command, "--key-command", "COMMAND", "makes a key that a TPM or a token holds"),
+    ("CARAMEL_OPENSSL_CONF", _path, "--openssl-conf", "PATH", "OpenSSL's configuration for such keys"),
     ("CARAMEL_OWNER", _owner, "--owner", "USER", "owner of the key file; by default the caller"),
     ("CARAMEL_GROUP", _group, "--group", "GROUP", "group of the key file; by default the caller's"),
     ("CARAMEL_MODE", _mode, "--mode", "OCTAL", "mode of the key file; by default 0600"),
     ("CARAMEL_TIMEOUT", _timeout, "--timeout", "SECONDS", "limit on all that waits on the network; by default 60"),
-    ("CARAMEL_HOOK", _hook, "--hook", "COMMAND", "run after a new certificate is in place"),
+    ("CARAMEL_HOOK", _command, "--hook", "COMMAND", "run after a new certificate is in place"),
     ("CARAMEL_CONFIG", _path, "--config", "PATH", "configuration file; by default /etc/caramel-embedded.conf"),
 )
 VALUES: Mapping[str, Callable[[str], Any]] = {name: value for name, value, *_ in SETTINGS}
@@ -282,9 +284,9 @@ class Settings(NamedTuple):
 
     Attributes: server: host and port, or None; ca_cert_file, identity_ca_file: paths or None; key_file: absolute
     path; client_id: or None (ask the hardware); interfaces: or None (the physical ones); domain: or None; key_type;
-    permissions: of the key file; timeout: seconds; hook: words, or None; build_time: seconds since 1970, UTC, 0
-    where the build left none; unknown: names in the configuration file that this version doesn't know; sources:
-    where the value of each setting comes from.
+    key_command: words, or None; openssl_conf: path, or None; permissions: of the key file; timeout: seconds; hook:
+    words, or None; build_time: seconds since 1970, UTC, 0 where the build left none; unknown: names in the
+    configuration file that this version doesn't know; sources: where the value of each setting comes from.
     """
 
     server: Optional[tuple[str, int]]
@@ -295,6 +297,8 @@ class Settings(NamedTuple):
     interfaces: Optional[tuple[str, ...]]
     domain: Optional[str]
     key_type: str
+    key_command: Optional[tuple[str, ...]]
+    openssl_conf: Optional[str]
     permissions: Permissions
     timeout: float
     hook: Optional[tuple[str, ...]]
@@ -338,6 +342,8 @@ class Settings(NamedTuple):
             interfaces=get("CARAMEL_INTERFACES"),
             domain=get("CARAMEL_DOMAIN"),
             key_type=get("CARAMEL_KEY_TYPE", "rsa-2048"),
+            key_command=get("CARAMEL_KEY_COMMAND"),
+            openssl_conf=get("CARAMEL_OPENSSL_CONF"),
             permissions=Permissions(
                 get("CARAMEL_OWNER", os.geteuid()), get("CARAMEL_GROUP", os.getegid()), get("CARAMEL_MODE", 0o600)
             ),

@@ -10,30 +10,37 @@ import stat
 import time
 from typing import Any, Optional
 
-from . import __version__, certificates, device, hook, pem
+from . import __version__, certificates, device, held, hook, pem
 from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING
-from .identity import utc
+from .identity import Identity, utc
 from .keyfile import peek
 from .log import Log
 from .settings import Permissions, Settings
 from .stored import Stored, usable
 
+_HOLDERS = {
+    "software": "%(type)s, %(bits)d bits",
+    "tpm": "%(type)s, %(bits)d bits, in a TPM",
+    "pkcs11": "%(type)s, %(bits)d bits, in a PKCS #11 token",
+}
 
-def report(settings: Settings, as_json: bool) -> tuple[str, int]:
+
+def report(settings: Settings, as_json: bool, verbose: bool = False) -> tuple[str, int]:
     """The text for standard output, and the exit status: a check's, as far as it can be described without asking.
 
     0: a usable certificate; 69: a request only; 127: neither. Raises `CaramelError` where the settings are wrong or
     the file can't be read.
     """
-    values = collect(settings)
+    values = collect(settings, verbose)
     text = json.dumps(values, indent=2) + "\n" if as_json else _text(values)
     return text, int(values["exit_status"])
 
 
-def collect(settings: Settings) -> dict[str, Any]:
+def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
     """The same as values. The names are part of the interface: each is always there, null where there is nothing.
 
-    Times are seconds since 1970, UTC.
+    `ask_chip`: whether the chip that holds the key, if there is one, is asked for its state. Times are seconds since
+    1970, UTC.
     """
     data, status = peek(settings.key_file)
     stored, client_id = device.stored_identity(settings, data, status and int(status.st_mtime), Log())
@@ -41,7 +48,6 @@ def collect(settings: Settings) -> dict[str, Any]:
     state = "none"
     if identity is not None:
         state = "certified" if usable(identity, trust) else "pending"
-    kind, bits = certificates.key_size(identity) if identity else ("", 0)
     return {
         "version": __version__,
         "state": state,
@@ -57,7 +63,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             "mode": "%04o" % stat.S_IMODE(status.st_mode),
             "modified": int(status.st_mtime),
         },
-        "key": {"type": kind, "bits": bits} if identity else None,
+        "key": _key(identity, ask_chip) if identity else None,
         "request_sha256": identity.request_hash if identity else None,
         "certificate": _certificate(stored),
         "hook_owed": _hook_is_owed(stored, settings),
@@ -70,6 +76,14 @@ def collect(settings: Settings) -> dict[str, Any]:
         "next": _next(stored, status, settings),
         "retry_after": None,  # of a server, which is not asked here
     }
+
+
+def _key(identity: Identity, ask_chip: bool) -> dict[str, Any]:
+    kind, bits = certificates.key_size(identity)
+    chip = None
+    if ask_chip and identity.holder != "software":
+        chip = held.why_not(identity) or "usable"
+    return {"type": kind, "bits": bits, "holder": identity.holder, "chip": chip}
 
 
 def _hook_is_owed(stored: Stored, settings: Settings) -> bool:
@@ -141,7 +155,9 @@ def _text(values: dict[str, Any]) -> str:
     ]
     file, key, certificate, clock = values["file"], values["key"], values["certificate"], values["clock"]
     lines.append(("", "%(owner)s:%(group)s, mode %(mode)s" % file if file else "not there"))
-    lines.append(("key", "%(type)s, %(bits)d bits" % key if key else "none that can be used" if file else "none"))
+    lines.append(("key", _HOLDERS[key["holder"]] % key if key else "none that can be used" if file else "none"))
+    if key and key["chip"]:
+        lines.append(("  chip", key["chip"]))
     lines.append(("request", values["request_sha256"] or "none"))
     if certificate is None:
         lines.append(("certificate", "none"))

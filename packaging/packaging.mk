@@ -17,6 +17,10 @@ INIT ?= systemd
 TARGET_SH ?=
 FIRST_LINE = $(if $(TARGET_SH),-e '1s|^\#!/bin/sh$$|& -p|')
 
+# Where the private key is: empty (in the key file), tpm or pkcs11. For a TPM it also sets what the program needs; for a
+# token CONF has to name the command with its arguments, and OpenSSL's configuration.
+KEYS ?=
+
 # For make zipapp: where Python is on the device, and the file to make.
 TARGET_PYTHON ?= /usr/bin/python3
 OUT ?= $(BUILD)/caramel-embedded.pyz
@@ -42,10 +46,12 @@ UNITS := caramel-embedded.service caramel-embedded.timer caramel-embedded-boot.t
 # The firmware's settings: SERVER= and CA_CERT=, in front of the file that CONF= or CARAMEL_BAKE names.
 BAKE = $(PYTHON) -B "$(PACKAGING)bake.py" $(if $(CONF),--conf "$(CONF)") \
 	$(if $(SERVER),--set "CARAMEL_CA=$(SERVER)") $(if $(CA_CERT),--set "CARAMEL_CA_CERT=$(CA_CERT)") \
+	$(if $(filter tpm,$(KEYS)),--set "CARAMEL_KEY_COMMAND=$(PREFIX)/libexec/caramel-embedded/tpm-key" \
+		--set "CARAMEL_OPENSSL_CONF=$(PREFIX)/share/caramel-embedded/openssl-tpm.cnf") \
 	--term CARAMEL_CA=SERVER= --term CARAMEL_CA_CERT=CA_CERT=
 
 .PHONY: zipapp install install-where install-program install-extras install-libexec install-systemd install-sysv \
-	install-none uninstall deb device-test
+	install-none install-keys install-keys-tpm install-keys-pkcs11 uninstall deb device-test
 
 zipapp: $(if $(filter $(BUILD)/zipapp,$(PACKAGES)),$(BUILD)/zipapp/installed) ## one executable file for an image: CA_CERT=ca.pem SERVER=host[:port] [CONF=more.conf] [OUT=file]
 	@$(PYTHON) -B "$(PACKAGING)pyz.py" --output "$(OUT)" --python "$(TARGET_PYTHON)" --sh "$(TARGET_SH)" --packages "$(PACKAGES)" \
@@ -59,7 +65,7 @@ $(BUILD)/zipapp/installed: $(PACKAGING)zipapp.txt
 		--only-binary :all: --target "$(@D)" -r $<
 	@touch $@
 
-install: install-program install-extras install-$(INIT) ## into an image: DESTDIR= [CONF=firmware.conf] [INIT=systemd|sysv|none] [TARGET_SH=bash|dash]
+install: install-program install-extras install-$(INIT) install-keys ## into an image: DESTDIR= [CONF=firmware.conf] [INIT=systemd|sysv|none] [KEYS=tpm|pkcs11] [TARGET_SH=bash|dash]
 
 # What is meant for an image must not land in the machine that builds it. Whoever means this machine says DESTDIR=/.
 install-where:
@@ -67,6 +73,8 @@ install-where:
 		"image, or this machine with DESTDIR=/" >&2; exit 1; }
 	@case "$(INIT)" in systemd|sysv|none) ;; *) \
 		echo "make install: INIT=$(INIT) is none of systemd, sysv, none" >&2; exit 1;; esac
+	@case "$(KEYS)" in ''|tpm|pkcs11) ;; *) \
+		echo "make install: KEYS=$(KEYS) is none of tpm, pkcs11" >&2; exit 1;; esac
 	@case "$(TARGET_SH)" in ''|bash|dash) ;; *) \
 		echo "make install: TARGET_SH=$(TARGET_SH) is none of bash, dash; leave it out for another shell" >&2; exit 1;; esac
 
@@ -119,10 +127,25 @@ install-sysv: install-libexec
 
 install-none:
 
+# What keys in a chip need: packaging/keys.
+install-keys: $(if $(filter tpm pkcs11,$(KEYS)),install-keys-$(KEYS))
+
+install-keys-tpm: install-where
+	$(INSTALL) -d "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded"
+	$(call script,$(PACKAGING)keys/tpm-key,$(PREFIX)/libexec/caramel-embedded/tpm-key)
+	$(call script,$(PACKAGING)keys/tpm-parent,$(PREFIX)/libexec/caramel-embedded/tpm-parent)
+	$(INSTALL) -D -m 0644 $(PACKAGING)keys/openssl-tpm.cnf "$(DESTDIR)$(PREFIX)/share/caramel-embedded/openssl-tpm.cnf"
+
+install-keys-pkcs11: install-where
+	$(INSTALL) -d "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded"
+	$(call script,$(PACKAGING)keys/pkcs11-key,$(PREFIX)/libexec/caramel-embedded/pkcs11-key)
+	$(INSTALL) -D -m 0644 $(PACKAGING)keys/openssl-pkcs11.cnf \
+		"$(DESTDIR)$(PREFIX)/share/caramel-embedded/openssl-pkcs11.cnf"
+
 # What any of the above has put there, with the same DESTDIR=, PREFIX= and PYTHON_DIR=. Settings and identities stay.
 uninstall: install-where ## what make install has put there: DESTDIR=
 	rm -rf "$(DESTDIR)$(PYTHON_DIR)/caramel_embedded" "$(DESTDIR)$(PREFIX)/libexec/caramel-embedded" \
-		"$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded"
+		"$(DESTDIR)$(PREFIX)/share/caramel-embedded" "$(DESTDIR)$(PREFIX)/share/doc/caramel-embedded"
 	rm -f "$(DESTDIR)$(PREFIX)/bin/caramel-embedded" "$(DESTDIR)$(PREFIX)/share/man/man8/caramel-embedded.8" \
 		"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/caramel-embedded" \
 		"$(DESTDIR)$(SYSCONFDIR)/init.d/S95caramel-embedded" $(foreach unit,$(UNITS),"$(DESTDIR)$(UNITDIR)/$(unit)")

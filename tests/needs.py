@@ -181,6 +181,13 @@ NEEDS: dict[str, Need] = {
         lambda: busybox_with_crond() is not None,
         what="a BusyBox with crond (busybox-static, unpacked into build/busybox-static)",
     ),
+    "trixie": Need(
+        lambda: (
+            shutil.which("mmdebstrap") is not None and shutil.which("make") is not None and NEEDS["mounts"].there()
+        ),
+        ("make", "mmdebstrap"),
+        "root, to fetch a Debian 13 with a TPM and a token",
+    ),
     "authority": Need(
         lambda: (BUILD / "authority/bin/caramel-authority").exists(),
         what="the registration authority, which needs Python 3.11",

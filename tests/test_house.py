@@ -17,7 +17,7 @@ ID = "fffbeec0ffee"
 #: it makes both of them one.
 ROOMS = (
     *("__main__", "cli", "status", "device", "hook", "session"),
-    *("server", "stored", "certificates", "enrollment", "hardware", "keyfile"),
+    *("server", "stored", "certificates", "held", "program", "enrollment", "hardware", "keyfile"),
     *("identity", "trust", "settings", "signals", "log", "pem", "errors"),
 )
 
@@ -52,6 +52,7 @@ _UNCHANGED = {
     "OpenSSL": "what was judged once needs no X.509; 24 ms",
     "cryptography": "the same; half of a run's memory",
     "caramel_embedded.certificates": "it loads both",
+    "caramel_embedded.held": "a key that a chip holds is OpenSSL's matter",
     "caramel_embedded.hook": "no hook is set",
     "caramel_embedded.status": "nobody asked",
     "encodings.idna": "the server's name goes out as bytes; 3 ms",

@@ -526,11 +526,14 @@ ALWAYS = [
 ]
 SCRIPTS = [f"usr/libexec/caramel-embedded/{name}" for name in ("keep-enrolled", "until-certified", "until-enrolled")]
 LIBEXEC = [*SCRIPTS, "usr/libexec/caramel-embedded/chance"]
+KEYS = [f"usr/libexec/caramel-embedded/{name}" for name in ("tpm-key", "tpm-parent", "pkcs11-key")]
 UNITS = sorted(f"usr/lib/systemd/system/{path.name}" for path in (ROOT / "packaging/systemd").glob("*.*"))
 FILES = {
-    "none": ALWAYS,
-    "sysv": [*ALWAYS, *LIBEXEC, "etc/init.d/S95caramel-embedded"],
-    "systemd": [
+    "INIT=none": ALWAYS,
+    "INIT=none KEYS=tpm": [*ALWAYS, *KEYS[:2], "usr/share/caramel-embedded/openssl-tpm.cnf"],
+    "INIT=none KEYS=pkcs11": [*ALWAYS, *KEYS[2:], "usr/share/caramel-embedded/openssl-pkcs11.cnf"],
+    "INIT=sysv": [*ALWAYS, *LIBEXEC, "etc/init.d/S95caramel-embedded"],
+    "INIT=systemd": [
         *ALWAYS,
         *LIBEXEC,
         *UNITS,
@@ -538,7 +541,7 @@ FILES = {
         "usr/share/doc/caramel-embedded/examples/needs-certificate.conf",
     ],
 }
-PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *SCRIPTS}
+PROGRAMS = {"usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", *SCRIPTS, *KEYS}
 
 
 def make_install(folder: Optional[Path], *words: str, goal: str = "install", **env: str) -> Done:
@@ -548,16 +551,19 @@ def make_install(folder: Optional[Path], *words: str, goal: str = "install", **e
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("init", sorted(FILES))
-def test_make_install_puts_the_right_files_into_an_image(tmp_path: Path, init: str) -> None:
+@pytest.mark.parametrize("words", sorted(FILES))
+def test_make_install_puts_the_right_files_into_an_image(tmp_path: Path, words: str) -> None:
     target = tmp_path / "an image"
-    done = make_install(target, f"INIT={init}")
+    done = make_install(target, *words.split())
     assert done.returncode == 0, done.stderr
     found = {str(path.relative_to(target)): path for path in target.rglob("*") if not path.is_dir()}
-    assert sorted(found) == sorted(PACKAGE + FILES[init])
+    assert sorted(found) == sorted(PACKAGE + FILES[words])
     for name, path in found.items():
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if name in PROGRAMS else 0o644), name
         assert (name in PROGRAMS) == path.read_text().startswith("#!/bin/sh\n"), name
+    baked = found["usr/lib/p/caramel_embedded/baked.conf"].read_text()
+    assert ("CARAMEL_KEY_COMMAND=/usr/libexec/caramel-embedded/tpm-key\n" in baked) == ("KEYS=tpm" in words)
+    assert ("CARAMEL_OPENSSL_CONF=/usr/share/caramel-embedded/openssl-tpm.cnf\n" in baked) == ("KEYS=tpm" in words)
     # What somebody has made of it stays.
     (target / "etc/caramel-embedded.conf").parent.mkdir(exist_ok=True)
     (target / "etc/caramel-embedded.conf").touch()
@@ -584,8 +590,8 @@ def test_without_a_builder_make_container_says_what_to_install() -> None:
 def test_the_scripts_for_a_shell_that_knows_p_begin_with_it(
     tmp_path: Path, pyz: Path, ca: Authority, sh: str
 ) -> None:
-    for init in ("systemd", "sysv"):
-        assert make_install(tmp_path / "image", f"INIT={init}", f"TARGET_SH={sh}").returncode == 0
+    for init, keys in (("systemd", "tpm"), ("sysv", "pkcs11")):
+        assert make_install(tmp_path / "image", f"INIT={init}", f"KEYS={keys}", f"TARGET_SH={sh}").returncode == 0
     assert zipapp(tmp_path / "image/one", ca, f"TARGET_SH={sh}").returncode == 0
     for name in (*PROGRAMS, "one"):
         assert (tmp_path / "image" / name).read_bytes().startswith(b"#!/bin/sh -p\n"), name
@@ -645,10 +651,10 @@ def test_modules_are_compiled_for_their_place_on_the_device(tmp_path: Path) -> N
 
 def test_a_bad_setting_leaves_no_half_of_an_installation(tmp_path: Path) -> None:
     (tmp_path / "bad.conf").write_text("CARAMEL_CA=a/b\n")
-    for words in ({"CARAMEL_BAKE": str(tmp_path / "bad.conf")}, {}):
-        done = make_install(tmp_path / "out", *([] if words else ["INIT=openrc"]), **words)
-        assert done.returncode == 2
-        assert "a/b" in done.stderr if words else "INIT=openrc" in done.stderr
+    for word in ("a/b", "INIT=openrc", "KEYS=usb"):
+        env = {"CARAMEL_BAKE": str(tmp_path / "bad.conf")} if word == "a/b" else {}
+        done = make_install(tmp_path / "out", *([] if env else [word]), **env)
+        assert done.returncode == 2 and word in done.stderr
         assert not (tmp_path / "out").exists()
 
 

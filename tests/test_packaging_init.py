@@ -31,6 +31,7 @@ SCRIPTS = [
     LIBEXEC / "chance",
     ROOT / "examples/split-identity",
     INIT_SCRIPT,
+    *(ROOT / "packaging/keys" / name for name in ("tpm-key", "tpm-parent", "pkcs11-key")),
     ROOT / "packaging/deb.sh",
     ROOT / "tests/device/device-test.sh",
 ]

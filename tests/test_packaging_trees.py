@@ -42,6 +42,7 @@ include {root}/buildroot/package/caramel-embedded/caramel-embedded.mk
 {folder}/build/installed:
 \t$(CARAMEL_EMBEDDED_INSTALL_INIT_SYSV)
 \t$(CARAMEL_EMBEDDED_INSTALL_INIT_SYSTEMD)
+\t$(CARAMEL_EMBEDDED_INSTALL_KEYS)
 """
 
 
@@ -57,8 +58,8 @@ def test_the_options_of_buildroot_are_those_that_its_rules_use() -> None:
     defined = set(re.findall(rf"^config ({prefix}\w*)$", CONFIG, re.MULTILINE))
     used = set(re.findall(rf"{prefix}\w*", RULES))
     assert used <= defined
-    # "Started by: nothing" is where nothing is done.
-    assert defined - used == {f"{prefix}_START_NONE"}
+    # "Started by: nothing" and "private key: in the key file" are where nothing is done.
+    assert defined - used == {f"{prefix}_START_NONE", f"{prefix}_KEYS_FILE"}
 
 
 def test_what_python_needs_is_asked_of_buildroot() -> None:
@@ -88,6 +89,8 @@ KNOWN = (
     *("PACKAGE_HOST_RUSTC_TARGET_TIER2_HOST_TOOLS_PLATFORMS", "PACKAGE_PYTHON3"),
     *("PACKAGE_HOST_PYTHON3_SSL", "PACKAGE_PYTHON3_SSL", "PACKAGE_PYTHON3_UNICODEDATA"),
     *("PACKAGE_PYTHON_CRYPTOGRAPHY", "PACKAGE_PYTHON_PYOPENSSL", "PACKAGE_PYTHON_URLLIB3"),
+    *("PACKAGE_OPENSSL_FORCE_LIBOPENSSL", "PACKAGE_LIBOPENSSL_BIN", "PACKAGE_OPENSC"),
+    *("PACKAGE_TPM2_OPENSSL", "PACKAGE_TPM2_TOOLS"),
 )
 USUAL = "USE_WCHAR USE_MMU TOOLCHAIN_HAS_THREADS PACKAGE_HOST_RUSTC_ARCH_SUPPORTS "
 RUST = "PACKAGE_HOST_RUSTC_TARGET_ARCH_SUPPORTS "
@@ -168,7 +171,7 @@ class TestBuildroot:
         more.write_text('CARAMEL_CA=overridden\nCARAMEL_HOOK="/etc/init.d/S50x restart"')
         done = self.build(
             tmp_path, "built", SERVER='"ca.example.com:8443"', CA_CERT=f'"{authority.certificate_file}"',
-            INTERFACES='""', KEY_FILE='"/data/it\'s id.pem"', SETTINGS=f'"{more}"',
+            INTERFACES='""', KEY_FILE='"/data/it\'s id.pem"', SETTINGS=f'"{more}"', KEYS_TPM="y",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         text = (tmp_path / "build/buildroot.conf").read_text()
@@ -177,6 +180,8 @@ class TestBuildroot:
             "CARAMEL_CA_CERT": str(authority.certificate_file),
             "CARAMEL_KEY_FILE": "/data/it's id.pem",
             "CARAMEL_HOOK": "/etc/init.d/S50x restart",
+            "CARAMEL_KEY_COMMAND": f"/{LIBEXEC}/tpm-key",
+            "CARAMEL_OPENSSL_CONF": "/usr/share/caramel-embedded/openssl-tpm.cnf",
         }
         assert (tmp_path / "build/.settings-checked/baked.pem").read_bytes() == authority.pem
 
@@ -210,9 +215,14 @@ class TestBuildroot:
                 {"usr/lib/systemd/system/caramel-embedded.timer", "usr/libexec/caramel-embedded/until-enrolled"},
             ),
             ("START_NONE", set()),
+            (
+                "KEYS_TPM",
+                {f"{LIBEXEC}/tpm-key", f"{LIBEXEC}/tpm-parent", "usr/share/caramel-embedded/openssl-tpm.cnf"},
+            ),
+            ("KEYS_PKCS11", {f"{LIBEXEC}/pkcs11-key", "usr/share/caramel-embedded/openssl-pkcs11.cnf"}),
         ],
     )
-    def test_what_starts_it_is_installed(self, tmp_path: Path, start: str, files: set[str]) -> None:
+    def test_what_was_chosen_is_installed(self, tmp_path: Path, start: str, files: set[str]) -> None:
         done = self.build(tmp_path, "installed", **{"SERVER": '"a.example"', "CA_CERT": '"/x"', start: "y"})
         assert done.returncode == 0, done.stderr
         found = {str(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*")}

@@ -28,7 +28,7 @@ FORM: dict[str, Any] = {
     "server": (str, type(None)),
     "key_file": str,
     "file": {"owner": str, "group": str, "mode": str, "modified": int},
-    "key": {"type": str, "bits": int},
+    "key": {"type": str, "bits": int, "holder": str, "chip": (str, type(None))},
     "request_sha256": (str, type(None)),
     "certificate": {
         "usable": bool,
@@ -114,7 +114,7 @@ def test_a_request_only(device: Device, authority: Authority, key: world.Private
     code, values, text = status(device)
     assert (code, values["state"], values["certificate"]) == (69, "pending", None)
     assert values["request_sha256"] == line(text, "request") == device.request_hash()
-    assert values["key"] == {"type": "RSA", "bits": 2048}
+    assert values["key"] == {"type": "RSA", "bits": 2048, "holder": "software", "chip": None}
     assert line(text, "certificate") == "none"
     assert "whether the request is signed" in values["next"]
 

@@ -4,7 +4,7 @@ _caramel_embedded() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
     COMPREPLY=()
     case $before in
-        --ca-cert | --identity-ca | --key-file | --config)
+        --ca-cert | --identity-ca | --key-file | --openssl-conf | --config)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             ;;
@@ -17,7 +17,7 @@ _caramel_embedded() {
         --interfaces)
             mapfile -t COMPREPLY < <(cd /sys/class/net && compgen -G "$word*")
             ;;
-        --hook)
+        --hook | --key-command)
             mapfile -t COMPREPLY < <(compgen -c -- "$word")
             ;;
         --server)
@@ -32,8 +32,8 @@ _caramel_embedded() {
         --client-id | --domain | --timeout) ;;
         *)
             mapfile -t COMPREPLY < <(compgen -W '
-                --server --ca-cert --identity-ca --key-file --client-id --interfaces --domain --key-type --owner --group
-                --mode --timeout --hook --config --status --json --syslog --verbose --quiet --version --help -v -q -h
+                --server --ca-cert --identity-ca --key-file --client-id --interfaces --domain --key-type --key-command
+                --openssl-conf --owner --group --mode --timeout --hook --config --status --json --syslog --verbose --quiet --version --help -v -q -h
             ' -- "$word")
             ;;
     esac

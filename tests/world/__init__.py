@@ -34,6 +34,7 @@ from world.authority import (
     unsealed,
 )
 from world.caramel import Caramel, Request
+from world.chips import Chip, Token, Tpm, keys_in
 from world.device import Device, Run, Snapshot
 from world.nginx import Nginx, any_front
 from world.processes import (
@@ -93,6 +94,7 @@ __all__ = [
     "Answer",
     "Authority",
     "Caramel",
+    "Chip",
     "Daemon",
     "Device",
     "Front",
@@ -107,6 +109,8 @@ __all__ = [
     "Snapshot",
     "Subject",
     "TlsFront",
+    "Token",
+    "Tpm",
     "adopt_orphans",
     "answer",
     "any_front",
@@ -122,6 +126,7 @@ __all__ = [
     "installation",
     "interpreters",
     "key_file_content",
+    "keys_in",
     "listens",
     "name_of",
     "new_key",

@@ -84,6 +84,8 @@ class Device:
         self.command = list(command)
         self.config: Optional[Path] = self.folder / "empty.conf"
         self.config.write_text("")
+        #: What its runs find in their environment, beside what is said for one of them.
+        self.surroundings: Mapping[str, str] = {}
 
     def arguments(self, *options: str) -> list[str]:
         """The whole command line of a check."""
@@ -118,7 +120,7 @@ class Device:
             text=True,
             errors="replace",
             cwd=self.folder,
-            env=environment(HOME=str(self.folder), **(env or {})),
+            env=environment(HOME=str(self.folder), **self.surroundings, **(env or {})),
             start_new_session=True,
             preexec_fn=die_with_parent,
         )

@@ -135,7 +135,7 @@ for folder in "${TMPDIR:-/tmp}" "$project"; do
     mkdir -p "$tree$folder"
     mount --bind "$folder" "$tree$folder"
 done
-exec chroot "$tree" "$@"
+exec chroot "$tree" env --chdir="$PWD" "$@"
 """
 
 

@@ -12,6 +12,8 @@ CARAMEL_EMBEDDED_SERVER ?= ""
 CARAMEL_EMBEDDED_CA_CERT ?= ""
 CARAMEL_EMBEDDED_INTERFACES ?= ""
 CARAMEL_EMBEDDED_KEY_FILE ?= ""
+# Where the private key is: empty (in the key file), "tpm" or "pkcs11", see docs/keys-in-hardware.md.
+CARAMEL_EMBEDDED_KEYS ?= ""
 # File with NAME=value lines for any other setting of caramel-embedded(8).
 CARAMEL_EMBEDDED_SETTINGS ?= ""
 # What /bin/sh is in the image: bash where IMAGE_INSTALL brings it, which then replaces BusyBox's; dash; or nothing.
@@ -43,6 +45,8 @@ python () {
     for name, what in (("CARAMEL_EMBEDDED_SERVER", "the Caramel server"), ("CARAMEL_EMBEDDED_CA_CERT", "the CA's PEM file")):
         if not d.getVar(name):
             raise bb.parse.SkipRecipe("%s is not set: name %s in local.conf" % (name, what))
+    if d.getVar("CARAMEL_EMBEDDED_KEYS") not in ("", "tpm", "pkcs11"):
+        raise bb.parse.SkipRecipe("CARAMEL_EMBEDDED_KEYS is none of tpm, pkcs11")
     for name in ("CARAMEL_EMBEDDED_CA_CERT", "CARAMEL_EMBEDDED_SETTINGS"):
         path = d.getVar(name)
         if path and not os.path.isabs(path):
@@ -52,6 +56,9 @@ python () {
 # The settings in the program's own format, and what each is called here, for packaging/bake.py to say when one is wrong.
 python caramel_embedded_settings() {
     lines = []
+    if d.getVar("CARAMEL_EMBEDDED_KEYS") == "tpm":
+        lines.append(d.expand("CARAMEL_KEY_COMMAND=${libexecdir}/caramel-embedded/tpm-key"))
+        lines.append(d.expand("CARAMEL_OPENSSL_CONF=${datadir}/caramel-embedded/openssl-tpm.cnf"))
     more = d.getVar("CARAMEL_EMBEDDED_SETTINGS")
     if more:
         try:
@@ -78,6 +85,7 @@ do_install:append() {
     fi
     oe_runmake -f ${S}/packaging/packaging.mk DESTDIR=${D} PREFIX=${prefix} UNITDIR=${systemd_system_unitdir} \
         SYSCONFDIR=${sysconfdir} install-extras
+    oe_runmake -f ${S}/packaging/packaging.mk DESTDIR=${D} PREFIX=${prefix} KEYS=${CARAMEL_EMBEDDED_KEYS} install-keys
     if ${@bb.utils.contains('DISTRO_FEATURES', 'systemd', 'true', 'false', d)}; then
         oe_runmake -f ${S}/packaging/packaging.mk DESTDIR=${D} PREFIX=${prefix} UNITDIR=${systemd_system_unitdir} \
             install-systemd
@@ -92,7 +100,7 @@ SYSTEMD_SERVICE:${PN} = "caramel-embedded.timer caramel-embedded-boot.timer"
 INITSCRIPT_NAME = "caramel-embedded"
 INITSCRIPT_PARAMS = "start 95 2 3 4 5 . stop 05 0 1 6 ."
 
-FILES:${PN} += "${systemd_system_unitdir} ${libexecdir} ${datadir}/bash-completion"
+FILES:${PN} += "${systemd_system_unitdir} ${libexecdir} ${datadir}/bash-completion ${datadir}/caramel-embedded"
 
 RDEPENDS:${PN} += " \
     python3-codecs \
@@ -111,4 +119,12 @@ RDEPENDS:${PN} += " \
     python3-syslog \
     python3-threading \
     python3-urllib3 \
+    ${@caramel_embedded_keys(d)} \
 "
+
+# From meta-tpm of meta-security, and meta-oe.
+def caramel_embedded_keys(d):
+    return {
+        "tpm": "openssl-bin tpm2-openssl tpm2-tools libtss2-tcti-device",
+        "pkcs11": "openssl-bin pkcs11-provider opensc",
+    }.get(d.getVar("CARAMEL_EMBEDDED_KEYS"), "")
