@@ -83,7 +83,7 @@ def complete(*words: str) -> list[str]:
 
 def test_the_completion_offers_the_options_of_the_program_and_no_others() -> None:
     assert sorted(complete("-")) == sorted(options())
-    assert complete("--key") == ["--key-command", "--key-file", "--key-type"]
+    assert complete("--key") == ["--key-file", "--key-type", "--key-command"]
 
 
 def test_the_completion_knows_what_an_option_takes() -> None:
