@@ -11,6 +11,7 @@ import uuid
 
 try:
     import keyring
+    import keyring.errors
 
     import caramel_embedded
     from caramel_embedded import Identity
@@ -42,9 +43,9 @@ def main(server: str, ca_cert_file: str) -> int:
     except OSError as error:
         print(f"the CA certificate can't be read: {error}", file=sys.stderr)
         return 2
-    # A key chain that is locked raises an exception here. That must not be taken for "there is none".
-    text = keyring.get_password(SERVICE, "identity")
     try:
+        # A key chain that is locked raises an exception here. That must not be taken for "there is none".
+        text = keyring.get_password(SERVICE, "identity")
         outcome = caramel_embedded.check(
             server=server,
             ca_cert=ca_cert,
@@ -52,6 +53,9 @@ def main(server: str, ca_cert_file: str) -> int:
             stored=None if text is None else text.encode("ascii"),
             store=store,
         )
+    except keyring.errors.KeyringError as error:  # no desktop, say, or nobody to unlock it
+        print(f"no key chain to be used: {error}", file=sys.stderr)
+        return 2
     except caramel_embedded.CaramelError as error:
         print(error, file=sys.stderr)
         return 1

@@ -431,7 +431,7 @@ def test_the_page_on_monitoring(tmp_path: Path, authority: Authority) -> None:
     command.write_text(f'#!/bin/sh\nexec {world.COMMAND} --config {config} "$@"\n')
     command.chmod(0o755)
     more = f"ln -s {world.ROOT}/examples .; PATH={command.parent}:$PATH; mkdir node; unset -f caramel-embedded\n"
-    words = {"/var/lib/node_exporter": "node"}
+    words = {"/var/lib/prometheus/node-exporter": "node"}
     said = follow(page, tmp_path, more=more, words=words)
     lines = [line for line in said.splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r'[a-z_]+(\{(\w+="[^"]*",?)+\})? -?\d+', line) for line in lines), said
@@ -591,6 +591,8 @@ def test_an_example_ends_in_a_plain_line_and_not_in_a_traceback(name: str, tmp_p
         assert "no/folder" in ends("no/folder/caramel.prom", "true")
         assert "no-such-command" in ends("caramel.prom", "no-such-command")
         return
+    if name == "with_keyring.py":  # on a machine without a desktop
+        assert "no key chain to be used: " in ends("localhost", str(world.ROOT / "README.md"))
     said = ends("a", "b", "c", without=("caramel_embedded",) if name == "application.py" else ("keyring",))
     assert "there is no module" in said and "pip install" in said
     if name == "application.py":
@@ -603,6 +605,10 @@ def test_alarms_cover_each_status_that_wants_one() -> None:
     for status in ("69", "127"):
         assert re.search(rf"expr: caramel_status == {status}$", text, re.MULTILINE), status
         assert re.search(rf"caramel\.exit_status,\w+\)={status}`", text), status
+    # And one for what isn't written any more, under the name that the page's timer gives to the file.
+    (written,) = re.findall(r"^ExecStart=\S+/prometheus_textfile\.py (\S+)$", text, re.MULTILINE)
+    (stale,) = re.findall(r'node_textfile_mtime_seconds\{file=~"(.*)"\} > 3600', text)
+    assert re.fullmatch(stale, written)
 
 
 def test_the_changes_speak_of_this_version() -> None:

@@ -44,12 +44,12 @@ def tree(tmp_path: Path) -> Path:
         (
             BUSYBOX,
             FILES[0],
-            '$((1 + $(random "$((2 * delay))")))',
-            '$((delay + $(random "$delay")))',
+            '$((1 + $(random "$((2 * delay))" "$id")))',
+            '$((delay + $(random "$delay" "$id")))',
             "chance",
             "rest",
         ),
-        (BUSYBOX, FILES[0], "-gt 60 ]; then\n\t\tleft=60", "-gt 90 ]; then\n\t\tleft=90", "least_spread", 90),
+        (BUSYBOX, FILES[0], "60 ]; then\n\t\tmost_wait=60", "90 ]; then\n\t\tmost_wait=90", "least_spread", 90),
         (BUSYBOX, FILES[1], "SPREAD:-3600", "SPREAD:-300", "spread", 300),
         (SYSTEMD, FILES[2], "SPREAD=3600", "SPREAD=60", "spread", 60),
         (SYSTEMD, FILES[2], "RETRY_FIRST=15", "RETRY_FIRST=30", "first", 30),
@@ -104,7 +104,7 @@ def test_the_model_pauses_as_the_script_does(tmp_path: Path, number: int, up: in
     """The script itself, with stand-ins for chance, sleep and the program; pause by pause."""
     pace = shipped(BUSYBOX)
     wishes: list[Optional[int]] = [None, 700, None, 86400, *[None] * 8]
-    script(tmp_path, "cksum", f"cat >/dev/null; echo {number} 8")
+    script(tmp_path, "chance", f'random() {{ echo "$(({number} % ($1 > 0 ? $1 : 1)))"; }}')
     script(tmp_path, "sleep", f"echo $1 >>{tmp_path}/slept")
     plan = "".join(f'{{"status": 127, "retry_after": {"null" if wish is None else wish}}}\n' for wish in wishes)
     (tmp_path / "plan").write_text(plan + '{"status": 0, "retry_after": null}\n')

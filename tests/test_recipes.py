@@ -108,7 +108,10 @@ def test_postgresql(start: Start) -> None:
     server.sh(server.as_user("postgres", f"{folder}/initdb --no-sync -A trust -U postgres -D {data}"))
     config = server.write("/etc/postgresql/15/main/postgresql.conf", "include_dir 'conf.d'\nfsync = off\n")
     with open(etc / "pg_hba.conf", "a") as hba:
-        hba.write("local all postgres trust\n")
+        # As Debian has them, and without the page's line above them nobody gets in.
+        hba.write(
+            "local all postgres trust\nhost all all 127.0.0.1/32 scram-sha-256\nhost all all ::1/128 scram-sha-256\n"
+        )
     server.service(
         "postgresql@15-main",
         *(folder / "postgres", "-D", data, f"--config_file={config}", f"--hba_file={etc}/pg_hba.conf"),
@@ -119,8 +122,8 @@ def test_postgresql(start: Start) -> None:
     place.enroll()
     place.until_shown(port, "-starttls", "postgres")
     owner = f"-h {data} -p {port} -U postgres"
-    for command in (f"createdb {owner} app", f"createuser {owner} {ID}", f"createuser {owner} other"):
-        server.sh(command)
+    for command in (*map(place.section.command, ("createdb", "createuser")), "createuser other"):
+        server.sh(command.replace(" ", f" {owner} ", 1))
 
     client = place.device.section.command("psql")
     assert ID in place.device.sh(client)

@@ -90,10 +90,10 @@ def shipped(kind: str, root: Path = ROOT) -> Pace:
         int(_found(rf'^{name}=\$\(seconds "\$\{{{setting}-\}}" ([0-9]+) 1\)', text, script))
         for name, setting in (("delay", "RETRY_FIRST"), ("most", "RETRY_MAX"))
     )
-    least = int(_found(r'"\$left" -gt ([0-9]+) \]; then\n\t\tleft=\1$', text, script))
+    least = int(_found(r'"\$most_wait" -gt ([0-9]+) \]; then\n\t\tmost_wait=\1$', text, script))
     quarter = int(_found(r"\|\| delay=\$\(\(most / ([0-9]+)\)\)$", text, script))
     chance = _found(r"^\t+more=\$(rest|delay)$", text, script)
-    if 'pause "$((1 + $(random "$((2 * delay))")))"' in text:
+    if 'next=$((1 + $(random "$((2 * delay))" "$id")))' in text:
         chance = "any"
     program = root / "caramel_embedded/settings.py"
     timeout = float(_found(r"^TIMEOUT(?:: \w+)? = ([0-9.]+)", program.read_text(), program))
