@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional
 from . import held, pem
 from .errors import NotReady, UsageError, lacking, printable
 from .identity import Identity, Issued, utc
-from .settings import KEY_TYPES
+from .settings import KEY_TYPES, is_client_id, same_name
 from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust
 
 try:
@@ -207,7 +207,8 @@ def examine(
     if request is None:
         wrong.append("the stored request is missing or damaged: made again with the same key")
         request = _request(key, client_id, anchors)
-    identity = Identity(_private_pem(key), request, client_id, trust.digest, hardware)
+    # A host name in another case is the same one: the stored form stays.
+    identity = Identity(_private_pem(key), request, client_id_in(request) or client_id, trust.digest, hardware)
     if b"-----BEGIN CERTIFICATE-----" in data:
         try:
             identity = identity.with_issued(accept(data, identity, anchors, trust, modified))
@@ -217,10 +218,11 @@ def examine(
 
 
 def client_id_in(data: bytes) -> Optional[str]:
-    """The client ID that the request in `data` is for; None where there is none."""
+    """The client ID that the request in `data` is for, if its signature is good; None where there is none."""
     try:
         loaded = x509.load_pem_x509_csr(_request_in(data) or b"")
-        return str(loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+        (name,) = [str(one.value) for one in loaded.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        return name if loaded.is_signature_valid and is_client_id(name) else None
     except Exception:  # damaged in whatever way
         return None
 
@@ -282,7 +284,7 @@ def _kept_request(block: Optional[bytes], key: PrivateKey, client_id: str, ancho
     except Exception:  # cryptography has no common base for what a damaged request can raise
         return None
     names = [value for oid, value in subject if oid == NameOID.COMMON_NAME]
-    if len(names) != 1 or not _same(names[0], client_id):
+    if len(names) != 1 or not same_name(names[0], client_id):
         raise InvalidIdentity("the request in the file is for another client ID, %s" % ", ".join(map(repr, names)))
     for begin in anchors.subjects:
         wanted = [pair for pair in begin if pair[0] in REQUIRED]
@@ -307,7 +309,7 @@ def accept(
         certificate, rest = loaded[0], loaded[1:MAXIMUM_CHAIN]
         if _public(certificate) != _public(_loaded_key(identity)):
             raise InvalidCertificate("is another key's")
-        if not any(_same(name, identity.client_id) for name in _names(certificate)):
+        if not any(same_name(name, identity.client_id) for name in _names(certificate)):
             raise InvalidCertificate("is another device's, %s" % ", ".join(map(repr, _names(certificate))))
         clients, servers = _uses(certificate)
         # CAs only, and no root: others that a server may send are of no use to anybody.
@@ -394,11 +396,6 @@ def _public(holder: Any) -> bytes:
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     encoded: bytes = holder.public_key().public_bytes(DER, form)
     return encoded
-
-
-def _same(name: str, client_id: str) -> bool:
-    """Whether a name is the client ID; host names, which have a dot, compare without case (RFC 4343)."""
-    return name == client_id or ("." in client_id and name.lower() == client_id.lower())
 
 
 def _names(certificate: x509.Certificate) -> list[str]:

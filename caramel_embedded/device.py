@@ -64,24 +64,31 @@ def stored_identity(settings: Settings, data: bytes, modified: Optional[float], 
     """
     require_entropy()  # before anything is loaded that would wait for it
     trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
-    client_id = _client_id(settings, data)
+    client_id = _client_id(settings, data, trust)
     log.client_id = client_id.text
     log.step("client ID from %s" % client_id.source)
     return Stored(data, client_id.text, trust, client_id.hardware, modified), client_id
 
 
-def _client_id(settings: Settings, data: bytes) -> ClientId:
+def _client_id(settings: Settings, data: bytes, trust: Trust) -> ClientId:
     if settings.client_id is not None:
         return ClientId(settings.client_id, settings.sources["CARAMEL_CN"])
-    fields = remembered(data)
-    client_id = fields.get("id")
-    if data and not client_id:
-        from . import certificates  # a file without the line of text, by an earlier version or another client
-
-        client_id = certificates.client_id_in(data)
     from . import hardware
 
-    return hardware.identify(settings.interfaces, settings.domain, client_id, fields.get("hw", "").split(","))
+    sealed = Identity.sealed(data, trust.digest)
+    known = sealed.hardware if sealed else remembered(data)
+    return hardware.identify(
+        settings.interfaces, settings.domain, _stored_client_id(data, sealed), known, sealed is not None
+    )
+
+
+def _stored_client_id(data: bytes, sealed: Optional[Identity]) -> Optional[str]:
+    """The client ID of what is stored: the sealed line's, or that of the request, which its key has signed."""
+    if sealed is not None or not data:
+        return sealed and sealed.client_id
+    from . import certificates
+
+    return certificates.client_id_in(data)
 
 
 class _Store:

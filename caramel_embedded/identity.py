@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Optional
 
 from . import pem
+from .settings import is_client_id
 
 if TYPE_CHECKING:
     import ssl
@@ -69,8 +70,8 @@ class Identity(NamedTuple):
     ``bytes(identity)`` is the combined form in which it is kept.
 
     Attributes: key: PEM; request: PEM, under its usual label; client_id; trusted: what it was judged under, see
-    `Trust.digest`; hardware: fingerprints of the IDs that the hardware had, see ``hardware``; issued: the certificate
-    and what is known of it, or None.
+    `Trust.digest`; hardware: fingerprints of the IDs that the hardware had, each behind the letter of its kind (2.0.0
+    wrote none), see ``hardware``; issued: the certificate and what is known of it, or None.
     """
 
     key: bytes
@@ -87,8 +88,8 @@ class Identity(NamedTuple):
         `modified`: the certificate's time, seconds since 1970, UTC; None: its notBefore.
         """
         try:
-            identity = cls._parsed(remembered(data), data.partition(b"\n")[2], trusted, modified)
-            return identity if bytes(identity) == data else None
+            identity = cls._parsed(_fields(data), data.partition(b"\n")[2], trusted, modified)
+            return identity if bytes(identity) == data and is_client_id(identity.client_id) else None
         except (ValueError, LookupError, OverflowError):
             return None
 
@@ -105,8 +106,8 @@ class Identity(NamedTuple):
                 fields.get("use") == _SERVERS_ONLY,
                 modified,
             )
-        hardware = tuple(fields["hw"].split(",")) if "hw" in fields else ()
-        return cls(key, request.replace(pem.FILED_REQUEST, pem.REQUEST), fields["id"], trusted, hardware, issued)
+        request = request.replace(pem.FILED_REQUEST, pem.REQUEST)
+        return cls(key, request, fields["id"], trusted, _hardware(fields), issued)
 
     def __bytes__(self) -> bytes:
         issued = self.issued
@@ -117,7 +118,10 @@ class Identity(NamedTuple):
             if issued.servers_only:
                 fields.append("use=" + _SERVERS_ONLY)
         if self.hardware:
-            fields.append("hw=" + ",".join(self.hardware))
+            fields.append("hw=" + ",".join(one[-8:] for one in self.hardware))
+            kinds = [one[:-8] or "-" for one in self.hardware]
+            if set(kinds) != {"-"}:
+                fields.append("kinds=" + "".join(kinds))
         head = (_MAGIC + " ".join(fields)).encode("ascii")
         seal = hashlib.sha256(b"\n".join((head, self.trusted, body))).hexdigest().encode("ascii")
         return b"%s seal=%s\n%s" % (head, seal, body)
@@ -162,6 +166,11 @@ class Identity(NamedTuple):
         """The same key and request with another certificate, or with none."""
         return self._replace(issued=issued)
 
+    def remembering(self, hardware: tuple[str, ...]) -> Identity:
+        """The same with the kinds of what it remembers, as far as `hardware` knows them: 2.0.0 wrote none."""
+        kinds = {one[-8:]: one for one in hardware}
+        return self._replace(hardware=tuple(kinds.get(one, one) for one in self.hardware))
+
     def load_into(self, context: ssl.SSLContext) -> None:
         """Makes `context` show this identity in TLS, as a client or a server, without a file on any disk.
 
@@ -184,13 +193,24 @@ class Identity(NamedTuple):
         return io.BytesIO(bytes(self))
 
 
-def remembered(data: bytes) -> Mapping[str, str]:
-    """The fields of the line of text that `data` begins with, sealed or not; empty where it has no such line."""
+def remembered(data: bytes) -> tuple[str, ...]:
+    """What the line of text in `data` remembers of the hardware, sealed or not; see `Identity.hardware`."""
+    return _hardware(_fields(data))
+
+
+def _fields(data: bytes) -> Mapping[str, str]:
+    """The fields of the line of text that `data` begins with; empty where it has no such line."""
     line = data.partition(b"\n")[0].decode("ascii", "replace")
     if not line.startswith(_MAGIC):
         return {}
     pairs = (field.partition("=") for field in line[len(_MAGIC) :].split(" "))
     return {name: value for name, _, value in pairs}
+
+
+def _hardware(fields: Mapping[str, str]) -> tuple[str, ...]:
+    fingerprints = [one for one in fields.get("hw", "").split(",") if len(one) == 8]
+    kinds = fields.get("kinds", "").ljust(len(fingerprints), "-")
+    return tuple(kind.strip("-") + one for kind, one in zip(kinds, fingerprints))
 
 
 def utc(seconds: float) -> str:

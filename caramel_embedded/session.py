@@ -205,6 +205,8 @@ class Check:
         elif issued is not None:
             new = identity.issued is None or issued.text != identity.issued.text
             identity = identity.with_issued(issued)
+            if new:  # what is written anyway
+                identity = identity.remembering(self._stored.hardware)
         self._keep(identity)
         not_after = identity.issued.not_after if identity.issued else None
         return Outcome(

@@ -38,6 +38,11 @@ def is_client_id(text: str) -> bool:
     return 0 < len(text) <= 64 and CLIENT_ID_CHARACTERS.issuperset(text)
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two client IDs are one: host names, which have a dot, compare without case (RFC 4343)."""
+    return one == other or ("." in one and one.lower() == other.lower())
+
+
 def client_id(text: str) -> str:
     """`text` if it is a client ID. Raises `UsageError`."""
     if not isinstance(text, str) or not is_client_id(text):

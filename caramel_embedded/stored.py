@@ -11,6 +11,7 @@ from typing import Optional
 from . import pem
 from .errors import NotReady, UsageError
 from .identity import Identity, utc
+from .settings import same_name
 from .trust import Trust
 
 
@@ -40,12 +41,14 @@ class Stored:
         self.identity = Identity.sealed(data, trust.digest, modified)
         if self.identity is None:
             self.identity = self._examined(modified)
-        elif self.identity.client_id != client_id:
+        elif not same_name(self.identity.client_id, client_id):
             other = self.identity.client_id
             self.notes.append(
                 "the request in the file is for another client ID, %r: starting over with a new key" % other
             )
             self.identity = None
+        if self.identity is not None:
+            self.client_id = self.identity.client_id  # of a host name the stored form
         issued = self.identity and self.identity.issued
         if issued:
             trust.learn(issued.not_before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Optional
 
@@ -10,7 +11,7 @@ from needs import require
 from world import PLAIN, Device
 
 from caramel_embedded.errors import UsageError
-from caramel_embedded.hardware import Hardware, is_permanent_address, is_real_serial
+from caramel_embedded.hardware import Hardware, is_permanent_address, is_real_serial, is_shared_address
 
 DEVICE_TREE = "proc/device-tree/serial-number"
 SOC = "sys/devices/soc0/serial_number"
@@ -60,48 +61,31 @@ def test_a_real_serial_number_comes_first(tmp_path: Path) -> None:
     assert DEVICE_TREE in Hardware(None, str(tmp_path)).client_id()[1]
 
 
-PLACEHOLDERS = [
-    "To be filled by O.E.M.",
-    "To Be Filled By O.E.M.",
-    "Default string",
-    "System Serial Number",
-    "0000000000000000",
-    "0",
-    "00000000-0000",
-    "0x00000000",
-    "FFFFFFFF",
-    "ffffffffffff",
-    "xxxxxxxx",
-    "XXXXXXXXXXXX",
-    "None",
-    "N/A",
-    "NA",
-    "Not Specified",
-    "Not Applicable",
-    "Unknown",
-    "unknown",
-    "INVALID",
-    "123456789",
-    "0123456789",
-    "1234567890",
-    "0123456789ABCDEF",
-    "SerialNumber",
-    "Chassis Serial Number",
-    "OEM",
-    "........",
-    "---",
-    "",
-    " ",
-    "a",
-    "12",
-    "a serial with spaces",
-    "x" * 65,
-    "comma,DNS:evil",
-]
+def words(text: str) -> list[str]:
+    return text.split()
 
 
-@pytest.mark.parametrize("text", PLACEHOLDERS)
-def test_a_vendors_placeholder_is_no_serial_number(tmp_path: Path, text: str) -> None:
+#: What vendors leave in the field; many from the lists of inventories (OCS, GLPI), which have met them.
+FILLERS = words("""
+    0 a 12 --- ........ 00000000-0000 0000000000000000 0x00000000 FFFFFFFF ffffffffffff xxxxxxxx XXXXXXXXXXXX
+    NNNNNNN 1111111111 NA N/A None Not Unknown unknown Unknow INVALID empty EVAL IATPASS Standard OEM OEMID
+    OEM_Serial SerialNumber SystemSerialNumb Not-Available ToBeFilledByO.E.M. deadbeef cafebabe deadbeefdeadbeef
+    12345 123456 01234567 12345678 123456789 0123456789 1234567890 12345678901234567
+    1234567890123456789012345678 9876543210 0987654321 6789012345 34567890 0123456789ABCDEF ABCDEF0123456789
+    FEDCBA9876543210 01234567890123456789AB 0x12345678 1234567890ABCDEF1234567890ABCDEF 123456789123456789
+    123456789000 12345000 12300000 00001234 00000001234567890 12345678-0000 BSN12345678901234567
+    SSN12345678901234567 SYS-1234567890 SYS-9876543210 MB-1234567890 SN-1234567890 SN-12345 SN-7654321
+    BSS-0123456789 X99-1234567890 B550M-0123456789 SerialNumber0123456789 Serial-1234 EMPTY1234 1234567890-SN
+    SN-0000000000 12341234 1234512345 123123123 11223344 1122334455 112233445566 0011223344556677 AABBCCDDEEFF
+    5a5a5a5a 55aa55aa a1b2c3d4 a1b2c3d4e5f6 1a2b3c4d5e6f abc123 ABC123456 ABCD1234 1234abcd 12344321
+    ABCDEFGHIJ1234567890 0102030405060708 000102030405 102030405060 00020003-0004-0005-0006-000700080009
+    c3d9b8674f4b94f6 SN-123456fvgv3i0b8o5n6n7k 03000200-0400-0500-0006-000700080009
+""")
+NO_ID = ["", " ", "To be filled by O.E.M.", "Default string", "a serial with spaces", "x" * 65, "comma,DNS:evil"]
+
+
+@pytest.mark.parametrize("text", FILLERS + NO_ID)
+def test_what_a_vendor_left_there_is_no_serial_number(tmp_path: Path, text: str) -> None:
     assert not is_real_serial(text)
     put(tmp_path, DMI, text.encode() + b"\n")
     assert nothing(tmp_path)
@@ -109,12 +93,43 @@ def test_a_vendors_placeholder_is_no_serial_number(tmp_path: Path, text: str) ->
     assert asked(tmp_path) == "001b21aabbcc"
 
 
-@pytest.mark.parametrize(
-    "text", ["10000000c0ffee42", "PF2X9ABC", "5CG1234XYZ", "4C4C4544-0042-3010", "VMware-56:4d", "SN-0042", "A1B2"]
-)
+REAL = words("""
+    10000000c0ffee42 PF2X9ABC 5CG1234XYZ CNU1234ABC MXL2345X9Y C02XK0ABJG5H 7HJ9KQ2 HJKLMNPQ 4C4C4544-0042-3010
+    VMware-56:4d SN-0042 SN-0001 SN-4711 SN-1002003 A1B2 BOARD-8821 SOC8821 PF_2X:9.ABC R90ABC12 S2345 GM0123470
+    20210123 2024-11-28 20240101-0001 SN20190807 0f5c2d1e 000000001b2d7e6a 12-3455 E7-B0-22
+""")
+
+
+@pytest.mark.parametrize("text", REAL)
 def test_a_real_serial_number(tmp_path: Path, text: str) -> None:
     put(tmp_path, DMI, text.encode() + b"\n")
     assert asked(tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "length", "form"),
+    [
+        ("0123456789", 9, "{}"),
+        ("0123456789", 12, "{}"),
+        ("0123456789", 7, "SN-{}"),
+        ("0123456789", 4, "2026W31-{}"),
+        ("0123456789abcdef", 12, "{}"),
+        ("0123456789ABCDEF", 16, "{}"),
+        ("BCDFGHJKLMNPQRSTVWXZ0123456789", 7, "{}"),  # those of a large vendor
+        ("0123456789ABCDEFGHJKLMNPQRSTUVWXYZ", 10, "{}1"),
+    ],
+)
+def test_of_thousands_of_numbers_hardly_one_is_taken_for_a_filler(alphabet: str, length: int, form: str) -> None:
+    chance = random.Random(f"{alphabet} {length} {form}")
+    numbers = [form.format("".join(chance.choices(alphabet, k=length))) for _ in range(5000)]
+    refused = [number for number in numbers if not is_real_serial(number)]
+    assert len(refused) <= 5, refused
+
+
+def test_numbers_that_go_up_from_one_are_real_but_for_the_first_of_all_numbers() -> None:
+    """A vendor's production: what looks like a filler among them is one."""
+    refused = [number for number in (f"TX-{count:06d}" for count in range(1, 20000)) if not is_real_serial(number)]
+    assert len(refused) < 20 and {"TX-012345", "TX-001234"} <= set(refused), refused
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\0", b"\0", b"\n\n", b"\x01\x02\x03\x04\x05"])
@@ -137,7 +152,8 @@ def test_all_ids_are_remembered_and_any_of_them_is_enough(tmp_path: Path) -> Non
     interface(tmp_path, "wlan0", "00:1b:21:00:00:02")
     put(tmp_path, DMI, b"PRODUCT-8821\n")
     hardware = Hardware(("wlan0",), str(tmp_path))
-    assert hardware.ids == ["PRODUCT-8821", "001b21000002", "001b21000001"]
+    assert [source.id for source in hardware.known] == ["PRODUCT-8821", "001b21000002", "001b21000001"]
+    assert [one[:-8] for one in hardware.fingerprints] == ["p", "m", "m"]
     assert hardware.holds("anything", hardware.fingerprints[2:])
     assert not hardware.holds("anything", ["00000000"])
     assert hardware.holds("001b21000001", []) and not hardware.holds("001b21000003", [])
@@ -198,6 +214,18 @@ def test_never_a_random_virtual_or_local_address(tmp_path: Path, fault: dict[str
     assert nothing(tmp_path) and nothing(tmp_path, "eth0"), "also where it is named"
 
 
+@pytest.mark.parametrize(
+    "address", ["0c:5b:8f:27:9a:64", "00:02:03:04:05:06", "00:00:00:00:00:01", "00:E0:4C:53:44:58"]
+)
+def test_an_address_that_all_adapters_of_a_model_have_is_none(tmp_path: Path, address: str) -> None:
+    interface(tmp_path, "eth0", address)
+    with pytest.raises(UsageError, match="MAC address of eth0 that other devices have, too"):
+        asked(tmp_path)
+    assert nothing(tmp_path, "eth0"), "also where it is named"
+    interface(tmp_path, "wlan0", "00:1b:21:00:00:01")
+    assert asked(tmp_path) == "001b21000001"
+
+
 def test_no_hardware_at_all(tmp_path: Path) -> None:
     assert nothing(tmp_path)
 
@@ -205,6 +233,7 @@ def test_no_hardware_at_all(tmp_path: Path) -> None:
 def test_which_addresses_are_permanent() -> None:
     good = [f"{first:02x}1b21000001" for first in range(256) if is_permanent_address(f"{first:02x}1b21000001")]
     assert [text[:2] for text in good] == [f"{first:02x}" for first in range(0, 256, 4)]
+    assert not any(map(is_shared_address, good))
 
 
 # --- The command, on a machine that looks like a device ---

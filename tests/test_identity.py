@@ -53,14 +53,16 @@ def body(data: bytes) -> bytes:
 
 
 def test_what_is_made_is_sealed_and_kept(anchors: Anchors, trust: Trust) -> None:
-    made = make(ID, anchors, trust, ("12345678",))
+    made = make(ID, anchors, trust, ("p12345678", "abcdef12"))
     data = bytes(made)
     again = Identity.sealed(data, trust.digest)
-    assert again and bytes(again) == data and again.hardware == ("12345678",)
+    assert again and bytes(again) == data and again.hardware == ("p12345678", "abcdef12") == remembered(data)
     assert (again.key, again.request, again.certificate, again.client_id) == (made.key, made.request, None, ID)
     assert body(data).startswith(b"-----BEGIN PRIVATE KEY-----\n")
     assert body(data) == body(bytes(kept(body(data), anchors, trust)))
-    assert remembered(data)["id"] == ID
+    assert data.startswith(b"# caramel-embedded/1 id=%s hw=12345678,abcdef12 kinds=p- seal=" % ID.encode())
+    known = made.remembering(("mabcdef12", "p87654321"))
+    assert known.hardware == ("p12345678", "mabcdef12")
 
 
 def test_a_whole_file_keeps_every_byte(whole: bytes, anchors: Anchors, trust: Trust) -> None:

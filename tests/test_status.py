@@ -256,8 +256,8 @@ def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monke
 
     class Hardware(hardware.Hardware):
         def __init__(self, interfaces: Any) -> None:
-            self.sources = [hardware.Source("serial number in /sys/it", interfaces[0])]
-            self.ids = [interfaces[0]]
+            self.sources = self.known = [hardware.Source("serial number in /sys/it", interfaces[0], "p")]
+            self.shared = []
 
     monkeypatch.setattr(hardware, "Hardware", Hardware)
     given = {"CARAMEL_CA_CERT": str(authority.certificate_file), "CARAMEL_KEY_FILE": str(device.key_file)}

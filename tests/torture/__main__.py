@@ -16,7 +16,7 @@ from pathlib import Path
 
 from world import ROOT
 
-from torture import clocks, concurrency, disk, folders, hardware, machine, network, power, report, simulation
+from torture import clocks, concurrency, disk, folders, hardware, judged, machine, network, power, report, simulation
 from torture.fleet import Fleet
 from torture.report import Case, Row, tried
 
@@ -95,6 +95,8 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
             yield tried("a folder of somebody else's: links, hard links, drafts, FIFOs, a race", folders.cases(fleet))
         if wanted("hardware"):
             yield tried("hardware that comes, goes, and can't be read", hardware.cases(fleet))
+        if wanted("judged"):
+            yield tried("every single bit of a key file lost, with and without network", judged.cases(fleet))
         if wanted("clocks"):
             yield tried("clocks: 1970, behind, ahead, 2080, jumping", clocks.cases(fleet))
             yield tried(

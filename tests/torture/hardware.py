@@ -26,10 +26,10 @@ Parts = frozenset[str]
 MACHINES = [frozenset(each) for count in range(4) for each in itertools.combinations(PARTS, count)]
 
 
-class _Machine:
+class Machine:
     """A device of the fleet whose client ID comes from its hardware; `ids` by part."""
 
-    def __init__(self, fleet: Fleet, enrolled: Parts, first_release: bool = False) -> None:
+    def __init__(self, fleet: Fleet, enrolled: Parts, first_release: bool = False, kinds_too: bool = True) -> None:
         self.fleet = fleet
         device = fleet.device()
         number = str(device.client_id)[-10:]
@@ -41,7 +41,10 @@ class _Machine:
         content = world.key_file_content(fleet.key, request, certificate)
         fingerprints = [hashlib.sha256(self.ids[part].encode()).hexdigest()[:8] for part in PARTS if part in enrolled]
         if not first_release:
-            content = world.sealed(content, fleet.authority.pem, self.enrolled, hardware=fingerprints)
+            kinds = "".join("p" if part == "serial" else "m" for part in PARTS if part in enrolled)
+            content = world.sealed(
+                content, fleet.authority.pem, self.enrolled, hardware=fingerprints, kinds=kinds if kinds_too else ""
+            )
         device.has(content)
         self.dut = DeviceUnderTest(device, content, content, 0, inode=device.key_file.stat().st_ino)
         self.sys = device.folder / "sys"
@@ -70,7 +73,7 @@ class _Machine:
             self.dut.device.client_id = self.enrolled
 
 
-def _kept(machine: _Machine, run: Run) -> list[str]:
+def _kept(machine: Machine, run: Run) -> list[str]:
     wrong = machine.fleet.broken(machine.dut, run)
     if run.status != 0:
         wrong.append(f"exit status {run.status}: {run.err[-300:]!r}")
@@ -79,7 +82,7 @@ def _kept(machine: _Machine, run: Run) -> list[str]:
     return wrong
 
 
-def _left(machine: _Machine, run: Run) -> list[str]:
+def _left(machine: Machine, run: Run) -> list[str]:
     """127, and nothing else has happened."""
     wrong = machine.fleet.broken(machine.dut, run)
     if run.status != 127:
@@ -89,7 +92,7 @@ def _left(machine: _Machine, run: Run) -> list[str]:
     return wrong
 
 
-def _another(machine: _Machine, run: Run, now: Parts) -> list[str]:
+def _another(machine: Machine, run: Run, now: Parts) -> list[str]:
     """A card from another machine: a new key under this machine's own ID, and the other's request is left alone."""
     client_id = next(machine.ids[part] for part in PARTS if part in now)
     parts = key_file_parts(machine.dut.content or b"")
@@ -108,7 +111,7 @@ def changed(fleet: Fleet, before: Parts, now: Parts, unreadable: bool = False) -
     """An identity that was made on a machine with some parts, and a run on one with others."""
 
     def act() -> list[str]:
-        machine = _Machine(fleet, before)
+        machine = Machine(fleet, before)
         run = machine.run(now, unreadable)
         seen = now - {"serial"} if unreadable else now
         if before & seen:
@@ -132,7 +135,7 @@ def first_release(fleet: Fleet, enrolled: Parts, now: Parts) -> Case:
     """A file without the line that remembers: its own ID counts while any part of the hardware has it."""
 
     def act() -> list[str]:
-        machine = _Machine(fleet, enrolled, first_release=True)
+        machine = Machine(fleet, enrolled, first_release=True)
         run = machine.run(now)
         content = machine.dut.content or b""
         wrong = [] if run.status == 0 else [f"exit status {run.status}: {run.err[-300:]!r}"]

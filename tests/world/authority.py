@@ -92,10 +92,12 @@ def sealed(
     identity_ca: Optional[bytes] = None,
     key_kind: bytes = b"RSA",
     hardware: Sequence[str] = (),
+    kinds: str = "",
 ) -> bytes:
     """The combined file with the line of text that it gets once it was judged good under these CA texts.
 
     `content` is the file without the line, as from `key_file_content`. `key_kind` is what new keys are: RSA or EC.
+    `hardware`: fingerprints; `kinds`: a letter for each, which 2.0.0 didn't write.
     """
     fields = [f"id={client_id}"]
     found = _CERTIFICATE.search(content)
@@ -105,6 +107,8 @@ def sealed(
             fields.append(f"{name}={moment:%Y-%m-%dT%H:%M:%SZ}")
     if hardware:
         fields.append("hw=" + ",".join(hardware))
+    if kinds:
+        fields.append("kinds=" + kinds)
     head = "# caramel-embedded/1 " + " ".join(fields)
     under = b"".join(hashlib.sha256(text).digest() for text in (ca, identity_ca or ca, key_kind))
     seal = hashlib.sha256(b"\n".join((head.encode(), under, content))).hexdigest()
