@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +19,7 @@ from werkzeug.wrappers import Request, Response
 
 from .assembly import assemble
 from .configuration import Configuration
-from .errors import BadRequest, TryLater, WrongUsage
+from .errors import BadRequest, TryLater, WrongUsage, say
 from .registry import Registry, RequestStatus
 from .signing_request import LONGEST
 from .store import REJECTED
@@ -53,7 +52,7 @@ class Application:
             response = problem(503, str(error), Retry_After=error.seconds)
         except (DBAPIError, WrongUsage) as error:
             # For the administrator, who reads the log; no device can do anything about it but ask again.
-            print(f"{request.method} {request.path}: {error}", file=sys.stderr)
+            say(f"{request.method} {request.path}: {error}")
             response = problem(503, "the registration authority is not able to answer now", Retry_After=60)
         return response(environ, start_response)
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from . import __version__, signer, store, views
+from . import __version__, backup, signer, store, views
 from .application import Application
 from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
@@ -71,6 +71,25 @@ def upgrade(configuration: Configuration, options: argparse.Namespace) -> None:
     print(f"{before} -> {after}" if before != after else f"{after} already")
 
 
+def make_backup(configuration: Configuration, options: argparse.Namespace) -> None:
+    backup.backup(configuration.database, Path(options.file))
+
+
+def restore(configuration: Configuration, options: argparse.Namespace) -> None:
+    if options.file:
+        backup.restore(configuration.database, Path(options.file))
+        before, after = Store.upgrade(configuration.database)
+        if before != after:
+            print(f"upgraded: {before} -> {after}")
+    registry = assemble(configuration).registry()
+    if not registry.refusals.path.exists() and not options.forget:
+        raise WrongUsage(
+            f"{registry.refusals.path} is gone: what was refused after the copy was made is not known; "
+            "say --forget if that is so"
+        )
+    print(f"{registry.restore()} decisions were newer")
+
+
 # --- What runs all the time ---
 
 
@@ -86,6 +105,9 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
         # What the front says of the client is believed, because nobody else reaches this port.
         front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
     registry, child = parts.answering()
+    newer = registry.restore()
+    if newer:
+        print(f"the database is an older one: {newer} decisions of {registry.refusals.path}", file=sys.stderr)
     if child:
         threading.Thread(target=_ends_with, args=[child], daemon=True).start()
     # A request that is longer than ours by far is waitress's own to refuse.
@@ -306,6 +328,11 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     verb("init", init, "make the database; what is there already is left alone", unmade=True)
+    one = verb("backup", make_backup, "copy the database (SQLite) while it is in use", unmade=True)
+    one.add_argument("file")
+    one = verb("restore", restore, "put a copy in the place of the database, and what was refused since", unmade=True)
+    one.add_argument("file", nargs="?", help="none where PostgreSQL has done that")
+    one.add_argument("--forget", action="store_true", help="nothing is known of what was refused since")
     verb("upgrade", upgrade, "bring the database of an older version up to this one", unmade=True)
 
     one = verb("serve", serve, "answer devices")
@@ -396,9 +423,26 @@ def main() -> int:
         configuration = Configuration.read(options.config)
         if options.makes:
             Store.init(configuration.database)
-        return options.run(configuration if options.unmade else assemble(configuration), options) or 0
+        return options.run(configuration if options.unmade else _assembled(configuration, options), options) or 0
     except (WrongUsage, TryLater, OSError) as error:
         print(f"caramel-authority: {error}", file=sys.stderr)
     except DBAPIError as error:
         print(f"caramel-authority: the database: {error.orig}", file=sys.stderr)
+        if re.search("disk is full|No space left", str(error.orig)):
+            print(f"nothing was changed: free some of the disk that has {configuration.where}", file=sys.stderr)
     return 1
+
+
+def _assembled(configuration: Configuration, options: argparse.Namespace) -> Parts:
+    """What runs all the time waits for its database: after a power cut, that may come up later."""
+    said = False
+    while True:
+        try:
+            return assemble(configuration)
+        except OperationalError as error:
+            if options.run not in (serve, sign, work) or configuration.where.startswith("/"):
+                raise
+            if not said:
+                print(f"caramel-authority: waiting for the database: {error.orig}", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(1)

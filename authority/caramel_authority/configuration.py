@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
 from .errors import WrongUsage
 
 PATH = "/etc/caramel-authority.toml"
@@ -86,6 +89,8 @@ class Configuration:
         try:
             read: Configuration = _filled(cls, content)
             read._check()
+            if url_of(read.database).password and os.stat(path).st_mode & 0o004:
+                raise WrongUsage("it has the database's password, and everybody may read it: chmod o-r")
         except WrongUsage as error:
             raise WrongUsage(f"{path}: {error}") from None
         return read
@@ -122,8 +127,21 @@ class Configuration:
                 raise WrongUsage(what)
 
     @property
+    def where(self) -> str:
+        """The database, for a person: a path, or an address without its password."""
+        url = url_of(self.database)
+        return str(Path(url.database or "").absolute()) if url.get_backend_name() == "sqlite" else str(url)
+
+    @property
     def can_set_names(self) -> bool:
         return bool(self.dns.zone and (self.dns.server or self.dns.command))
+
+
+def url_of(database: str) -> URL:
+    try:
+        return make_url(database)
+    except ArgumentError:
+        raise WrongUsage("database is no address like sqlite:////PATH or postgresql+psycopg://HOST/NAME") from None
 
 
 def _filled(kind: Any, content: dict[str, Any], where: str = "") -> Any:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 
 class BadRequest(Exception):
     """What was posted will never be taken; the text says why. Nothing was stored."""
@@ -18,3 +21,9 @@ class TryLater(Exception):
     def __init__(self, text: str, seconds: int = 60) -> None:
         super().__init__(text)
         self.seconds = seconds
+
+
+def say(text: str) -> None:
+    """For the administrator, who reads the log. That it can't be written, on a full disk, is no reason to do less."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, or_, select, updat
 from . import store
 from .configuration import Configuration
 from .errors import BadRequest, TryLater, WrongUsage
+from .refusals import Refusals
 from .sightings import Sightings
 from .signing_request import SigningRequest, Subject, device_of, id_problem, in_zone, validate, zones_own
 from .store import (
@@ -48,6 +49,9 @@ from .store import (
 HOUR, DAY = 3600, 86400
 USAGES = {ExtendedKeyUsageOID.CLIENT_AUTH: "client", ExtendedKeyUsageOID.SERVER_AUTH: "server"}
 UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+#: What is remembered of a request, and who decides again.
+REMEMBERED = ("sha256", "pem", "client_id", "device", "key_sha256", "posted")
+RESTORE = "restore"
 #: How many requests of one client ID may wait for a decision. A device makes a new key only when it has lost its own.
 PENDING_OF_ONE = 20
 #: How many devices one transaction is about, where there are many.
@@ -130,7 +134,8 @@ class Registry:
     def __init__(self, store: Store, configuration: Configuration, signer: Signer) -> None:
         self.store = store
         self.signer = signer
-        self.sightings = Sightings(store)
+        self.refusals = Refusals(configuration)
+        self.sightings = Sightings(store, lambda: self.purge(configuration.pending_days, "rule:pending_days"))
         self._configuration = configuration
         self._rules = configuration.rules
         self._retry_after = configuration.retry_after
@@ -298,6 +303,7 @@ class Registry:
 
     def _decide(self, db: Connection, sha256: str, state: str, who: str) -> None:
         """Writes a decision down, and what follows from it. The transaction has locked the device."""
+        before = db.execute(select(requests.c.state).where(requests.c.sha256 == sha256)).scalar_one()
         values = update(requests).where(requests.c.sha256 == sha256).values(state=state).returning(requests)
         request = db.execute(values).one()
         if state == AUTHORIZED:
@@ -309,12 +315,14 @@ class Registry:
         else:
             db.execute(delete(orders).where(orders.c.sha256 == sha256))
         store.write_log(db, who, state, request.client_id, sha256)
+        if who != RESTORE and {state, before} & {REJECTED, RETIRED}:
+            self.refusals.write(db, state, **{name: getattr(request, name) for name in REMEMBERED})
         if state == AUTHORIZED:
             # A device has one key. The one before is on a flash that was erased, or in other hands.
-            before = select(requests.c.sha256).where(
+            others = select(requests.c.sha256).where(
                 requests.c.device == request.device, requests.c.state == AUTHORIZED, requests.c.sha256 != sha256
             )
-            for one in db.execute(before).scalars().all():
+            for one in db.execute(others).scalars().all():
                 self._decide(db, one, RETIRED, who)
 
     def _decide_about_waiting(self, db: Connection, device: str) -> None:
@@ -403,6 +411,8 @@ class Registry:
             store.lock_devices(db, [device])
             store.write_log(db, who, action, client_id)
             yield db, device
+            # Nothing that can fail comes after it: what is written there was decided.
+            self.refusals.write(db, action, device=device, client_id=client_id)
 
     def allow(self, entries: Iterable[tuple[str, str | None]], who: str, again: bool = False) -> Allowed:
         """Puts IDs on the list of devices, with the SHA-256 of the request or public key that each has, where that is
@@ -419,8 +429,7 @@ class Registry:
         names = sorted(wanted)
         for start in range(0, len(names), PIECE):
             if start:
-                # SQLite's other writers look every 0.1 s at most whether it is their turn.
-                time.sleep(0.12)
+                _let_others()
             piece = names[start : start + PIECE]
             with self.store.writing() as db:
                 store.lock_devices(db, piece)
@@ -498,18 +507,17 @@ class Registry:
         while True:
             with self.store.writing() as db:
                 gone = db.execute(old).scalars().all()
-                if gone:
-                    db.execute(delete(sightings).where(sightings.c.sha256.in_(gone)))
-                    left = delete(requests).where(requests.c.sha256.in_(gone), requests.c.state == PENDING)
-                    freed = db.execute(left.returning(requests.c.key_sha256)).scalars().all()
-                    used = select(requests.c.key_sha256).where(requests.c.key_sha256.in_(freed))
-                    db.execute(delete(keys).where(keys.c.key_sha256.in_(freed), keys.c.key_sha256.not_in(used)))
-                    total += len(freed)
-                elif total:
-                    store.write_log(db, who, "purged", detail=f"{total} requests")
-            if not gone:
-                return total
-            time.sleep(0.12)
+                db.execute(delete(sightings).where(sightings.c.sha256.in_(gone)))
+                left = delete(requests).where(requests.c.sha256.in_(gone), requests.c.state == PENDING)
+                freed = db.execute(left.returning(requests.c.key_sha256)).scalars().all()
+                used = select(requests.c.key_sha256).where(requests.c.key_sha256.in_(freed))
+                db.execute(delete(keys).where(keys.c.key_sha256.in_(freed), keys.c.key_sha256.not_in(used)))
+                total += len(freed)
+                if len(gone) < PIECE:
+                    if total:
+                        store.write_log(db, who, "purged", detail=f"{total} requests")
+                    return total
+            _let_others()
 
     def raise_minimum(self, who: str) -> int:
         """From now on no certificate that was signed before is accepted; every device gets a new one when it asks."""
@@ -517,7 +525,52 @@ class Registry:
             minimum = store.next_serial(db)
             store.set_number(db, "minimum", minimum)
             store.write_log(db, who, "minimum", detail=f"{minimum:x}")
+            self.refusals.write(db, "minimum", value=minimum)
             return minimum
+
+    def restore(self) -> int:
+        """Tells a database that comes from an older copy what was refused since; how many decisions that were."""
+        with self.store.writing() as db:
+            lines = self.refusals.newer(db)
+            if lines:
+                # Somebody else may be at the same.
+                known = store.number(db, "refusals", lock=True)
+                lines = [line for line in lines if line["n"] > known]
+            for line in lines:
+                self._refuse_again(db, line)
+                store.set_number(db, "refusals", line["n"])
+            if lines:
+                store.write_log(db, RESTORE, "restored", detail=f"{len(lines)} decisions of {self.refusals.path}")
+            return len(lines)
+
+    def _refuse_again(self, db: Connection, line: dict[str, Any]) -> None:
+        action = line["action"]
+        if action == "minimum":
+            store.set_number(db, "minimum", max(line["value"], store.number(db, "minimum")))
+            # The next number has to be above it, whatever the clock says.
+            store.set_number(db, "serial", max(line["value"], store.number(db, "serial", lock=True)))
+            return
+        device = line["device"]
+        store.lock_devices(db, [device])
+        if action in (BARRED, SUSPENDED):
+            _hold(db, device, action, RESTORE)
+        elif action in ("unbarred", "resumed"):
+            db.execute(delete(bars).where(bars.c.device == device))
+        elif action == "disallowed":
+            db.execute(delete(devices).where(devices.c.client_id == device))
+        elif store.insert_new(db, keys, key_sha256=line["key_sha256"], device=device) or (
+            db.execute(select(keys.c.device).where(keys.c.key_sha256 == line["key_sha256"])).scalar() == device
+        ):
+            store.insert_new(db, requests, **{name: line[name] for name in REMEMBERED}, state=PENDING)
+            self._decide(db, line["sha256"], action, RESTORE)
+            # Its place on the list was taken when it was decided.
+            free = (devices.c.client_id == device) & devices.c.sha256.is_(None)
+            db.execute(update(devices).where(free).values(sha256=line["sha256"]))
+
+
+def _let_others() -> None:
+    """Between two of many transactions. SQLite's other writers look every 0.1 s whether it is their turn."""
+    time.sleep(0.12)
 
 
 def _checked(client_id: str) -> str:

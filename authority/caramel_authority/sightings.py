@@ -5,12 +5,13 @@ only, and waits for no writer.
 
 from __future__ import annotations
 
-import sys
 import threading
+from collections.abc import Callable
 
 from sqlalchemy.exc import DBAPIError
 
 from . import store
+from .errors import say
 from .store import Store, now
 
 #: Seconds in which a device that is seen again is not written down again.
@@ -20,8 +21,13 @@ GATHER = 2.0
 
 
 class Sightings:
-    def __init__(self, store: Store) -> None:
+    """`hourly` is done as often, by whichever process sees devices."""
+
+    def __init__(self, store: Store, hourly: Callable[[], object]) -> None:
         self._store = store
+        self._hourly = hourly
+        self._last = 0
+        self._failed = False
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[int, str | None]] = {}
 
@@ -46,5 +52,11 @@ class Sightings:
             with self._store.writing() as db:
                 # In the same order in every process, so that two never wait for each other.
                 store.see(db, dict(sorted(seen.items())))
+            if not self._last <= now() < self._last + HOUR:
+                self._last = now()
+                self._hourly()
+            self._failed = False
         except DBAPIError as error:
-            print(f"what was last seen: {error.orig}", file=sys.stderr, flush=True)
+            if not self._failed:  # a full disk is said once, and not every two seconds
+                say(f"what was last seen: {error.orig}")
+            self._failed = True

@@ -181,8 +181,9 @@ log = Table(
     Index("ix_log_client_id", "client_id"),
 )
 
-#: `serial` was used last; nothing below `minimum` is accepted; no new order before `paused`.
-NUMBERS = ("serial", "minimum", "paused")
+#: `serial` was used last; nothing below `minimum` is accepted; no new order before `paused`; `refusals` is the last
+#: line of that file which is known here.
+NUMBERS = ("serial", "minimum", "paused", "refusals")
 
 for _what in ("UPDATE", "DELETE"):
     _never = DDL(  # type: ignore[no-untyped-call]

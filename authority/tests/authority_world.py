@@ -138,11 +138,13 @@ class RegistrationAuthority:
     def ca(self) -> Path:
         return self.folder / "ca" / "ca.crt"
 
-    def command(self, *arguments: str, status: int = 0, before: Sequence[str] = (), given: str = "") -> str:
+    def command(
+        self, *arguments: str, status: int = 0, before: Sequence[str] = (), given: str = "", timeout: int = 90
+    ) -> str:
         """One of the administrator's commands; what it printed, on both outputs."""
         done = subprocess.run(
             [*before, str(COMMAND), "--config", str(self.config), *arguments],
-            input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90,
+            input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
             env=world.environment(),
         )  # fmt: skip
         assert done.returncode == status, (arguments, done.returncode, done.stdout)
@@ -279,7 +281,8 @@ class Postgres:
             shutil.chown(self.folder, "postgres")
         data = self.folder / "data"
         command = [self.program("initdb"), "-D", data, "-U", "authority", "-A", "trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*other, *map(str, command)], check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=120)
+        if not data.exists():
+            subprocess.run([*other, *map(str, command)], check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=120)
         options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder), "-c", "max_connections=60"]
         # setpriv becomes the server itself, so that there is no process between it and the daemon.
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if other else []

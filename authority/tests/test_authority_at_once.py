@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import random
 import re
 import threading
@@ -15,11 +16,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Union
 
 import pytest
-from authority_world import RegistrationAuthority, Server, ask, at, csr, sha256
+import world
+from authority_world import COMMAND, Postgres, RegistrationAuthority, Server, ask, at, csr, ec_key, sha256
 from needs import needs, require, slow
-from world import Daemon
+from world import Daemon, until
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = [needs("authority", "faketime", "openssl"), slow]
@@ -119,6 +122,98 @@ def test_two_keys_for_one_place_on_the_list(authority: RegistrationAuthority, re
             assert sorted(statuses) == [200, 202, 202]
 
 
+def test_one_key_for_two_ids_at_once(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
+    mine = ids(request, 40)
+    with several(authority) as servers, ThreadPoolExecutor(2) as pool:
+        for pair in zip(mine[::2], mine[1::2], strict=True):
+            key, together = ec_key(), threading.Barrier(2)
+            bodies = [csr(client_id, key) for client_id in pair]
+
+            def post(which: int, bodies: list[bytes] = bodies, together: threading.Barrier = together) -> int:
+                together.wait(20)
+                return servers[which].post(bodies[which]).status
+
+            assert sorted(pool.map(post, (0, 1))) == [202, 400]
+
+
+def test_off_the_list_while_the_device_comes(
+    authority: RegistrationAuthority, request: pytest.FixtureRequest
+) -> None:
+    """Whichever is first: authorized and on the list, or neither."""
+    mine = ids(request, 12)
+    authority.command("allow", *mine)
+    with authority.serving() as server, ThreadPoolExecutor(4) as pool:
+        off = pool.submit(authority.command, "disallow", *mine)
+        bodies = [csr(client_id) for client_id in mine]
+        for body in itertools.cycle(bodies):
+            if off.done():
+                break
+            server.post(body)
+        off.result()
+        assert {server.get(sha256(body)).status for body in bodies} <= {202, 403}
+
+
+def test_suspended_and_copied_while_processes_are_killed(tmp_path: Path) -> None:
+    """Devices ask, an administrator suspends, resumes and bars, copies are made, and a process is killed again and
+    again: whoever is resumed goes on with what it had, and who is barred is out.
+    """
+    authority = RegistrationAuthority(tmp_path / "authority")
+    authority.create_ca()
+    names = [f"device-{number}" for number in range(12)]
+    authority.command("allow", *names)
+    requests = {name: csr(name) for name in names}
+    with authority.serving() as one, authority.serving() as two:
+        had = {name: one.enroll(request).body for name, request in requests.items()}
+        with ThreadPoolExecutor(1) as pool:
+
+            def decide() -> None:
+                for name in names[:4]:
+                    authority.command("suspend", name)
+                    authority.command("backup", str(tmp_path / "copy.db"))
+                    authority.command("resume", name)
+                authority.command("bar", *names[4:6])
+
+            deciding = pool.submit(decide)
+            for victim in itertools.cycle((one, two)):
+                if deciding.done():
+                    break
+                victim.kill()
+                victim.start()
+            deciding.result()
+        for name, request in requests.items():
+            reply = two.get(sha256(request))
+            assert reply.status == (403 if name in names[4:6] else 200)
+            assert reply.status == 403 or reply.body == had[name]
+    assert len(signed(authority, names)) == len(names)
+    authority.command("restore", str(tmp_path / "copy.db"))
+    with authority.serving() as server:
+        assert {server.get(sha256(requests[name])).status for name in names[4:6]} == {403}
+        assert server.get(sha256(requests["device-0"])).status == 200
+
+
+def test_postgresql_comes_up_late(tmp_path: Path) -> None:
+    """After a power cut, say. What serves waits for it, and a command says what is missing."""
+    require("postgresql")
+    database = Postgres(tmp_path / "postgres")
+    authority = RegistrationAuthority(tmp_path / "authority", database=database.url)
+    with database:
+        authority.create_ca()
+    assert "the database: connection" in authority.command("list", status=1)
+    port = world.free_port()
+    serve: list[Union[str, Path]] = [COMMAND, "--config", authority.config, "serve", "--listen", f"127.0.0.1:{port}"]
+    with Daemon(serve, tmp_path / "server.log") as server:
+        until("it waits", lambda: "waiting for the database" in server.text())
+        with database:
+            until("it answers", lambda: answers(port))
+            assert ask(port, "GET", f"/{64 * 'a'}").status == 404
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ask(port, "GET", "/root.crt").status == 200
+    return False
+
+
 def test_several_start_at_once_on_a_new_database(tmp_path: Path) -> None:
     authority = RegistrationAuthority(tmp_path)
     with several(authority) as servers:
@@ -154,8 +249,8 @@ def test_killed_at_random_moments(authority: RegistrationAuthority, request: pyt
 
         with ThreadPoolExecutor(6) as pool:
             work = [pool.submit(device, number) for number in range(len(mine))]
-            until = time.monotonic() + 60
-            while not all(one.done() for one in work) and time.monotonic() < until:
+            end = time.monotonic() + 60
+            while not all(one.done() for one in work) and time.monotonic() < end:
                 time.sleep(dice.uniform(0.02, 0.25))
                 victim = dice.choice((one, two))
                 victim.kill()

@@ -461,6 +461,15 @@ def test_a_wrong_configuration_is_said(tmp_path: Path, settings: str, said: str)
     assert said in authority.command("list", status=1)
 
 
+def test_a_password_is_nobodys_to_read(tmp_path: Path) -> None:
+    authority = RegistrationAuthority(tmp_path, database="postgresql+psycopg://me:secret@127.0.0.1:1/none")
+    authority.config.chmod(0o644)
+    assert "everybody may read it: chmod o-r" in authority.command("list", status=1)
+    authority.config.chmod(0o640)
+    said = authority.command("list", status=1)
+    assert "the database: connection" in said and "secret" not in said
+
+
 def test_no_configuration(tmp_path: Path) -> None:
     authority = RegistrationAuthority(tmp_path)
     authority.config.unlink()
