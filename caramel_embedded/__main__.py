@@ -76,8 +76,10 @@ def _print(text: str, output: bool) -> None:
     if text and not output:
         raise OSError("standard output is closed")
     data = text.encode("utf-8", "backslashreplace")
-    while data:
-        data = data[os.write(1, data) :]
+    if data:
+        from .log import write_patiently
+
+        write_patiently(1, data)
 
 
 def _report(error: BaseException, words: Optional[Log], output: bool) -> None:

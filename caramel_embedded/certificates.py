@@ -7,10 +7,9 @@ what has ended counts for nothing, and nothing is refused for not having begun.
 from __future__ import annotations
 
 import calendar
-import select
-import socket
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Optional
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import held, pem
 from .errors import NotReady, UsageError, lacking, printable
@@ -27,6 +26,9 @@ try:
     from OpenSSL import SSL, crypto
 except Exception as problem:  # not ImportError alone: a compiled module that doesn't fit raises what it likes
     raise NotReady(lacking(problem, "pyOpenSSL or cryptography")) from None
+
+if TYPE_CHECKING:
+    from .tls import Tcp
 
 PrivateKey = Any  # an RSAPrivateKey, an EllipticCurvePrivateKey, or a HeldKey
 
@@ -361,29 +363,40 @@ def verify_server(sent: Sequence[bytes], anchors: Anchors, now: float) -> None:
     verify(certificate, intermediates, anchors, now)
 
 
-def chain_sent(connected: socket.socket, host: str, remaining: Callable[[], float]) -> list[bytes]:
-    """The certificates, DER, that the TLS server behind `connected` sends, unverified. Raises OSError.
+def chain_sent(tcp: Tcp, host: str) -> list[bytes]:
+    """The certificates, DER, that the TLS server at the other end sends, unverified. Closes `tcp`. Raises OSError.
 
-    `remaining`: tells the seconds until the time limit. `ssl` tells only the first of them before Python 3.13.
+    `ssl` tells only the first of them before Python 3.13.
     """
-    connected.settimeout(0)
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
-    tls = SSL.Connection(context, connected)
+    tls = SSL.Connection(context, None)
     if not host.replace(".", "").isdigit() and ":" not in host:
         tls.set_tlsext_host_name(host.encode("ascii"))
     tls.set_connect_state()
-    poll = select.poll()
-    poll.register(connected, select.POLLIN)
-    while True:
-        try:
-            tls.do_handshake()
-            return [c.to_cryptography().public_bytes(DER) for c in tls.get_peer_cert_chain() or ()]
-        except SSL.WantReadError:
-            if not poll.poll(remaining() * 1000):
-                raise TimeoutError from None
-        except SSL.Error as error:
-            raise ConnectionError(None, "no TLS: %s" % error) from None
+    try:
+        while True:
+            try:
+                tls.do_handshake()
+                wants = False
+            except SSL.WantReadError:
+                wants = True
+            except SSL.Error as error:
+                # A server that demands a client certificate ends the handshake, but has sent its own by then.
+                if not tls.get_peer_cert_chain():
+                    raise ConnectionError(None, "no TLS: %s" % error) from None
+                wants = False
+            if not wants:
+                return [c.to_cryptography().public_bytes(DER) for c in tls.get_peer_cert_chain() or ()]
+            with suppress(SSL.WantReadError):
+                tcp.send(tls.bio_read(65536))
+            data = tcp.receive()
+            if data:
+                tls.bio_write(data)
+            else:
+                tls.bio_shutdown()
+    finally:
+        tcp.close()
 
 
 def _loaded_key(identity: Identity) -> Any:

@@ -1,4 +1,4 @@
-"""Where a run's words go: standard error or the system's log, without ever waiting for either.
+"""Where a run's words go: standard error or the system's log, without ever waiting for either; standard output.
 
 syslog(3) of the C library waits as long as the daemon behind ``/dev/log`` doesn't read, and a run that logs a step
 holds the key file's lock. Here a message goes out at once or not at all.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from typing import Optional
 
 from .errors import printable
@@ -16,6 +17,7 @@ NAME = "caramel-embedded"
 SOCKET = "/dev/log"
 ERROR, WARNING, NOTICE, INFO, DEBUG = range(3, 8)  # RFC 5424, 6.2.1
 _DAEMON = 3  # the facility
+PATIENCE = 3.0  # seconds, for who reads what was asked for
 _MAXIMUM = 1024  # bytes; RFC 3164, 4.1
 
 
@@ -63,11 +65,22 @@ def write(fd: int, text: str) -> None:
         pass
 
 
+def write_patiently(fd: int, data: bytes) -> None:
+    """Writes all of it, if somebody reads it within some seconds. Raises OSError."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    deadline = time.monotonic() + PATIENCE
+    while data:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise OSError(None, "nobody reads the standard output")
+        # So many a pipe that is ready takes without waiting, pipe(7).
+        data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
 def send(priority: int, text: str) -> bool:
     """Whether the system's log took the message; False if there is none, or if it is too busy."""
     import errno  # most runs log to standard error
     import socket
-    import time
 
     head = "<%d>%s %s[%d]: " % (_DAEMON << 3 | priority, time.strftime("%b %e %H:%M:%S"), NAME, os.getpid())
     data = (head + text).encode("utf-8", "backslashreplace")[:_MAXIMUM]

@@ -1,6 +1,6 @@
 """The Caramel protocol over pinned TLS: one request, one response or one error, never longer than the time limit.
 
-urllib3 does HTTP on the one connection: requests, bodies, lengths, chunks, early ends. `ssl` does TLS. Responsible
+urllib3 does HTTP on the one connection: requests, bodies, lengths, chunks, early ends. ``tls`` does TLS. Responsible
 for getting a response, and for who may have given it. Leaves to ``enrollment`` what is asked next.
 """
 
@@ -15,17 +15,18 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Optional
 
 import urllib3
 from urllib3 import exceptions
 from urllib3.util import SKIP_HEADER
 
-from . import __version__, pem
-from .errors import CaramelError, Refused, Unreachable, Untrusted, UsageError, printable
+from . import __version__
+from .errors import CaramelError, Refused, Unreachable, Untrusted, printable
 from .identity import Identity, utc
-from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust
+from .tls import Limits, Tcp, Tls, client_context, show
+from .trust import Trust
 
 MAXIMUM_BODY = 65536  # bytes
 MAXIMUM_WAIT = 86400  # seconds; a Retry-After of a broken server must not keep a device away for years
@@ -33,10 +34,6 @@ NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
 END_OF_9999 = 253402300799  # the last second that an HTTP date can tell (RFC 9110, 5.6.7)
-# For TLS 1.2; those of 1.3 are not up to this. Forward secret and authenticated only (RFC 9325, 4.2), which also
-# makes the greeting shorter.
-CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-TLSEXT_PADDING = ssl.Options(0x10)  # OpenSSL's SSL_OP_TLSEXT_PADDING, part of SSL_OP_ALL, which `ssl` sets
 
 
 class ConnectionLost(Unreachable):
@@ -69,7 +66,7 @@ class Response(NamedTuple):
             raw.status,
             content,
             seconds(raw.headers.get("Last-Modified")),
-            _retry_after(raw.headers.get("Retry-After"), raw.headers.get("Date")),
+            _retry_after(raw.headers.getlist("Retry-After"), raw.headers.get("Date")),
             _problem(raw.headers.get("Content-Type"), content),
             conditional,
         )
@@ -107,10 +104,10 @@ class Server:
     ) -> None:
         """`timeout`: seconds for everything that waits on the network, name look-up included, from `connect` on."""
         self.address = address
+        self.name = ("[%s]:%d" if ":" in address[0] else "%s:%d") % address
         self.trust = trust
         self.say = say
-        self._timeout = timeout
-        self._deadline: Optional[float] = None
+        self._limits = Limits(timeout)
         self._addresses: list[Any] = []
         # A client ID has no character that would have to be quoted in a comment (RFC 9110, 5.6.5). Nobody compresses
         # for a client that says nothing of it, which saves a line on a link that costs by the byte.
@@ -127,9 +124,7 @@ class Server:
     def connect(self, identity: Optional[Identity]) -> None:
         """Makes ready for a new connection, which the next request opens; it shows `identity` to who asks for it."""
         self.close()
-        if self._deadline is None:
-            # Only now: what went before, the making of a key say, has not waited on the network.
-            self._deadline = time.monotonic() + self._timeout
+        self._limits.start()
         self._identity = identity
         self.shows_certificate = identity is not None
 
@@ -175,56 +170,21 @@ class Server:
         """Says in our own terms what goes wrong inside, and closes the connection then."""
         try:
             yield
-            return
         except CaramelError:
             self.close()
             raise
         except (exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
             self.close()
-            problem = _cause(error)
-        name = "%s:%d" % self.address
-        if isinstance(problem, ssl.SSLCertVerificationError):
-            clock = ""
-            if problem.verify_code == HAS_EXPIRED:
-                clock = ", and it is %s by this device's clock" % utc(time.time())
-            raise Untrusted(
-                "%s can't show a certificate that the trusted CA vouches for: %s%s"
-                % (name, problem.verify_message, clock)
-            )
-        if isinstance(problem, (TimeoutError, socket.timeout, exceptions.TimeoutError)):
-            raise Unreachable("no answer from %s within the time limit" % name)
-        if isinstance(problem, (ConnectionError, ssl.SSLError)):
-            reason = getattr(problem, "reason", None) or problem.strerror or problem
-            raise ConnectionLost("%s broke the connection off: %s" % (name, printable(str(reason))))
-        if isinstance(problem, OSError):
-            raise Unreachable("%s can't be reached: %s" % (name, problem.strerror or problem))
-        if isinstance(problem, http.client.IncompleteRead):
-            raise Unreachable("the connection broke in the middle of the response")
-        raise Refused("the response from %s is not HTTP: %s" % (name, printable(repr(problem))))
+            kind, words = in_our_terms(error)
+            raise kind("%s %s" % (self.name, words)) from None
 
     def close(self) -> None:
         """Ends the connection; may be called at any time."""
         self._connection.close()
 
-    # --- Wait ---
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> AbstractContextManager[None]:
         """What is done inside, the making of a key say, costs none of the time limit."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            if self._deadline is not None:
-                self._deadline += time.monotonic() - began
-
-    def remaining(self) -> float:
-        """Seconds until the time limit. Raises TimeoutError when it has passed."""
-        assert self._deadline is not None, "connect() comes first"
-        seconds = self._deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
+        return self._limits.pause()
 
     # --- TLS ---
 
@@ -233,121 +193,74 @@ class Server:
         """When the certificate that the server has shown ends, seconds since 1970, UTC."""
         return ssl.cert_time_to_seconds(self._not_after)
 
-    def tls(self) -> ssl.SSLSocket:
-        """A TLS connection to the server, authenticated. Raises `Untrusted`, `UsageError`, OSError.
+    def tls(self) -> Tls:
+        """A TLS connection, authenticated, to the first of the server's addresses with which a handshake ends well.
 
-        OpenSSL looks at every date where the clock is believed. What fails there for being early is looked at
-        without: then an end counts by the best known time, and a beginning not at all.
+        Each has its share of the time: an address that takes TCP and then no TLS (the common broken IPv6), or another
+        server's, must not cost the ones after it their chance. Raises `Unreachable`, `Untrusted`, `UsageError`.
         """
+        self._addresses = self._addresses or look_up(*self.address, self._limits.remaining)
+        problems: dict[str, tuple[type[CaramelError], str]] = {}
+        for which, address in enumerate(self._addresses):
+            try:
+                with self._limits.share(len(self._addresses) - which):
+                    tls = self._authenticated(address)
+            except (OSError, Untrusted) as error:
+                problems[address[4][0]] = in_our_terms(error)
+                continue
+            # The next connection goes where this one went: an address that swallows everything costs its time once.
+            self._addresses.insert(0, self._addresses.pop(which))
+            self._not_after = str(tls.peer["notAfter"])
+            self.say("connected to %s, %s" % (self.name, tls.version))
+            return tls
+        raise _none_of(self.name, problems)
+
+    def _authenticated(self, address: Any) -> Tls:
+        """OpenSSL looks at every date where the clock is believed. What fails there for being early is looked at
+        without: then an end counts by the best known time, and a beginning not at all."""
         if not self.trust.clock_is_behind:
             try:
-                return self._handshake(dates=True)
+                return self._handshake(address, dates=True)
             except ssl.SSLCertVerificationError as error:
                 if error.verify_code != NOT_YET_VALID:
                     raise
             self.say("a certificate of the server has not begun by this device's clock: looking at ends only")
-        tls = self._handshake(dates=False)
+        tls = self._handshake(address, dates=False)
         try:
-            self._verify_ends(tls)
+            self._verify_ends(address, tls)
         except BaseException:
             tls.close()
             raise
         return tls
 
-    def _handshake(self, dates: bool) -> ssl.SSLSocket:
-        plain = self._tcp()
+    def _handshake(self, address: Any, dates: bool) -> Tls:
+        context = client_context(self.trust, dates)
+        if self._identity is not None:
+            reason = show(self._identity, context)
+            if reason:
+                self.say("the client certificate can't be shown, %s: going on without" % reason)
+                self._identity, self.shows_certificate = None, False
+        tcp = Tcp(address, self._limits)
         try:
-            # One write a request: without this a second small one waits for the other side's delayed ACK.
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            plain.settimeout(self.remaining())
-            context = client_context(self.trust, dates)
-            if self._identity is not None:
-                reason = show(self._identity, context)
-                if reason:
-                    self.say("the client certificate can't be shown, %s: going on without" % reason)
-                    self._identity, self.shows_certificate = None, False
-            # The name as bytes: for a text `ssl` loads Python's codec for international names.
-            tls = context.wrap_socket(plain, server_hostname=self.address[0].encode("ascii"))
+            return Tls(tcp, context, self.address[0])
         except BaseException:
-            plain.close()
+            tcp.close()
             raise
-        assert isinstance(tls, _Socket)
-        tls.remaining = self.remaining
-        peer = tls.getpeercert()
-        assert peer, "CERT_REQUIRED"
-        self._not_after = str(peer["notAfter"])
-        self.say("connected to %s:%d, %s" % (*self.address, tls.version()))
-        return tls
 
-    def _verify_ends(self, tls: ssl.SSLSocket) -> None:
+    def _verify_ends(self, address: Any, tls: Tls) -> None:
         """Looks at the ends of the server's certificates, which OpenSSL didn't. Raises `Untrusted`, OSError."""
         from . import certificates  # costs as much as all else: only where the clock is behind
 
         anchors = certificates.anchors(self.trust, of_server=True)
-        own = tls.getpeercert(binary_form=True) or b""
         try:
             try:
-                certificates.verify_server([own], anchors, self.trust.now())
+                certificates.verify_server([tls.der], anchors, self.trust.now())
             except certificates.InvalidCertificate:
                 # It has intermediates, then. The handshake has looked at them, but not at their ends.
-                with self._tcp() as connected:
-                    sent = certificates.chain_sent(connected, self.address[0], self.remaining)
-                certificates.verify_server([own, *sent[1:]], anchors, self.trust.now())
+                sent = certificates.chain_sent(Tcp(address, self._limits), self.address[0])
+                certificates.verify_server([tls.der, *sent[1:]], anchors, self.trust.now())
         except certificates.InvalidCertificate as reason:
-            raise Untrusted("the certificate of %s:%d %s" % (*self.address, reason)) from None
-
-    def _tcp(self) -> socket.socket:
-        """A TCP connection to the first of the server's addresses that takes one. Raises OSError."""
-        if not self._addresses:
-            self._addresses = look_up(*self.address, self.remaining)
-        connected, which = connect_to_one(self._addresses, self.remaining)
-        # The next connection goes where this one went: an address that swallows everything costs its time once.
-        self._addresses.insert(0, self._addresses.pop(which))
-        return connected
-
-
-def client_context(trust: Trust, dates: bool) -> ssl.SSLContext:
-    """A TLS client's context that believes the trust anchors of the server and nobody else.
-
-    `dates`: whether OpenSSL looks at them; where it doesn't, whoever connects has to. Raises `UsageError`.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies chain and name; loads no system CA
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Up to 255 bytes of zeros in every greeting, for the sake of load balancers of 2013 (RFC 7685).
-    context.options &= ~TLSEXT_PADDING
-    context.set_ciphers(CIPHERS)
-    context.verify_flags |= ssl.VerifyFlags(PARTIAL_CHAIN | (0 if dates else NO_CHECK_TIME))
-    context.sslsocket_class = _Socket
-    try:
-        context.load_verify_locations(cadata=b"\n".join(pem.certificates(trust.ca_cert)).decode("ascii"))
-    except (ssl.SSLError, ValueError) as error:
-        raise UsageError("a certificate of the CA can't be read: %s" % error) from None
-    return context
-
-
-def show(identity: Identity, context: ssl.SSLContext) -> Optional[str]:
-    """Makes `context` show the identity; why that can't be done, None where it was."""
-    try:
-        identity.load_into(context)
-    except OSError as error:  # ssl.SSLError is one
-        return str(getattr(error, "reason", None) or error.strerror or error)
-    return None
-
-
-class _Socket(ssl.SSLSocket):
-    """A TLS socket whose every wait ends at the run's time limit, and not a number of seconds after the last byte."""
-
-    remaining: Optional[Callable[[], float]] = None
-
-    def recv_into(self, *arguments: Any, **options: Any) -> int:
-        if self.remaining is not None:
-            self.settimeout(self.remaining())
-        return super().recv_into(*arguments, **options)
-
-    def sendall(self, *arguments: Any, **options: Any) -> None:
-        if self.remaining is not None:
-            self.settimeout(self.remaining())
-        super().sendall(*arguments, **options)
+            raise Untrusted("shows a certificate that %s" % reason) from None
 
 
 class _HttpResponse(http.client.HTTPResponse):
@@ -389,13 +302,43 @@ class _Connection(urllib3.connection.HTTPSConnection):
         )
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What really happened, where urllib3 has put it into an error of its own, or into several."""
+def in_our_terms(error: BaseException) -> tuple[type[CaramelError], str]:
+    """The kind of error that it is to a caller, and what has to be said of the server."""
     while isinstance(error, exceptions.HTTPError) and not isinstance(error, http.client.IncompleteRead):
+        # What really happened, where urllib3 has put it into an error of its own, or into several.
         if error.__context__ is None:
             break
         error = error.__context__
-    return error
+    if isinstance(error, Untrusted):
+        return Untrusted, str(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        clock = ""
+        if error.verify_code == HAS_EXPIRED:
+            clock = ", and it is %s by this device's clock" % utc(time.time())
+        said = "can't show a certificate that the trusted CA vouches for: %s%s" % (error.verify_message, clock)
+        return Untrusted, said
+    if isinstance(error, (TimeoutError, socket.timeout, exceptions.TimeoutError)):
+        return Unreachable, "gave no answer within the time limit"
+    if isinstance(error, (ConnectionError, ssl.SSLError)):
+        reason = getattr(error, "reason", None) or error.strerror or error
+        return ConnectionLost, "broke the connection off: %s" % printable(str(reason))
+    if isinstance(error, OSError):
+        return Unreachable, "can't be reached: %s" % (error.strerror or error)
+    if isinstance(error, http.client.IncompleteRead):
+        return Unreachable, "broke the connection off in the middle of the response"
+    return Refused, "gave a response that is not HTTP: %s" % printable(repr(error))
+
+
+def _none_of(name: str, problems: dict[str, tuple[type[CaramelError], str]]) -> CaramelError:
+    """The error of a server none of whose addresses will do; each has its own reason."""
+    kinds = {kind for kind, _ in problems.values()}
+    # The first one can mean that the client certificate isn't wanted, the second one that somebody is in between.
+    kind = next((kind for kind in (ConnectionLost, Untrusted) if kind in kinds), Unreachable)
+    if len({words for _, words in problems.values()}) == 1:
+        problems = {name: next(iter(problems.values()))}
+        name = ""
+    each = "; ".join("%s %s" % (address, words) for address, (_, words) in problems.items())
+    return kind("%s: %s" % (name, each) if name else each)
 
 
 def look_up(host: str, port: int, remaining: Callable[[], float]) -> list[Any]:
@@ -427,34 +370,9 @@ def look_up(host: str, port: int, remaining: Callable[[], float]) -> list[Any]:
         raise TimeoutError
     if isinstance(found[0], Exception):
         raise OSError(None, "name look-up failed: %s" % (getattr(found[0], "strerror", None) or found[0]))
+    if not found[0]:
+        raise OSError(None, "the name has no address")
     return list(found[0])
-
-
-def connect_to_one(addresses: list[Any], remaining: Callable[[], float]) -> tuple[socket.socket, int]:
-    """A TCP connection to the first of `addresses` that takes one, and which it is. Raises OSError.
-
-    Each has its share of the time: a route that swallows everything must not cost the ones after it their chance.
-    """
-    problem = OSError(None, "the name has no address")
-    for count, (family, kind, protocol, _, address) in enumerate(addresses):
-        try:
-            plain = socket.socket(family, kind, protocol)
-        except OSError as error:
-            problem = error
-            continue
-        try:
-            plain.settimeout(remaining() / (len(addresses) - count))
-            plain.connect(address)
-            return plain, count
-        except OSError as error:
-            plain.close()
-            # Not a ConnectionError: nobody has seen our certificate yet.
-            late = isinstance(error, (socket.timeout, TimeoutError))
-            problem = error if late else OSError(None, error.strerror or str(error))
-        except BaseException:
-            plain.close()
-            raise
-    raise problem
 
 
 def seconds(date: Optional[str]) -> Optional[float]:
@@ -467,9 +385,16 @@ def seconds(date: Optional[str]) -> Optional[float]:
     return moment if moment is not None and 0 <= moment <= END_OF_9999 else None
 
 
-def _retry_after(value: Optional[str], date: Optional[str]) -> Optional[int]:
-    """Seconds of a Retry-After header (RFC 9110, 10.2.3), which may also be a date; at most a day."""
-    value = (value or "").strip()
+def _retry_after(values: list[str], date: Optional[str]) -> Optional[int]:
+    """Seconds of a Retry-After header (RFC 9110, 10.2.3), which may also be a date; at most a day.
+
+    The larger one where a server and a proxy each have said one.
+    """
+    waits = [wait for value in values if (wait := _wait(value.strip(), date)) is not None]
+    return max(waits, default=None)
+
+
+def _wait(value: str, date: Optional[str]) -> Optional[int]:
     if value.isascii() and value.isdigit():
         return min(int(value[:9]), MAXIMUM_WAIT)
     until, now = seconds(value), seconds(date)

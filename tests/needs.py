@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 import pytest
-from world import BUILD, DEBIANS, Nginx, debian_python, interpreters
+from world import BUILD, DEBIANS, Apache, Nginx, debian_python, interpreters
 
 #: `make test-all`: everything runs, and what can't fails.
 EVERYTHING = os.environ.get("CARAMEL_TESTS_NO_SKIP", "") not in ("", "0")
@@ -92,6 +92,8 @@ NEEDS: dict[str, Need] = {
         lambda: _is_root() and _succeeds("unshare", "--mount", "true"),
         what="root, and mounts of its own (unshare(1))",
     ),
+    # As root it becomes another user, who then has to read the tests' files.
+    "apache2": Need(lambda: Apache.program() is not None, ("apache2-bin",)),
     "ash": Need(_ash, ("busybox",), "BusyBox's shell (busybox, not busybox-static)"),
     "bash": program("bash"),
     "buildah": program("buildah"),

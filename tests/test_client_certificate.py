@@ -10,7 +10,7 @@ import pytest
 import world
 from cryptography import x509
 from needs import needs
-from world import Authority, Caramel, Device, Front, Nginx, Scripted, TlsFront, answers, hours, now
+from world import Apache, Authority, Caramel, Device, Front, Nginx, Scripted, TlsFront, answers, hours, now
 
 import caramel_embedded
 
@@ -50,6 +50,26 @@ def test_a_server_that_demands_one_sees_ours_once_we_have_it(
         seen = front.seen()
     assert [(asked.verify, asked.status, asked.tls) for asked in seen] == [("SUCCESS", 200, protocols)]
     assert f"CN={signed.client_id}" in seen[0].subject
+    assert signed.snapshot() == before
+
+
+@pytest.mark.parametrize("verify", ["optional", "require"])
+@pytest.mark.parametrize("good", [True, False])
+@needs("apache2")
+def test_an_apache_that_asks_for_it_below_a_path_only(
+    signed: Device, caramel: Caramel, authority: Authority, pem: Path, tmp_path: Path, verify: str, good: bool
+) -> None:
+    """It asks after the handshake, which under TLS 1.3 takes a client that has offered that (RFC 8446, 4.2.6). What
+    isn't good for Apache is in nobody's way where it demands none."""
+    assert signed.run().status == 0
+    before = signed.snapshot()
+    client_ca = authority if good else Authority(tmp_path / "other", [("CN", "other")])
+    with Apache(tmp_path / "apache", caramel, pem, verify, client_ca.certificate_file) as front:
+        signed.server = front.address
+        run = signed.run()
+        seen = [line for line in front.seen() if line.startswith("GET")]
+    assert run.status == (0 if good or verify == "optional" else 127), run.err
+    assert ("GET 200 TLSv1.3 SUCCESS" in seen) == good, seen
     assert signed.snapshot() == before
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
@@ -85,9 +87,11 @@ def test_a_clock_that_is_behind_makes_nothing_good_that_has_ended(
         assert device.run(before=at(now() - hours(24 * 20))).status == 127
 
 
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("ended", [False, True])
-def test_an_intermediate_of_the_server_is_looked_at_too(tmp_path: Path, ended: bool) -> None:
-    """In 1970 OpenSSL looks at no dates; what ended before the floor is refused, wherever it stands in the chain."""
+def test_an_intermediate_of_the_server_is_looked_at_too(tmp_path: Path, ended: bool, newest: ssl.TLSVersion) -> None:
+    """In 1970 OpenSSL looks at no dates; what ended before the floor is refused, wherever it stands in the chain. And
+    where the server demands a client certificate, under TLS 1.2 too."""
     root = Authority(tmp_path / "root", not_before=now() - hours(24 * 400), path_length=None)
     end = now() - hours(24 * 399) + hours(5) if ended else now() + hours(24)
     below, text = root.intermediate("Server CA", not_before=now() - hours(24 * 399), not_after=end)
@@ -98,10 +102,12 @@ def test_an_intermediate_of_the_server_is_looked_at_too(tmp_path: Path, ended: b
     device = Device(tmp_path / "device", None, root.certificate_file, ID, command=UNBAKED)
     # The certificate in the file tells the time: today's.
     device.has(root.identity(ID, not_before=now() - hours(2)))
-    with Scripted(pem, [answers.PENDING]) as server:
+    demands: dict[str, Any] = {"client_ca": root.certificate_file, "demand": True, "newest_tls": newest}
+    with Scripted(pem, [answers.PENDING], **demands) as server:
         device.server = server.address
         run = device.run(before=clock(FIRST_BOOT))
     assert run.status == (127 if ended else 69), run.err
+    assert ("trusted CA" in run.err) == ended, run.err
 
 
 def test_a_server_whose_clock_was_ahead_strands_nobody(device: Device, pem: Path, authority: Authority) -> None:

@@ -6,14 +6,14 @@ import json
 import os
 import socket
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import world
-from needs import needs
+from needs import needs, require
 from world import Authority, Caramel, Device, Nginx, Scripted, answer, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -108,10 +108,10 @@ def test_switching_protocols_is_no_interim_answer(new: Device, pem: Path, author
 
 
 @contextmanager
-def black_hole() -> Iterator[str]:
+def black_hole(port: int) -> Iterator[None]:
     """An address that swallows every connection: a full queue that nobody takes from."""
     listener = socket.socket()
-    listener.bind(("127.0.0.9", 0))
+    listener.bind(("127.0.0.2", port))
     listener.listen(0)
     clients = []
     for _ in range(3):
@@ -120,30 +120,94 @@ def black_hole() -> Iterator[str]:
         client.connect_ex(listener.getsockname())
         clients.append(client)
     try:
-        yield listener.getsockname()
+        yield
     finally:
         for client in clients:
             client.close()
         listener.close()
 
 
-def test_a_black_hole_among_the_addresses_costs_its_time_once() -> None:
-    """1.0.0 gave it its share of what was left at each new connection."""
-    from caramel_embedded.server import Server
-    from caramel_embedded.trust import Trust
+#: What the first address of a name does: what says that to a test, and to a person if the second fares no better.
+FIRST: dict[str, tuple[dict[str, Any], str]] = {
+    "closes": ({"instead_of_tls": world.hang_up}, "broke the connection off"),
+    "resets": ({"instead_of_tls": world.reset}, "broke the connection off"),
+    "is silent": ({"instead_of_tls": world.silence}, "no answer"),
+    "has another CA": ({}, "can't show a certificate that the trusted CA vouches for"),
+    "isn't there": ({}, "refused"),
+}
 
-    with black_hole() as hole, socket.create_server(("127.0.0.1", 0)) as good:
-        server = Server(("name.invalid", 1), Trust(b""), ID, 2, lambda step: None)
-        server._deadline = time.monotonic() + 2
-        server._addresses = [
-            (socket.AF_INET, socket.SOCK_STREAM, 0, "", hole),
-            (socket.AF_INET, socket.SOCK_STREAM, 0, "", good.getsockname()),
-        ]
-        server._tcp().close()
-        left = server.remaining()
-        assert left < 1.2
-        server._tcp().close()
-        assert server.remaining() > left - 0.2
+
+@contextmanager
+def two_addresses(
+    pem: Path, other: Path, first: str, second: Sequence[world.Answer]
+) -> Iterator[tuple[str, Scripted]]:
+    """127.0.0.2 and 127.0.0.3 on the same port; its number, and the second server."""
+    with Scripted(pem, second, host="127.0.0.3") as good:
+        wrong = Scripted(other if "CA" in first else pem, [None], host="127.0.0.2", **FIRST[first][0])
+        wrong.port = good.port
+        with nullcontext() if "there" in first else wrong:
+            yield str(good.port), good
+
+
+def with_hosts(tmp_path: Path, lines: str) -> tuple[str, ...]:
+    """What starts a run that has these lines for /etc/hosts."""
+    require("mounts")
+    (tmp_path / "hosts").write_text(lines)
+    mounted = f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"'
+    return ("unshare", "-m", "sh", "-c", mounted, "sh")
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("state", ["pending", "certified"])
+def test_the_next_address_is_tried_until_one_has_ended_a_handshake(
+    new: Device, pem: Path, authority: Authority, tmp_path: Path, first: str, state: str
+) -> None:
+    """The common broken IPv6 takes TCP and then no TLS; what it costs is its share of the time."""
+    new.has(authority.identity(ID, certified=state == "certified"))
+    other = Authority(tmp_path / "other").server()
+    before = with_hosts(tmp_path, "127.0.0.2 localhost\n127.0.0.3 localhost\n")
+    with two_addresses(pem, other, first, [answers.PENDING]) as (port, server):
+        new.server = f"localhost:{port}"
+        run = new.run("--timeout", "4", before=before)
+    assert (run.status, server.connections) == (69, 1), run.err
+    assert run.seconds < 4
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_where_no_address_will_do_the_line_has_the_reason_of_each(
+    new: Device, pem: Path, authority: Authority, tmp_path: Path, first: str
+) -> None:
+    new.has(authority.identity(ID, certified=False))
+    other = Authority(tmp_path / "other").server()
+    before = with_hosts(tmp_path, "127.0.0.2 localhost\n127.0.0.3 localhost\n")
+    with two_addresses(pem, other, first, [None]) as (port, server):
+        server.instead_of_tls = lambda connection, over: connection.sendall(b"no TLS here\r\n")
+        new.server = f"localhost:{port}"
+        run = new.run("--timeout", "3", before=before)
+    assert (run.status, run.err.count("\n")) == (127, 1), run.err
+    one, two = run.err.index("127.0.0.2"), run.err.index("127.0.0.3")
+    assert FIRST[first][1] in run.err[one:two] and "WRONG_VERSION_NUMBER" in run.err[two:], run.err
+
+
+@pytest.mark.parametrize("server", ["[::1]:9", "127.0.0.1:9", "localhost:9"])
+def test_an_address_in_an_error_line_has_the_form_that_the_option_takes(new: Device, server: str) -> None:
+    new.server = server
+    run = new.run()
+    assert (run.status, server in run.err) == (127, True), run.err
+
+
+def test_an_address_that_swallows_everything_costs_its_time_once(
+    new: Device, pem: Path, authority: Authority, tmp_path: Path
+) -> None:
+    """Not at each of the connections of a run: here three, with a server that closes each."""
+    new.has(authority.identity(ID, certified=False))
+    before = with_hosts(tmp_path, "127.0.0.2 localhost\n127.0.0.3 localhost\n")
+    closing = [answer(404, b"{}", "Connection: close"), answer(202, b"{}", "Connection: close")]
+    with Scripted(pem, closing, host="127.0.0.3") as server, black_hole(server.port):
+        new.server = f"localhost:{server.port}"
+        run = new.run("--timeout", "4", before=before)
+    assert (run.status, server.connections) == (69, 3), run.err
+    assert 2 <= run.seconds < 4
 
 
 # --- Retry-After ---
@@ -155,6 +219,10 @@ def test_a_black_hole_among_the_addresses_costs_its_time_once() -> None:
         ("Retry-After: 120", 120),
         ("Retry-After: 99999999999", 86400),
         ("Retry-After: Tue, 24 Nov 2026 12:02:00 GMT", 120),
+        ("Retry-After: 60\r\nRetry-After: 120", 120),
+        ("Retry-After: 120\r\nRetry-After: 60", 120),
+        ("Retry-After: 60\r\nRetry-After: Tue, 24 Nov 2026 12:02:00 GMT", 120),
+        ("Retry-After: soon\r\nRetry-After: 120", 120),
         ("Retry-After: soon", None),
         ("Retry-After: -5", None),
     ],

@@ -6,12 +6,14 @@ end a Python program with a status of its own.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,39 @@ def test_a_closed_or_full_output_is_not_taken_for_success(nobody: Device, option
     )
     os.close(writer)
     assert done.returncode == 127, "nobody reads any more"
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("option", ["--json", "--help"])
+def test_an_output_that_nobody_reads_keeps_no_run(nobody: Device, option: str, late: bool, blocking: bool) -> None:
+    """A full pipe; what is read in time, however late, arrives whole."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while os.write(writer, b"x" * 4096):
+            pass
+    os.set_blocking(writer, blocking)
+    with (
+        open(reader, "rb") as file,
+        subprocess.Popen(
+            nobody.arguments(option),
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            stderr=subprocess.DEVNULL,
+            env=world.environment(),
+        ) as run,
+    ):
+        os.close(writer)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(1)  # it is patient
+        said = file.read().lstrip(b"x").decode() if late else ""
+        try:
+            status = run.wait(10)
+        finally:
+            run.kill()
+    assert status == (0 if late and option == "--help" else 127)
+    assert not late or (said.startswith("usage: ") if option == "--help" else json.loads(said)["status"] == 127)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>&1"])

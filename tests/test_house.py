@@ -17,7 +17,7 @@ ID = "fffbeec0ffee"
 #: it makes both of them one.
 ROOMS = (
     *("__main__", "cli", "status", "device", "hook", "session"),
-    *("server", "stored", "certificates", "held", "program", "enrollment", "hardware", "keyfile"),
+    *("server", "stored", "certificates", "held", "program", "enrollment", "hardware", "keyfile", "tls"),
     *("identity", "trust", "settings", "signals", "log", "pem", "errors"),
 )
 
@@ -74,7 +74,18 @@ _LOCKED_OUT = {
     "hashlib": "nothing is judged",
     **{
         "caramel_embedded." + room: "another run does its work"
-        for room in ("device", "session", "server", "stored", "identity", "trust", "hardware", "enrollment", "pem")
+        for room in (
+            "device",
+            "session",
+            "server",
+            "tls",
+            "stored",
+            "identity",
+            "trust",
+            "hardware",
+            "enrollment",
+            "pem",
+        )
     },
 }
 #: What the library adds to a program that has only imported it.

@@ -25,9 +25,9 @@ from caramel_embedded import (
     device,
     hardware,
     identity,
-    server,
     settings,
     stored,
+    tls,
     trust,
 )
 from caramel_embedded import __main__ as entry
@@ -73,7 +73,7 @@ def test_a_system_without_files_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
     nobody = Identity(b"", b"", "a", b"")
     with pytest.raises(OSError, match="memfd_create"):
         nobody.load_into(context)
-    assert "memfd_create" in str(server.show(nobody, context))
+    assert "memfd_create" in str(tls.show(nobody, context))
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,50 @@ def test_several_threads_with_an_identity_each(authority: Authority, server: Sig
     assert len({application.stored for application in applications}) == 8
 
 
+#: What makes green threads of all that a program does, and the program: a check, while another green thread goes on.
+GREEN = """
+import sys
+{patch}
+import caramel_embedded, time, threading
+turns = []
+def busy():
+    while True:
+        turns.append(time.sleep(0.01))
+threading.Thread(target=busy, daemon=True).start()
+kept = [None]
+with open(sys.argv[2], "rb") as file:
+    ca_cert = file.read()
+for turn in range(2):
+    outcome = caramel_embedded.check(
+        server=sys.argv[1], ca_cert=ca_cert, client_id=sys.argv[3], stored=kept[0],
+        store=lambda identity: kept.__setitem__(0, bytes(identity)), timeout=20,
+    )
+    print(outcome.certified, outcome.new)
+assert len(turns) > 10, turns
+"""
+
+
+@pytest.mark.parametrize("green", ["gevent", "eventlet"])
+def test_in_an_application_of_green_threads(server: Signing, authority: Authority, green: str) -> None:
+    """gevent and eventlet put their own sockets, threads and TLS into the standard library's place."""
+    patch = {
+        "gevent": "from gevent import monkey; monkey.patch_all()",
+        "eventlet": "import eventlet; eventlet.monkey_patch()",
+    }
+    server.pause = 0.0005
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        GREEN.format(patch=patch[green]),
+        server.address,
+        str(authority.certificate_file),
+        ID,
+    ]
+    done = subprocess.run(command, env=world.environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True True\nTrue False\n"), done.stderr
+
+
 #: A program with nothing but the library in it, which keeps its identity in a variable.
 ALONE = """
 import os

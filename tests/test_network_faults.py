@@ -8,8 +8,8 @@ from torture import network, report
 from torture.network import Stage
 
 TOPICS = (
-    "a proxy's statuses", "application", "redirects", "headers and bodies", "slow and silent", "name look-up",
-    "each field wrong", "break at each request", "others' words", "down",
+    "a proxy's statuses", "application", "redirects", "headers and bodies", "without end", "slow and silent",
+    "name look-up", "each field wrong", "break at each request", "others' words", "down",
 )  # fmt: skip
 #: By topic: what is done with the system's tools.
 NEEDED = {"name look-up": ("mounts", "iproute2", "strace"), "down": ("strace",)}

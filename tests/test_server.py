@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from caramel_embedded import Untrusted, certificates, server, trust
+from caramel_embedded.tls import Limits, Tcp
 
 
 def limit(seconds: float) -> Callable[[], float]:
@@ -73,36 +74,30 @@ def test_no_room_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
         server.look_up("localhost", 443, soon())
 
 
-def test_the_next_address_is_tried_where_one_refuses() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
-        refusing = closed.getsockname()
-        closed.close()
-        plain, which = server.connect_to_one(found(refusing, listening.getsockname()), soon())
-        with plain:
-            assert (plain.getpeername(), which) == (listening.getsockname(), 1)
+@pytest.fixture
+def limits() -> Limits:
+    limits = Limits(20)
+    limits.start()
+    return limits
 
 
-def test_an_address_of_a_family_that_the_system_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        addresses = [(4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), *found(listening.getsockname())]
-        server.connect_to_one(addresses, soon())[0].close()
-        with pytest.raises(OSError, match="Address family not supported"):
-            server.connect_to_one(addresses[:1], soon())
+def test_an_address_of_a_family_that_the_system_lacks(limits: Limits) -> None:
+    with pytest.raises(OSError, match="Address family not supported"):
+        Tcp((4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), limits)
 
 
-def test_a_name_without_an_address() -> None:
+def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, flags=0, **__: [] if not flags else _no_address())
     with pytest.raises(OSError, match="no address"):
-        server.connect_to_one([], soon())
+        server.look_up("caramel.example", 443, soon())
 
 
-def test_no_time_left() -> None:
-    with pytest.raises(TimeoutError), socket.create_server(("127.0.0.1", 0)) as listening:
-        server.connect_to_one(found(listening.getsockname()), limit(-1))
+def _no_address() -> None:
+    raise socket.gaierror("not an address")
 
 
 def test_a_server_that_sends_its_chain_byte_by_byte_makes_nobody_wait_longer() -> None:
     over = threading.Event()
-    ours, theirs = socket.socketpair()
 
     def dribble() -> None:
         with theirs:
@@ -112,17 +107,23 @@ def test_a_server_that_sends_its_chain_byte_by_byte_makes_nobody_wait_longer() -
                 if not over.wait(0.05):
                     theirs.sendall(b"\x02")
 
+    limits = Limits(0.3)
+    limits.start()
+    listener = socket.create_server(("127.0.0.1", 0))
+    tcp = Tcp(found(listener.getsockname())[0], limits)
+    theirs = listener.accept()[0]
+    listener.close()
     thread = threading.Thread(target=dribble)
     thread.start()
     try:
-        with ours, pytest.raises(TimeoutError):
-            certificates.chain_sent(ours, "caramel.example", limit(0.3))
+        with pytest.raises(TimeoutError):
+            certificates.chain_sent(tcp, "caramel.example")
     finally:
         over.set()
         thread.join()
 
 
-def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
     made = []
 
     class Interrupted(socket.socket):
@@ -132,7 +133,7 @@ def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(socket, "socket", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        server.connect_to_one(found(("127.0.0.1", 9)), soon())
+        Tcp(found(("127.0.0.1", 9))[0], limits)
     assert made[0].fileno() == -1
 
 
@@ -159,7 +160,7 @@ def test_a_certificate_that_is_early_even_without_dates_ends_the_run(monkeypatch
     """Not every TLS library has to know OpenSSL's flag."""
     tries = []
 
-    def early(_: server.Server, dates: bool) -> None:
+    def early(_: server.Server, address: Any, dates: bool) -> None:
         tries.append(dates)
         error = ssl.SSLCertVerificationError("not yet valid")
         error.verify_code, error.verify_message = server.NOT_YET_VALID, "certificate is not yet valid"

@@ -22,7 +22,7 @@ import caramel_embedded
 from caramel_embedded import certificates
 from caramel_embedded.certificates import Anchors, InvalidCertificate, anchors
 from caramel_embedded.errors import UsageError
-from caramel_embedded.server import client_context
+from caramel_embedded.tls import client_context
 from caramel_embedded.trust import Trust
 
 ID = "fffbeec0ffee"

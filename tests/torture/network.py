@@ -33,6 +33,8 @@ from torture.report import Case, sample
 LIMIT = 1.0
 #: What a run may take beyond its limit: its start and end on a machine that has other things to do.
 SLACK = 3.0
+#: KiB of memory that a run may take, whatever is sent to it: a good certificate, and all that judges it, take 51 MiB.
+MOST_MEMORY = 72 * 1024
 
 PROBLEM = "Content-Type: application/problem+json"
 Answer = Union[bytes, Iterable[Union[bytes, float]], None]
@@ -55,7 +57,7 @@ class Stage:
         self.key = world.new_key()
         self._numbers = itertools.count(1)
 
-    def device(self, state: str) -> tuple[Device, bytes]:
+    def device(self, state: str, command: str = world.PLAIN) -> tuple[Device, bytes]:
         """A device that is "certified" or "pending", and what is in its key file."""
         client_id = f"fd{next(self._numbers):010x}"
         device = Device(
@@ -63,7 +65,7 @@ class Stage:
             "localhost:1",
             self.authority.certificate_file,
             client_id,
-            command=(world.PLAIN,),
+            command=(command,),
         )
         old = self.authority.identity(client_id, key=self.key, certified=state == "certified")
         device.has(old)
@@ -89,6 +91,8 @@ def _verdict(
         wrong.append("the key file was changed")
     if sorted(path.name for path in device.folder.iterdir()) != ["empty.conf", "identity.pem"]:
         wrong.append("litter")
+    if run.memory > MOST_MEMORY:
+        wrong.append(f"took {run.memory} KiB of memory")
     if "PRIVATE KEY" in run.out + run.err or run.err.count("\n") > 1:
         wrong.append(f"output: {run.err!r}")
     return wrong
@@ -103,19 +107,20 @@ def says(
     limit: float = LIMIT,
     store: bool = False,
     asked: Optional[range] = None,
+    command: str = world.PLAIN,
     **server: Any,
 ) -> Case:
     """A run against a server that says just this. `store`: a good certificate may be taken from it."""
 
     def act() -> list[str]:
-        device, old = stage.device(state)
+        device, old = stage.device(state, command)
         script: Any = answers
         good = stage.good(device) if store else None
         if callable(answers):
             script = lambda asked: answers(device, asked)  # noqa: E731
         with Scripted(stage.pem, script, **server) as there:
             device.server = there.address
-            run = device.run(f"--timeout={limit:g}")
+            run = device.run_measured(f"--timeout={limit:g}", timeout=limit + 3 * SLACK)
             count, stored = len(there.requests), good
         if store:
             parts = key_file_parts(device.key_file.read_bytes())
@@ -334,6 +339,37 @@ def malformed(stage: Stage) -> list[Case]:
     }
     cases = [says(stage, name, body(make), (127,)) for name, make in bad.items()]
     cases += [says(stage, f"a good one {name}", body(make), (0,), store=True) for name, make in good.items()]
+    return cases
+
+
+def endless(stage: Stage) -> list[Case]:
+    """What comes as fast as it is read, for ever: messages of TLS that a library passes over inside of one call, and
+    each part of an answer. For the installed command, and with the libraries of this Debian."""
+
+    ok = b"HTTP/1.1 200 OK\r\n"
+    chunks = ok + b"Transfer-Encoding: chunked\r\n\r\n"
+    parts = {
+        "a header": ok + b"X: ",
+        "a chunk's size": chunks,
+        "a chunk's extension": chunks + b"1;",
+        "a trailer": chunks + b"0\r\nX: ",
+        "the text of a status": b"HTTP/1.1 403 ",
+    }
+    floods: dict[str, dict[str, Any]] = {
+        "HelloRequest messages in the place of a handshake": {"instead_of_tls": world.hello_requests},
+        "session tickets after a handshake": {"instead_of_tls": world.session_tickets(stage.pem)},
+    }
+    commands = {"": world.PLAIN}
+    python = world.debian_python()
+    if python:
+        commands[", Debian's libraries"] = world.installation("debian", python, system=True)
+    cases = []
+    for libraries, command in commands.items():
+        for what, server in floods.items():
+            cases.append(says(stage, f"endless: {what}{libraries}", [None], command=command, limit=10, **server))
+        for what, head in parts.items():
+            answer = lambda _, __, head=head: itertools.chain([head], itertools.repeat(b"0" * 65536))  # noqa: E731
+            cases.append(says(stage, f"endless: {what}{libraries}", answer, command=command, limit=10))
     return cases
 
 
@@ -829,6 +865,7 @@ def everything(stage: Stage, full: bool = True) -> dict[str, list[Case]]:
         "the same from the application itself": caramel_errors(stage, numbers),
         "redirects to anywhere": redirects(stage),
         "headers and bodies cut, doubled, oversized, compressed, chunked, lying": malformed(stage),
+        "answers and messages of TLS without end": endless(stage),
         "slow and silent servers": slow(stage),
         "name look-up that doesn't answer": look_ups(stage),
         "a certificate with each field wrong in turn": certificates(stage),
@@ -836,4 +873,4 @@ def everything(stage: Stage, full: bool = True) -> dict[str, list[Case]]:
         "a 403 in others' words": other_words(stage),
         "a server that is down": down(stage),
     }
-    return found if full else {name: sample(cases, 9) for name, cases in found.items()}
+    return found if full else {name: sample(cases, 14) for name, cases in found.items()}

@@ -13,6 +13,7 @@ are aware `datetime`s in UTC, durations are seconds unless a name says otherwise
 from __future__ import annotations
 
 from world.answers import Answer, HttpRequest, answer
+from world.apache import Apache
 from world.authority import (
     ATTRIBUTES,
     CLIENT_AUTH,
@@ -71,7 +72,7 @@ from world.programs import (
     trixie,
     wheel,
 )
-from world.scripted import Scripted, hang_up, reset, silence
+from world.scripted import Scripted, hang_up, hello_requests, reset, session_tickets, silence
 from world.tls_front import Front, TlsFront
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "VERSIONS",
     "WITHOUT_STARTER",
     "Answer",
+    "Apache",
     "Authority",
     "Caramel",
     "Chip",
@@ -121,6 +123,7 @@ __all__ = [
     "forget_false_clocks",
     "free_port",
     "hang_up",
+    "hello_requests",
     "hours",
     "in_tree",
     "installation",
@@ -134,6 +137,7 @@ __all__ = [
     "private_pem",
     "reset",
     "sealed",
+    "session_tickets",
     "signing_request",
     "silence",
     "small_system",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -20,13 +22,14 @@ from world.programs import COMMAND
 @dataclass(frozen=True)
 class Run:
     """What is to be seen of one run from outside: exit status (negative: killed by that signal), output,
-    wall time.
+    wall time, and, if it was asked for, the most memory (KiB) that one of its processes had.
     """
 
     status: int
     out: str
     err: str
     seconds: float
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class Snapshot:
             state.st_gid,
         )
 
+
+#: Runs a command, and writes into a file how much memory it took: what wait4(2) says, so nobody measures in vain.
+_MEASURED = """
+import os, resource, sys
+status = os.waitpid(os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ), 0)[1]
+with open(sys.argv[1], "w") as file:
+    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 _BLOCK = re.compile(rb"-----BEGIN ([^-]*)-----\n.*?-----END \1-----\n", re.DOTALL)
 
@@ -147,6 +159,12 @@ class Device:
         """One check from its start to its end; see `start` for the arguments."""
         started = time.monotonic()
         return self.finish(self.start(*options, env=env, before=before, bare=bare), timeout, started)
+
+    def run_measured(self, *options: str, timeout: float = 90) -> Run:
+        """One check, and how much memory it took."""
+        with tempfile.NamedTemporaryFile("r") as file:
+            run = self.run(*options, timeout=timeout, before=(sys.executable, "-I", "-S", "-c", _MEASURED, file.name))
+            return replace(run, memory=int(file.read() or "0"))
 
     def blocks(self) -> list[tuple[str, bytes]]:
         """The PEM blocks in the key file: label, and the block with its two boundary lines."""

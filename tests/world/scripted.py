@@ -6,11 +6,16 @@ import itertools
 import socket
 import ssl
 import struct
+import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from world.answers import Answer, HttpRequest
 from world.processes import PATIENCE, Service
@@ -38,6 +43,7 @@ class Scripted(Service):
         newest_tls: Optional[ssl.TLSVersion] = None,
         instead_of_tls: Optional[Callable[[socket.socket, threading.Event], None]] = None,
         pause: float = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(str(certificate))
@@ -49,6 +55,7 @@ class Scripted(Service):
         self.answers = answers
         self.instead_of_tls = instead_of_tls
         self.pause = pause
+        self.host = host
         self.port = 0
         #: Requests in the order they came, and how many TCP connections and completed TLS handshakes there
         #: were.
@@ -66,7 +73,7 @@ class Scripted(Service):
         return f"localhost:{self.port}"
 
     def start(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=256)
+        self._listener = socket.create_server((self.host, self.port), backlog=256)
         self.port = self._listener.getsockname()[1]
         self._over.clear()
         self._spawn(self._accept, self._listener)
@@ -210,3 +217,56 @@ def reset(connection: socket.socket, over: threading.Event) -> None:
     # A shutdown would be an orderly end; the duplicate that ends this at the world's end has to be gone,
     # too.
     connection.close()
+
+
+def hello_requests(connection: socket.socket, over: threading.Event) -> None:
+    """For `Scripted.instead_of_tls`: in the place of a ServerHello, HelloRequest messages for ever. Who sends them
+    needs no certificate; a TLS library passes over each (RFC 5246, 7.4.1.1) and reads on.
+    """
+    connection.recv(65536)
+    _for_ever(connection, over, itertools.repeat(b"\x16\x03\x03\0\x04\0\0\0\0" * 100_000))
+
+
+def session_tickets(certificate: Path) -> Callable[[socket.socket, threading.Event], None]:
+    """For `Scripted.instead_of_tls`: a handshake of TLS 1.3, and then NewSessionTicket messages for ever."""
+
+    def flood(connection: socket.socket, over: threading.Event) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(str(certificate))
+        context.num_tickets = 0
+        # No library sends as many: these are made here, with the key that the server's own records would have.
+        with tempfile.NamedTemporaryFile("r") as keys:
+            context.keylog_filename = keys.name
+            with context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as tls:
+                tls.do_handshake()
+                secrets = keys.read().split()
+                secret = bytes.fromhex(secrets[secrets.index("SERVER_TRAFFIC_SECRET_0") + 2])
+                with socket.socket(fileno=tls.detach()) as raw:
+                    _for_ever(raw, over, _ticket_records(secret))
+
+    return flood
+
+
+def _ticket_records(secret: bytes) -> Iterator[bytes]:
+    """Records of TLS_AES_256_GCM_SHA384 (RFC 8446, 5.2, 7.3) with some 900 tickets each."""
+
+    def expand(name: bytes, size: int) -> bytes:
+        label = size.to_bytes(2, "big") + bytes([6 + len(name)]) + b"tls13 " + name + b"\0"
+        return HKDFExpand(hashes.SHA384(), size, label).derive(secret)
+
+    key, vector = AESGCM(expand(b"key", 32)), int.from_bytes(expand(b"iv", 12), "big")
+    tickets = (b"\x04\0\0\x0e" + b"\0" * 9 + b"\0\x01x" + b"\0\0") * 900 + b"\x16"
+    head = b"\x17\x03\x03" + (len(tickets) + 16).to_bytes(2, "big")
+    for number in itertools.count():
+        yield head + key.encrypt((vector ^ number).to_bytes(12, "big"), tickets, head)
+
+
+def _for_ever(connection: socket.socket, over: threading.Event, pieces: Iterable[bytes]) -> None:
+    connection.settimeout(0.2)
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest:
+            if over.is_set():
+                return
+            with suppress(socket.timeout):
+                rest = rest[connection.send(rest) :]
