@@ -21,7 +21,8 @@ FIRST_LINE = $(if $(TARGET_SH),-e '1s|^\#!/bin/sh$$|& -p|')
 # token CONF has to name the command with its arguments, and OpenSSL's configuration.
 KEYS ?=
 
-# For make zipapp: where Python is on the device, and the file to make.
+# For make zipapp: where Python is on the device, and the file to make. BARE=yes for one without a firmware's settings,
+# which then are in the device's configuration file.
 TARGET_PYTHON ?= /usr/bin/python3
 OUT ?= $(BUILD)/caramel-embedded.pyz
 
@@ -55,7 +56,8 @@ BAKE = $(PYTHON) -B "$(PACKAGING)bake.py" $(if $(CONF),--conf "$(CONF)") \
 
 zipapp: $(if $(filter $(BUILD)/zipapp,$(PACKAGES)),$(BUILD)/zipapp/installed) ## one executable file for an image: CA_CERT=ca.pem SERVER=host[:port] [CONF=more.conf] [OUT=file]
 	@$(PYTHON) -B "$(PACKAGING)pyz.py" --output "$(OUT)" --python "$(TARGET_PYTHON)" --sh "$(TARGET_SH)" --packages "$(PACKAGES)" \
-		$(if $(CONF),--conf "$(CONF)") $(if $(SERVER),--server "$(SERVER)") $(if $(CA_CERT),--ca-cert "$(CA_CERT)")
+		$(if $(CONF),--conf "$(CONF)") $(if $(SERVER),--server "$(SERVER)") $(if $(CA_CERT),--ca-cert "$(CA_CERT)") \
+		$(if $(BARE),--bare)
 
 # Sources only: what is compiled is compiled for the archive.
 $(BUILD)/zipapp/installed: $(PACKAGING)zipapp.txt

@@ -227,6 +227,7 @@ def main() -> int:
     options.add_argument("--server", help="the Caramel server, HOST or HOST:PORT")
     options.add_argument("--ca-cert", help="PEM file with the CA's certificate")
     options.add_argument("--conf", type=Path, help="file with more settings; $CARAMEL_BAKE unless given")
+    options.add_argument("--bare", action="store_true", help="a server and a CA need not be named")
     given = options.parse_args()
     try:
         if not given.python.startswith("/") or not given.python.isprintable() or set(given.python) & set(" '\"\\$`"):
@@ -239,7 +240,7 @@ def main() -> int:
             {name: value for name, value in extra.items() if value},
             {"CARAMEL_CA": "SERVER=", "CARAMEL_CA_CERT": "CA_CERT="},
             source_time(),
-            require=extra,
+            require=() if given.bare else extra,
         )
         write(given.output, given.python, given.sh, baked, given.packages)
     except BakeError as error:
