@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Union
 
@@ -46,11 +47,9 @@ class Release:
             ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"], stdout=subprocess.PIPE, check=True
         )
         self.time = int(time.stdout)
-        kept = {
-            name: value for name, value in os.environ.items() if name.startswith("PIP_") or name in ("PATH", "HOME")
-        }
         self.env = {
-            **kept,
+            **{name: value for name, value in os.environ.items() if name.startswith("PIP_")},
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             "LC_ALL": "C.UTF-8",
             "TZ": "UTC",
             "PIP_CONSTRAINT": str(self.tree / "packaging/release.txt"),
@@ -58,11 +57,12 @@ class Release:
             "SOURCE_DATE_EPOCH": str(self.time),
         }
 
-    def run(self, *command: Union[str, Path]) -> None:
-        """A tool, whose words are shown if it fails."""
+    def run(self, *command: Union[str, Path], without: Sequence[str] = ()) -> None:
+        """A tool, whose words are shown if it fails; without these variables in its environment."""
         words = [str(word) for word in command]
+        env = {name: value for name, value in self.env.items() if name not in without}
         done = subprocess.run(
-            words, cwd=self.tree, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            words, cwd=self.tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         if done.returncode:
             raise ReleaseError(f"{done.stdout[-3000:]}\nmake release: {' '.join(words)} has failed")
@@ -91,29 +91,28 @@ class Release:
                     member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
                     new.addfile(member, old.extractfile(member) if member.isfile() else None)
 
-    def bill_of_materials(self, wheel: Path) -> None:
-        """What else is installed with this wheel, in which release, under which licence."""
+    def bill_of_materials(self, wheel: Path, only: Sequence[str] = (), suffix: str = "") -> None:
+        """What else is installed with this wheel, in which release, under which licence; or only that much of it."""
         with zipfile.ZipFile(wheel) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
             about = email.message_from_bytes(archive.read(name))
-        needs = [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
-        place = self.work / about["Name"]
+        needs = only or [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
+        place = self.work / f"{about['Name']}{suffix}"
         self.run(sys.executable, "-m", "venv", "--without-pip", place)
-        self.run(sys.executable, "-m", "pip", "--python", place / "bin/python", "install", "--quiet", *needs)
+        install = [sys.executable, "-m", "pip", "--python", place / "bin/python", "install", "--quiet"]
+        self.run(*install, *needs, without=["PIP_CONSTRAINT"] if only else [])
         # Not the wheel itself: where it lay on this machine would be in there.
         values = {"name": about["Name"], "version": about["Version"], "description": about["Summary"]}
         lines = [f"{key} = {json.dumps(value)}" for key, value in {**values, "dependencies": needs}.items()]
         (place / "pyproject.toml").write_text("\n".join(["[project]", 'license = "MIT OR Apache-2.0"', *lines, ""]))
-        to = self.out / f"{about['Name']}-{about['Version']}.cdx.json"
+        to = self.out / f"{about['Name']}-{about['Version']}{suffix}.cdx.json"
         command = [sys.executable, "-m", "cyclonedx_py", "environment", "--output-reproducible"]
         self.run(*command, "--pyproject", place / "pyproject.toml", "-o", to, place / "bin/python")
 
     def checksums(self) -> None:
         """For `sha256sum --check SHA256SUMS`."""
-        lines = [
-            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(self.out.iterdir())
-        ]
-        (self.out / "SHA256SUMS").write_text("".join(lines))
+        sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(self.out.iterdir())}
+        (self.out / "SHA256SUMS").write_text("".join(f"{number}  {name}\n" for name, number in sums.items()))
 
 
 def make(build: Path) -> Path:
@@ -123,14 +122,18 @@ def make(build: Path) -> Path:
     version = program.name.split("-")[1]
     for wheel in (program, release.python_packages("server"), release.python_packages("authority")):
         release.bill_of_materials(wheel)
+    libraries = (release.tree / "packaging/zipapp.txt").read_text().splitlines()
+    release.bill_of_materials(program, [line for line in libraries if not line.startswith("#")], ".pyz")
+    # As they come out of these commands by themselves: a Debian package has its changelog's time, and the one-file
+    # program libraries from a list of its own.
     built, python = release.work / "build", f"PYTHON={sys.executable}"
-    release.run("make", "-s", f"BUILD={built}", "deb")
-    release.run("make", "-s", f"BUILD={built}", python, "server-package")
+    own = ["SOURCE_DATE_EPOCH", "PIP_CONSTRAINT"]
+    release.run("make", "-s", f"BUILD={built}", "deb", without=own)
+    release.run("make", "-s", f"BUILD={built}", python, "server-package", without=own)
     for package in (*built.glob("*.deb"), *built.glob("server/*.deb")):
         shutil.copy(package, release.out)
-    del release.env["PIP_CONSTRAINT"]  # what is inside of it has a list of its own, packaging/zipapp.txt
     one = release.out / f"caramel-embedded-{version}.pyz"
-    release.run("make", "-s", f"BUILD={built}", python, "zipapp", "BARE=yes", f"OUT={one}")
+    release.run("make", "-s", f"BUILD={built}", python, "zipapp", "BARE=yes", f"OUT={one}", without=own[1:])
     release.checksums()
     return release.out
 
