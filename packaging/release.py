@@ -52,7 +52,7 @@ class Release:
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             "LC_ALL": "C.UTF-8",
             "TZ": "UTC",
-            "PIP_CONSTRAINT": str(self.tree / "packaging/release.txt"),
+            "PIP_CONSTRAINT": "packaging/release.txt",  # a list, for pip: the path of the tree may have spaces
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "SOURCE_DATE_EPOCH": str(self.time),
         }
@@ -99,8 +99,8 @@ class Release:
         needs = only or [line for line in about.get_all("Requires-Dist", []) if "extra ==" not in line]
         place = self.work / f"{about['Name']}{suffix}"
         self.run(sys.executable, "-m", "venv", "--without-pip", place)
-        install = [sys.executable, "-m", "pip", "--python", place / "bin/python", "install", "--quiet"]
-        self.run(*install, *needs, without=["PIP_CONSTRAINT"] if only else [])
+        pip = [sys.executable, "-m", "pip", "--python", str(place / "bin/python")]
+        self.run(*pip, "install", "--quiet", *needs, without=["PIP_CONSTRAINT"] if only else [])
         # Not the wheel itself: where it lay on this machine would be in there.
         values = {"name": about["Name"], "version": about["Version"], "description": about["Summary"]}
         lines = [f"{key} = {json.dumps(value)}" for key, value in {**values, "dependencies": needs}.items()]

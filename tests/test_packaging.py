@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -753,3 +756,45 @@ def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     assert enabled in postinst(package)
     tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, check=True).stdout
     assert ca.pem in tar
+
+
+@slow
+@needs("debian-tools", "git", "make")
+def test_a_release_is_the_same_bits_twice_and_all_of_it_works(tmp_path: Path) -> None:
+    """In another folder, with another umask, another time zone; by what the page says of each file."""
+    if sys.version_info[:2] != (3, 11):
+        return  # the authority, for its SBOM, and the list of what it is made with
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    clone = tmp_path / "a clone"
+    assert run("git", "clone", "--quiet", ROOT, clone, env=surroundings(**kept)).returncode == 0
+    made = []
+    for place, umask, zone in ((ROOT, 0o022, "UTC"), (clone, 0o077, "Asia/Tokyo")):
+        out = tmp_path / f"out {umask}"
+        words = ["make", "-s", "release", f"PYTHON={sys.executable}", f"BUILD={out}"]
+        env = surroundings(**kept, TZ=zone)
+        old = os.umask(umask)
+        try:
+            done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=900)
+        finally:
+            os.umask(old)
+        assert done.returncode == 0, done.stderr
+        made.append(out / "release")
+    one, other = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in made)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+    assert run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=made[1]).returncode == 0
+    named = [line.split()[1] for line in one["SHA256SUMS"].decode().splitlines()]
+    assert sorted([*named, "SHA256SUMS"]) == sorted(one)
+    (program,) = made[0].glob("caramel-embedded-*.pyz")
+    version([str(program)])
+    # Each product is there in each of its forms, and says what it needs.
+    page = (ROOT / "docs/releases.md").read_text()
+    for form in re.findall(r"`(caramel[^`]*|…cdx\.json|SHA256SUMS)`", page.partition("## Is it whole")[0]):
+        pattern = form.replace("VERSION", "*").replace("…", "*")
+        assert fnmatch.filter(one, pattern), form
+    for name, library in (("embedded", "pyOpenSSL"), ("embedded-server", "SQLAlchemy"), ("authority", "acme")):
+        (bill,) = [text for file, text in one.items() if re.fullmatch(rf"caramel-{name}-[\d.]+cdx\.json", file)]
+        values = json.loads(bill)
+        assert (values["bomFormat"], values["metadata"]["component"]["name"]) == ("CycloneDX", f"caramel-{name}")
+        assert library in {component["name"] for component in values["components"]}
+        assert str(tmp_path) not in bill.decode() and "file:" not in bill.decode()
