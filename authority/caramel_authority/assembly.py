@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import signer
 from .acme_ca import AcmeCa
+from .audit import Witness
 from .ca import CertificateAuthority
 from .configuration import Configuration
 from .errors import WrongUsage
@@ -39,7 +41,13 @@ class Parts:
 
     def sign(self, accept: signer.Accept) -> None:
         """The part that signs: it alone reads the CA's key, and it knows no network."""
-        signer.run(self.registry(self.ca).renew, accept)
+        registry, witness = self.registry(self.ca), Witness(self.store, Path(self.configuration.ca.folder))
+
+        def sign(sha256: str) -> None:
+            registry.renew(sha256)
+            witness.note()
+
+        signer.run(sign, accept)
 
     @property
     def ca(self) -> CertificateAuthority:

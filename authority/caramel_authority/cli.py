@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from . import __version__, backup, signer, store, views
+from . import __version__, audit, backup, signer, store, views
 from .application import Application
 from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
@@ -231,6 +231,9 @@ def purge(parts: Parts, options: argparse.Namespace) -> None:
 
 
 def show_log(parts: Parts, options: argparse.Namespace) -> None:
+    if options.verify:
+        print(audit.verify(parts.store, Path(parts.configuration.ca.folder)))
+        return
     since = None if options.since is None else store.now() - options.since
     wanted = views.Lines(options.id, options.action, since, options.last)
     with parts.store.reading() as db:
@@ -378,6 +381,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--since", type=duration, metavar="3d")
     one.add_argument("--last", type=int, metavar="LINES")
     one.add_argument("--json", action="store_true")
+    one.add_argument("--verify", action="store_true", help="whether anybody has changed what is in it")
     one = verb("minimum-serial", minimum, "the smallest serial number that is accepted")
     one.add_argument("--now", action="store_true", help="accept nothing that was signed before this moment")
 

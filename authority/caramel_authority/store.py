@@ -11,6 +11,9 @@ killed leaves no transaction behind, neither half nor whole.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -166,7 +169,8 @@ numbers = Table(
     Column("name", String(20), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
-#: Every decision, in the order in which they were made.
+#: Every decision, in the order in which they were made. `chain` is a hash over the entry and the one before it: on
+#: SQLite, where whoever may write may write anything (`audit`).
 log = Table(
     "log",
     metadata,
@@ -177,6 +181,7 @@ log = Table(
     Column("client_id", String(64)),
     Column("sha256", String(64)),
     Column("detail", Text),
+    Column("chain", String(64)),
     Index("ix_log_action", "action", "at"),
     Index("ix_log_client_id", "client_id"),
 )
@@ -222,6 +227,9 @@ class Store:
         store._connect(url, "rwc")
         with store.writing() as db:
             made = schema.init(db, metadata)
+            if store.path:
+                # Who may write to the folder may write to the database: on SQLite that is one right.
+                store.path.chmod(store.path.parent.stat().st_mode & 0o660)
             for name in NUMBERS:
                 insert_new(db, numbers, name=name, value=0)
         return made
@@ -248,7 +256,12 @@ class Store:
                 parsed = parsed.set(database=f"file:{quote(str(self.path))}", query={"mode": mode, "uri": "true"})
                 if mode == "rw" and not self.path.is_file():
                     raise WrongUsage(f"{self.path}: there is no database; caramel-authority init makes one")
-            self._engine = create_engine(parsed, pool_pre_ping=True)
+            # A statement that was prepared belongs to one connection of the server's, and a pooler in between
+            # (PgBouncer) gives each transaction another one.
+            more = {"prepare_threshold": None} if parsed.get_driver_name() == "psycopg" else {}
+            self._engine = create_engine(parsed, pool_pre_ping=True, connect_args=more)
+            # A connection is one process's: what was opened before a fork is left to the parent.
+            os.register_at_fork(after_in_child=lambda: self._engine.dispose(close=False))
         except (ArgumentError, ModuleNotFoundError) as error:
             raise WrongUsage(f"database: {error}") from None
         if self.path:
@@ -342,7 +355,33 @@ def write_log(
         "sha256": sha256,
         "detail": detail,
     }
+    if db.dialect.name == "sqlite":
+        last, chain = last_link(db)
+        row["id"] = last + 1
+        row["chain"] = link(chain, [row[column.name] for column in LINKED])
     db.execute(insert(log).values(**row))
+
+
+#: What the hash of an entry is over, beside that of the one before it.
+LINKED = (log.c.id, log.c.at, log.c.who, log.c.action, log.c.client_id, log.c.sha256, log.c.detail)
+
+
+def link(before: str, entry: Sequence[Any]) -> str:
+    """The hash of an entry of the log and, by that of the one before it, of all that was logged until then."""
+    return hashlib.sha256(json.dumps([before, *entry]).encode()).hexdigest()
+
+
+def last_link(db: Connection) -> tuple[int, str]:
+    """The newest entry's number and hash. Entries that are older than the chain are hashed as if they were in it."""
+    newest = db.execute(select(log.c.id, log.c.chain).order_by(log.c.id.desc()).limit(1)).first()
+    if newest is None:
+        return 0, ""
+    if newest.chain:
+        return newest.id, newest.chain
+    chain = ""
+    for entry in db.execute(select(*LINKED).order_by(log.c.id)):
+        chain = link(chain, entry)
+    return newest.id, chain
 
 
 def logged_since(db: Connection, action: str, moment: int) -> int:

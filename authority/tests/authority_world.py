@@ -516,7 +516,7 @@ class Front:
         for old, new in (
             ("listen 443 ssl", f"listen 127.0.0.1:{self.port} ssl"),
             ("ca.example.com", "localhost"),
-            ("/var/lib/caramel-authority/front.pem", str(self._certificate)),
+            ("/var/lib/caramel-authority-signer/front.pem", str(self._certificate)),
             ("127.0.0.1:8080", f"127.0.0.1:{self._upstream}"),
         ):
             assert old in text, old

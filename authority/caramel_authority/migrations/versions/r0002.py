@@ -71,6 +71,7 @@ def upgrade() -> None:
     op.add_column("orders", sa.Column("renewal", sa.Integer, nullable=False, server_default="0"))
     op.create_index("ix_orders_sha256", "orders", ["sha256"])
     op.create_index("ix_orders_due", "orders", ["due"])
+    op.add_column("log", sa.Column("chain", sa.String(64)))
     op.create_index("ix_log_action", "log", ["action", "at"])
     op.create_index("ix_log_client_id", "log", ["client_id"])
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Whether the log is still what was written.
+
+SQLite has no rights: who may add an entry may write anything into the file. There each entry has a hash over itself
+and the one before it. The signer notes the newest one beside the key now and then, where the process that answers
+can't write. So what was logged before that can't be changed without a trace, not by changing all that follows either.
+On PostgreSQL the user that serves has no right to change an entry, and that is what is looked at there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from sqlalchemy import func, select, text
+
+from .ca import write_whole
+from .errors import WrongUsage
+from .store import LINKED, Store, last_link, link, log
+
+#: Beside the key: number and hash of an entry.
+NOTE = "log-entry"
+#: Seconds between two notes at least: each is written through to the disk.
+BETWEEN = 60
+
+
+class Witness:
+    """Who notes, from outside of the database, which entry was the newest one."""
+
+    def __init__(self, database: Store, folder: Path) -> None:
+        self._store = database
+        self._file = folder / NOTE
+        self._due = 0.0
+
+    def note(self) -> None:
+        if not self._store.path or time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + BETWEEN
+        with self._store.reading() as db:
+            for entry, hashed in _noted(self._file).items():
+                if db.execute(select(log.c.chain).where(log.c.id == entry)).scalar() != hashed:
+                    # What was noted is kept, for `verify`.
+                    print(f"the log was changed: entry {entry} is another one", file=sys.stderr, flush=True)
+                    return
+            last, chain = last_link(db)
+        write_whole(self._file, f"{last} {chain}\n".encode(), 0o644)
+
+
+def _noted(file: Path) -> dict[int, str]:
+    with contextlib.suppress(FileNotFoundError):
+        number, hashed = file.read_text().split()
+        return {int(number): hashed}
+    return {}
+
+
+def verify(database: Store, folder: Path) -> str:
+    """What was found to be in order, in words. Raises WrongUsage where anything was changed, or could be."""
+    return _verify_chain(database, folder) if database.path else _verify_rights(database)
+
+
+def _verify_chain(database: Store, folder: Path) -> str:
+    noted = _noted(folder / NOTE)
+    chain, last, begun = "", 0, False
+    with database.reading() as db:
+        for entry in db.execute(select(*LINKED, log.c.chain).order_by(log.c.id).execution_options(yield_per=1000)):
+            chain = link(chain, entry[:-1])
+            begun = begun or entry.chain is not None
+            if entry.id != last + 1 or (begun and entry.chain != chain):
+                raise WrongUsage(f"the log was changed: entry {entry.id} doesn't follow from those before it")
+            last = entry.id
+            if noted.pop(last, chain) != chain:
+                raise WrongUsage(f"the log was changed: entry {last} is not the one that the signer has seen")
+    if noted:
+        raise WrongUsage(f"the log was changed: entry {next(iter(noted))}, which the signer has seen, isn't there")
+    return f"{last} entries, each follows from those before it: {chain}"
+
+
+def _verify_rights(database: Store) -> str:
+    with database.reading() as db:
+        user = db.execute(text("SELECT current_user")).scalar_one()
+        owner = "SELECT pg_has_role(current_user, relowner, 'USAGE') FROM pg_class WHERE oid = 'log'::regclass"
+        rights = ["the owner's"] if db.execute(text(owner)).scalar_one() else []
+        for right in ("UPDATE", "DELETE", "TRUNCATE", "TRIGGER"):
+            if db.execute(text(f"SELECT has_table_privilege('log', '{right}')")).scalar_one():
+                rights.append(right)
+        entries = db.execute(select(func.count()).select_from(log)).scalar_one()
+    if rights:
+        raise WrongUsage(f"{user} could change the log, by these rights: {', '.join(rights)} (deploy/postgresql.sql)")
+    return f"{entries} entries; {user} has no right to change any"
