@@ -37,10 +37,18 @@ def problem(status: int, detail: str | None = None, **headers: Any) -> Response:
 
 
 class Application:
-    def __init__(self, registry: Registry, front: Collection[str] = ()) -> None:
-        """`front` are the addresses whose own questions are answered: not what they pass on for somebody."""
+    def __init__(
+        self,
+        registry: Registry,
+        front: Collection[str] = (),
+        answered: Callable[[str, int], None] = lambda method, status: None,
+    ) -> None:
+        """`front` are the addresses whose own questions are answered: not what they pass on for somebody.
+        `answered` is told the method and the status of each answer.
+        """
         self._registry = registry
         self._front = front
+        self._answered = answered
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
@@ -54,6 +62,7 @@ class Application:
             # For the administrator, who reads the log; no device can do anything about it but ask again.
             say(f"{request.method} {request.path}: {error}")
             response = problem(503, "the registration authority is not able to answer now", Retry_After=60)
+        self._answered(request.method, response.status_code)
         return response(environ, start_response)
 
     def _respond(self, request: Request) -> Response:

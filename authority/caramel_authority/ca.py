@@ -348,6 +348,7 @@ class CertificateAuthority(Certificates):
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0][:64])])
         issued = self.issue(db, chain, key.public_key(), subject, names, ["server"], days * 24)
         write_whole(path, key_pem(key) + issued.pem.encode(), 0o600)
+        store.set_number(db, "front", issued.not_after)
         store.write_log(db, who, "server-certificate", detail=f"{' '.join(names)} serial {issued.serial:x}")
         return True
 

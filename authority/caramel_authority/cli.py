@@ -24,6 +24,7 @@ from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
 from .configuration import PATH, Configuration
 from .errors import TryLater, WrongUsage
+from .metrics import Metrics
 from .rollover import Rollover, calendar
 from .signer import Child
 from .store import AUTHORIZED, REJECTED, Store
@@ -110,8 +111,11 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
         print(f"the database is an older one: {newer} decisions of {registry.refusals.path}", file=sys.stderr)
     if child:
         threading.Thread(target=_ends_with, args=[child], daemon=True).start()
+    metrics = Metrics(registry, parts.configuration)
+    if options.metrics:
+        metrics.serve(options.metrics)
     # A request that is longer than ours by far is waitress's own to refuse.
-    application = Application(registry, parts.configuration.front)
+    application = Application(registry, parts.configuration.front, metrics.answered)
     waitress(application, **listen, **front, threads=8, ident=None, max_request_body_size=65536)
 
 
@@ -341,6 +345,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb("serve", serve, "answer devices")
     one.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT|unix:PATH")
     one.add_argument("--behind-proxy", action="store_true", help="believe X-Forwarded-For and X-Forwarded-Proto")
+    one.add_argument("--metrics", metavar="HOST:PORT", help="where Prometheus finds what to watch")
     one = verb("work", work, "make orders at the ACME CA, and set names in DNS")
     one.add_argument("--once", action="store_true", help="end when there is nothing to do")
     one.add_argument("--pause", type=float, default=2.0, metavar="SECONDS", help="between two looks at the queue")

@@ -187,8 +187,8 @@ log = Table(
 )
 
 #: `serial` was used last; nothing below `minimum` is accepted; no new order before `paused`; `refusals` is the last
-#: line of that file which is known here.
-NUMBERS = ("serial", "minimum", "paused", "refusals")
+#: line of that file which is known here; `front` is when the certificate of the TLS front ends.
+NUMBERS = ("serial", "minimum", "paused", "refusals", "front")
 
 for _what in ("UPDATE", "DELETE"):
     _never = DDL(  # type: ignore[no-untyped-call]
@@ -227,7 +227,7 @@ class Store:
         store._connect(url, "rwc")
         with store.writing() as db:
             made = schema.init(db, metadata)
-            if store.path:
+            if made and store.path:
                 # Who may write to the folder may write to the database: on SQLite that is one right.
                 store.path.chmod(store.path.parent.stat().st_mode & 0o660)
             for name in NUMBERS:

@@ -22,19 +22,30 @@ README = DEPLOY.parent / "README.md"
 
 #: What an administrator and a device do when all of it is up.
 VISIT = """
+exec 2>&1
 echo "--- the units"
 systemctl start caramel-authority-front.service
-for unit in caramel-authority.service caramel-authority-worker.service caramel-authority-front.timer nginx.service; do
+for unit in caramel-authority.service caramel-authority-signer.service caramel-authority-worker.service \\
+    caramel-authority-front.timer nginx.service; do
     echo "$unit $(systemctl is-active $unit)"
 done
 systemctl list-units --failed --no-legend --plain 'caramel*'
-cd /var/lib/caramel-authority
-stat -c '%U %a %n' . ca/ca.key front.pem
+cd /var/lib/caramel-authority-signer
+stat -c '%U %G %a %n' . ca/ca.crt ca/ca.key front.pem /run/caramel-authority-signer/socket
+stat -c '%U %G %a %n' ../caramel-authority/state.db
+echo "--- who can read the key"
+! runuser -u caramel-authority -- cat ca/ca.key
+! runuser -u caramel-authority -- cat front.pem
+! runuser -u nobody -- cat ca/ca.crt
+for unit in caramel-authority caramel-authority-worker; do
+    ! nsenter --target "$(systemctl show -P MainPID $unit)" --mount --net --setuid "$(id -u caramel-authority)" \
+        --setgid "$(id -g caramel-authority)" cat "$PWD/ca/ca.key"
+done
 
 echo "--- a device"
 cd /tmp
 visit() { curl -sS --max-time 10 --cacert ca.crt --resolve ca.example.com:443:127.0.0.1 "$@"; }
-cp /var/lib/caramel-authority/ca/ca.crt .
+cp /var/lib/caramel-authority-signer/ca/ca.crt .
 openssl req -new -newkey rsa:2048 -nodes -keyout key.pem -utf8 -subj '/C=SE/O=Example AB/OU=Devices/CN=fffbeec0ffee' \
     -out request.pem 2>/dev/null
 url=https://ca.example.com/$(sha256sum request.pem | cut -d ' ' -f 1)
@@ -43,22 +54,42 @@ visit -o /dev/null -w '%{http_code}\\n' --data-binary @request.pem "$url"
 authority authorize fffbeec0ffee | cut -d ' ' -f 3-
 visit -o device.pem -w '%{http_code}\\n' "$url"
 openssl verify -CAfile ca.crt device.pem
+visit -o /dev/null -w '%{http_code}\\n' https://ca.example.com/accepted
+curl -sS -o /dev/null -w '%{http_code}\\n' http://127.0.0.1:8080/health
+curl -sS http://127.0.0.1:9464/metrics | grep '^caramel_authority_requests{'
+authority log --verify | cut -d : -f 1
 """
 
 SAYS = """--- the units
 caramel-authority.service active
+caramel-authority-signer.service active
 caramel-authority-worker.service active
 caramel-authority-front.timer active
 nginx.service active
-caramel-authority 750 .
-caramel-authority 600 ca/ca.key
-caramel-authority 600 front.pem
+caramel-authority-signer caramel-authority 2750 .
+caramel-authority-signer caramel-authority 644 ca/ca.crt
+caramel-authority-signer caramel-authority 600 ca/ca.key
+caramel-authority-signer caramel-authority 600 front.pem
+caramel-authority-signer caramel-authority 660 /run/caramel-authority-signer/socket
+caramel-authority caramel-authority 660 ../caramel-authority/state.db
+--- who can read the key
+cat: ca/ca.key: Permission denied
+cat: front.pem: Permission denied
+cat: ca/ca.crt: Permission denied
+cat: /var/lib/caramel-authority-signer/ca/ca.key: Permission denied
+cat: /var/lib/caramel-authority-signer/ca/ca.key: Permission denied
 --- a device
 404
 202
 authorized  fffbeec0ffee
 200
 device.pem: OK
+404
+204
+caramel_authority_requests{state="pending"} 0.0
+caramel_authority_requests{state="authorized"} 1.0
+caramel_authority_requests{state="rejected"} 0.0
+4 entries, each follows from those before it
 """
 
 
@@ -68,7 +99,7 @@ def installed_at_opt(folder: Path) -> None:
     (packages,) = (folder / "lib").glob("python3.*/site-packages")
     (filled,) = (BIN.parent / "lib").glob("python3.*/site-packages")
     assert packages.parent.name == filled.parent.name, "the environment is for another Python than the system's"
-    (packages / "authority.pth").write_text(f"{filled}\n")
+    (packages / "authority.pth").write_text(f"/srv/environment/{filled.relative_to(BIN.parent)}\n")
     program = folder / "bin" / "caramel-authority"
     program.write_text("#!/opt/caramel-authority/bin/python\nimport sys\nfrom caramel_authority.cli import main\n")
     program.write_text(program.read_text() + "sys.exit(main())\n")
@@ -100,7 +131,7 @@ def test_set_up_as_the_page_says(tmp_path: Path) -> None:
     (control / "script").write_text(before + "set -e\n" + "".join(blocks) + VISIT)
     binds = [
         f"--bind={control}:/control", f"--bind={nginx}:/etc/nginx", f"--bind={units}:/etc/systemd/system",
-        f"--bind-ro={tmp_path / 'opt'}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority", f"--bind-ro={BIN.parent}",
+        f"--bind-ro={tmp_path / 'opt'}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority", f"--bind-ro={BIN.parent}:/srv/environment",
         *(f"--bind-ro=/etc/{name}" for name in ("nsswitch.conf", "pam.d", "security", "login.defs", "ssl")),
     ]  # fmt: skip
     command = [
