@@ -131,7 +131,8 @@ def test_set_up_as_the_page_says(tmp_path: Path) -> None:
     (control / "script").write_text(before + "set -e\n" + "".join(blocks) + VISIT)
     binds = [
         f"--bind={control}:/control", f"--bind={nginx}:/etc/nginx", f"--bind={units}:/etc/systemd/system",
-        f"--bind-ro={tmp_path / 'opt'}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority", f"--bind-ro={BIN.parent}:/srv/environment",
+        f"--bind-ro={tmp_path / 'opt'}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority",
+        f"--bind-ro={BIN.parent}:/srv/environment",
         *(f"--bind-ro=/etc/{name}" for name in ("nsswitch.conf", "pam.d", "security", "login.defs", "ssl")),
     ]  # fmt: skip
     command = [
