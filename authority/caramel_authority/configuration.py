@@ -70,6 +70,7 @@ class Configuration:
     database: str = "sqlite:////var/lib/caramel-authority/state.db"
     signer: str = "ca"
     retry_after: int = 900
+    refusals: str = ""
     pending_days: int = 30
     pending_limit: int = 10000
     front: tuple[str, ...] = ("127.0.0.1", "::1", "localhost")

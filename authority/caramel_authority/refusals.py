@@ -27,7 +27,7 @@ class Refusals:
     def __init__(self, configuration: Configuration) -> None:
         acme = configuration.signer == "acme"
         beside = configuration.acme.account_key if acme else configuration.ca.folder
-        self.path = Path(beside).parent / "refusals"
+        self.path = Path(configuration.refusals or Path(beside).parent / "refusals")
 
     def write(self, db: Connection, action: str, **about: Any) -> None:
         """Remembers a decision of this transaction. What can't be written is said, and decided all the same."""
