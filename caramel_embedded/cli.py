@@ -19,6 +19,8 @@ from .settings import SETTINGS, Settings
 if TYPE_CHECKING:
     import argparse
 
+GRACE = 5.0  # seconds beyond the time limit, which nearly always ends a run before
+
 
 def parser() -> argparse.ArgumentParser:
     """The option parser: everything the command line can say. Raises `UsageError`, never exits."""
@@ -75,10 +77,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
             if options.get(name) == "":
                 raise UsageError("%s: its value is empty" % flag)
     settings = Settings.read(options, environment)
-    if settings.openssl_conf is not None:
+    if settings.openssl_conf is not None and (words.verbose or not status):
         # For this process alone, and before anything loads OpenSSL, which reads it once. The TPM's library would
         # write a dozen lines to standard error.
         os.environ.update(OPENSSL_CONF=settings.openssl_conf, TSS2_LOG="all+NONE")
+        signals.backstop(settings.timeout + GRACE)  # a chip may hang, and then every call does that asks it
     if settings.unknown:
         words.step("settings that this version doesn't know: " + ", ".join(settings.unknown))
     if status:

@@ -141,7 +141,10 @@ def _why_no_token() -> str:
         return missing
     with open(os.environ["OPENSSL_CONF"], encoding="utf-8", errors="replace") as file:
         text = file.read(1 << 20)
-    for what, pattern in (("library", r"module-path\s*=\s*(\S+)"), ("PIN file", r"token-pin\s*=\s*file:(\S+)")):
+    for what, pattern in (
+        ("library", r"module-path\s*=\s*(\S+)"),
+        ("PIN file", r"module-token-pin\s*=\s*file:(\S+)"),
+    ):
         found = re.search(r"^\s*pkcs11-" + pattern, text, re.MULTILINE)
         if found and not os.access(found[1], os.R_OK):
             return "the token's %s %s is not there, or can't be read" % (what, found[1])

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
+from . import signals
+
 
 class Failed(Exception):
     """It can't be run, didn't end in time, or was ended by a signal; the text says which."""
@@ -46,7 +48,8 @@ def run(
     except (OSError, ValueError) as error:
         raise Failed("can't be run: %s" % getattr(error, "strerror", error)) from None
     try:
-        out, err = process.communicate(given or None, limit)
+        with signals.unhurried():
+            out, err = process.communicate(given or None, limit)
     except subprocess.TimeoutExpired:
         raise Failed("was ended after %g seconds" % limit) from None
     finally:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
-from . import enrollment, pem, settings
+from . import enrollment, pem, settings, signals
 from .enrollment import Action, Event, State
 from .errors import CaramelError, KeyUnusable, Refused, UsageError
 from .identity import Identity, Issued, utc
@@ -289,7 +289,7 @@ class Check:
         from . import certificates
 
         self._say("making a key and a certificate request")
-        with self._server.pause():
+        with self._server.pause(), signals.unhurried():
             anchors = certificates.anchors(self._trust)
             identity = certificates.make(
                 self._stored.client_id, anchors, self._trust, self._stored.hardware, self._key_command, self._timeout

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors import EXIT_FAILED
 
@@ -22,6 +24,7 @@ class Interrupted(BaseException):
 
 
 _at_work = False
+_backstop = False
 
 
 def catch() -> None:
@@ -33,15 +36,42 @@ def catch() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for name in NAMES:
         number = getattr(signal, "SIG" + name, None)
+        if name == "ALRM" and _backstop:
+            continue
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
     _at_work = True
+
+
+def backstop(seconds: float) -> None:
+    """Ends the process after so many seconds, also inside of a library's call, where no handler of Python's runs.
+
+    It is the kernel that ends it (SIGALRM, setitimer(2)), so that no line says why but the starter's.
+    """
+    global _backstop
+    _backstop = True
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """What is done inside has a limit of its own, and doesn't count for the backstop."""
+    left = signal.setitimer(signal.ITIMER_REAL, 0)[0] if _backstop else 0.0
+    try:
+        yield
+    finally:
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def exit_at_once() -> None:
     """From now on, with the outcome known, a signal that would have raised `Interrupted` ends the process instead."""
     global _at_work
     _at_work = False
+
+
+_backstop = False
 
 
 def _on_signal(_number: int, _frame: object) -> None:

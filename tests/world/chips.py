@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional, Union
 
@@ -38,8 +39,10 @@ class Chip(Service):
         #: OpenSSL's configuration for its users.
         self.conf = KEYS / f"openssl-{self.kind}.cnf"
 
-    def run(self, *command: Union[str, Path], check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """A program beside it; what it printed."""
+    def run(
+        self, *command: Union[str, Path], check: bool = True, env: Optional[Mapping[str, str]] = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A program beside it; what it printed. `env` comes on top of the chip's own."""
         done = subprocess.run(
             [*in_tree(trixie()), *map(str, command)],
             stdin=subprocess.DEVNULL,
@@ -47,7 +50,7 @@ class Chip(Service):
             text=True,
             errors="replace",
             cwd=self.folder,
-            env=environment(**self.env, **env),
+            env=environment(**{**self.env, **(env or {})}),
             timeout=60,
         )
         assert done.returncode == 0 or not check, done

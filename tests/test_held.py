@@ -1,0 +1,435 @@
+"""Keys that a TPM or a token holds: a device with one lives its whole life, and no failing chip costs it anything.
+
+The devices are Debian 13's; swtpm plays the TPM, SoftHSM the token. See ``docs/keys-in-hardware.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import world
+from needs import needs, slow
+from world import Authority, Caramel, Chip, Daemon, Device, Nginx, Token, Tpm, keys_in
+
+pytestmark = needs("trixie", "nginx")
+
+KINDS: dict[str, Callable[[Path], Chip]] = {"tpm": Tpm, "pkcs11": Token}
+REQUEST = "NEW CERTIFICATE REQUEST"
+
+
+@pytest.fixture
+def chip(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Chip]:
+    with KINDS[getattr(request, "param", "tpm")](tmp_path / "chip") as made:
+        yield made
+
+
+@pytest.fixture
+def ours(device: Device, chip: Chip) -> Device:
+    """A device with the chip, and nothing on its disk. Its hook counts."""
+    keys_in(chip, device, "rsa-2048")
+    assert device.config
+    with device.config.open("a") as file:
+        file.write(f"CARAMEL_HOOK='sh -c \"env >>{device.folder}/calls\"'\n")
+    return device
+
+
+def calls(device: Device) -> int:
+    """How often the hook was called."""
+    log = device.folder / "calls"
+    return log.read_text().count("CARAMEL_NOT_AFTER=") if log.exists() else 0
+
+
+@pytest.fixture
+def certified(ours: Device, caramel: Caramel, nginx: Nginx) -> Device:
+    assert ours.run().status == 69
+    caramel.sign(str(ours.client_id))
+    run = ours.run()
+    assert (run.status, calls(ours)) == (0, 1), run
+    return ours
+
+
+both = pytest.mark.parametrize("chip", KINDS, indirect=True)
+tokens = pytest.mark.parametrize("chip", ["pkcs11"], indirect=True)
+
+
+# --- A life ---
+
+
+@both
+@pytest.mark.parametrize("protocols", ["TLSv1.2", "TLSv1.3"])
+def test_a_device_lives_its_life(
+    ours: Device, chip: Chip, caramel: Caramel, authority: Authority, tmp_path: Path, protocols: str
+) -> None:
+    me = str(ours.client_id)
+    pem = authority.server(file="held.pem")
+    with Nginx(tmp_path / "nginx", caramel, pem, protocols=protocols) as front:
+        ours.server = front.address
+        first = ours.run()
+        assert (first.status, first.out, first.err.count("\n")) == (69, "", 1), first
+        assert ours.labels == [chip.label, REQUEST]
+        born = ours.snapshot()
+        assert ours.run().status == 69 and ours.snapshot() == born
+
+        caramel.sign(me)
+        run = ours.run()
+        assert (run.status, run.err.count("\n")) == (0, 1), run
+        assert ours.labels == [chip.label, "CERTIFICATE", REQUEST] and calls(ours) == 1
+        text = (ours.folder / "calls").read_text()
+        assert "OPENSSL_CONF=" not in text and "TSS2_LOG=" not in text, "they are for this program alone"
+
+        kept = ours.snapshot()
+        with front.watched() as seen:
+            assert ours.run().status == 0
+        assert [(asked.verify, asked.tls) for asked in seen] == [("SUCCESS", protocols)]
+        assert ours.snapshot() == kept and calls(ours) == 1
+
+        key = ours.block(chip.label)
+        caramel.sign(me, hours=72)
+        assert ours.run().status == 0
+        assert ours.block(chip.label) == key and calls(ours) == 2
+
+        rejected = ours.certificate
+        caramel.reject(me)
+        run = ours.run()
+        assert run.status == 69 and "rejected" in run.err
+        assert ours.labels == [chip.label, REQUEST] and ours.block(chip.label) != key
+        caramel.sign(me)
+        assert ours.run().status == 0
+        assert rejected and ours.certificate and ours.certificate.public_key() != rejected.public_key()
+    assert {path.name for path in ours.folder.iterdir()} - {".identity.pem.hook"} == {
+        *("empty.conf", "identity.pem", "calls"),
+    }
+
+
+def test_an_everyday_run_loads_no_x509_and_starts_no_program(certified: Device, chip: Chip, nginx: Nginx) -> None:
+    """What the program loads is what it is without a chip."""
+    with certified.key_file.open() as file:
+        assert chip.label in file.read()
+    trace = certified.folder / "trace"
+    watch = ["strace", "-f", "-qq", "-o", str(trace), "-e", "trace=execve,openat"]
+    python = Path(certified.command[-1]).with_name("python3")
+    direct = "from caramel_embedded.__main__ import main; main()"
+    certified.command = [*certified.command[:-1], *watch, str(python), "-I", "-B", "-c", direct]
+    with nginx.watched() as seen:
+        assert certified.run().status == 0
+    assert [asked.verify for asked in seen] == ["SUCCESS"]
+    text = trace.read_text()
+    assert re.findall(r"execve\((\S+),.*= 0", text) == [f'"{python}"']
+    assert "/ossl-modules/tpm2.so" in text and "urllib3/" in text, "it sees what is loaded"
+    assert not re.findall(r"/(?:cryptography|OpenSSL)/\S*\.(?:so|py).* = \d", text)
+    assert not re.findall(r"caramel_embedded/(?:held|program|certificates)\.py.* = \d", text)
+
+
+def test_power_cuts_are_no_attacks_on_the_tpm(ours: Device, chip: Tpm, caramel: Caramel, nginx: Nginx) -> None:
+    """Without noda on key and parent, three locked it."""
+    assert ours.run().status == 69
+    caramel.sign(str(ours.client_id))
+    for _ in range(4):
+        assert ours.run().status == 0
+        chip.cut()
+        chip.start()
+    assert chip.attacks == 0
+    assert ours.run().status == 0
+
+
+@slow
+def test_a_power_cut_at_any_system_call_that_changes_a_file(
+    certified: Device, chip: Tpm, caramel: Caramel, nginx: Nginx
+) -> None:
+    """Program and TPM are killed together: while a certificate is stored, and while a key is made and stored."""
+    me, command = str(certified.client_id), certified.command
+    python = Path(command[-1]).with_name("python3")
+    direct = [str(python), "-I", "-B", "-c", "from caramel_embedded.__main__ import main; main()"]
+    for renewed in (True, False):
+        if renewed:
+            caramel.sign(me, hours=96)
+        else:
+            caramel.reject(me)
+        cuts = 0
+        for call in ("write", "fsync", "fchmod", "rename", "renameat", "unlinkat", "utimensat"):
+            for which in range(1, 5):
+                inject = ["strace", "-qq", "-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={which}"]
+                certified.command = [*command[:-1], *inject, *direct]
+                run = certified.run()
+                chip.cut()
+                chip.start()
+                assert certified.labels[0] == chip.label and certified.labels[-1] == REQUEST
+                assert run.status in (-9, 0, 69), run
+                if run.status != -9:
+                    break
+                cuts += 1
+        assert cuts >= 3
+        certified.command = command
+        assert certified.run().status == (0 if renewed else 69)
+    assert chip.attacks == 0
+
+
+# --- A chip that fails ---
+
+WRONG: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Any, Path], Any], str]] = {
+    "no TPM": ("tpm", lambda chip, conf: chip.away(), lambda chip, conf: chip.back(), "the TPM can't be reached"),
+    "no provider": (
+        *("tpm", lambda chip, conf: conf.write_text("")),
+        *(lambda chip, conf: shutil.copy(chip.conf, conf), "OpenSSL's provider for TPMs is not there, or not active"),
+    ),
+    "no configuration": (
+        *("tpm", lambda chip, conf: conf.unlink(), lambda chip, conf: shutil.copy(chip.conf, conf)),
+        "openssl.cnf is not there",
+    ),
+    "cleared": (
+        *("tpm", lambda chip, conf: chip.clear(), lambda chip, conf: None),
+        "the TPM has not the parent that wraps the key",
+    ),
+    "replaced": ("tpm", lambda chip, conf: chip.replace(), lambda chip, conf: None, "it is another TPM's key"),
+    "no token": (
+        *("pkcs11", lambda chip, conf: chip.away(), lambda chip, conf: chip.back()),
+        "the token is not there, has no such key, or refuses the PIN",
+    ),
+    "wrong PIN": (
+        *("pkcs11", lambda chip, conf: chip.pin_file.write_text("99\n")),
+        *(lambda chip, conf: chip.pin_file.write_text(chip.pin), "or refuses the PIN"),
+    ),
+    "no PIN": (
+        *("pkcs11", lambda chip, conf: chip.pin_file.unlink()),
+        *(lambda chip, conf: chip.pin_file.write_text(chip.pin), "the token's PIN file"),
+    ),
+    "no library": (
+        *("pkcs11", lambda chip, conf: conf.write_text(conf.read_text().replace("libsofthsm2", "missing"))),
+        *(lambda chip, conf: shutil.copy(chip.conf, conf), "the token's library"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("chip", "wrong"), [(kind, name) for name, (kind, *_) in WRONG.items()], indirect=["chip"], ids=list(WRONG)
+)
+def test_a_chip_that_cannot_be_used_costs_nothing(
+    certified: Device, chip: Chip, caramel: Caramel, nginx: Nginx, wrong: str
+) -> None:
+    _, breaks, repair, words = WRONG[wrong]
+    # The program's own copy, which can break.
+    conf = certified.folder / "openssl.cnf"
+    shutil.copy(chip.conf, conf)
+    assert certified.config
+    certified.config.write_text(certified.config.read_text().replace(str(chip.conf), str(conf)))
+    kept = certified.snapshot()
+
+    breaks(chip, conf)
+    run = certified.run()
+    assert (run.status, run.err.count("\n")) == (127, 1) and words in run.err and "unchanged" in run.err, run
+    assert certified.snapshot() == kept
+    state = certified.run("--status", "--json")
+    assert state.status == 0
+    assert json.loads(state.out)["key"] == {"type": "RSA", "bits": 2048, "holder": chip.kind, "chip": None}
+    state = certified.run("--status", "--json", "-v")
+    assert words in json.loads(state.out)["key"]["chip"]
+
+    # What is new is stored, and the hook waits.
+    caramel.sign(str(certified.client_id), hours=72)
+    with nginx.watched() as seen:
+        run = certified.run()
+    assert run.status == 127 and words in run.err and "new certificate" in run.err, run
+    assert {asked.verify for asked in seen} == {"NONE"}
+    assert certified.block("CERTIFICATE") == caramel.certificates(certified.request_hash())[-1]
+    stored = certified.snapshot()
+    assert certified.run().status == 127 and certified.snapshot() == stored and calls(certified) == 1
+
+    repair(chip, conf)
+    if wrong in ("cleared", "replaced"):
+        # Only the server's rejection starts it over, with whatever chip it has now.
+        chip.run(world.chips.KEYS / "tpm-parent")
+        assert certified.run().status == 127 and certified.snapshot() == stored
+        caramel.reject(str(certified.client_id))
+        run = certified.run()
+        assert run.status == 69 and certified.labels == [chip.label, REQUEST], run
+    else:
+        assert certified.run().status == 0
+        assert certified.snapshot() == stored and calls(certified) == 2
+
+
+def test_a_key_that_counts_as_attacked_is_not_given_up(
+    ours: Device, tmp_path: Path, chip: Tpm, caramel: Caramel
+) -> None:
+    """It can be loaded, and signing fails in the handshake: noda is missing, and the power failed three times."""
+    careless = tmp_path / "careless-key"
+    careless.write_text((world.chips.KEYS / "tpm-key").read_text().replace("|sign|noda'", "|sign'"))
+    careless.chmod(0o755)
+    assert ours.config
+    ours.config.write_text(ours.config.read_text().replace(chip.key_command, str(careless)))
+    assert ours.run().status == 69
+    caramel.sign(str(ours.client_id))
+    for _ in range(3):
+        assert ours.run().status == 0
+        chip.cut()
+        chip.start()
+    kept = ours.snapshot()
+    run = ours.run()
+    assert run.status == 127 and "the TPM is locked" in run.err, run
+    assert ours.snapshot() == kept
+    chip.run("tpm2_dictionarylockout", "--clear-lockout")
+    assert ours.run().status == 0 and ours.snapshot() == kept
+
+
+def test_a_tpm_that_hangs_ends_the_run_at_its_time_limit(certified: Device, chip: Tpm) -> None:
+    kept = certified.snapshot()
+    chip.hang()
+    run = certified.run("--timeout", "2", timeout=30)
+    assert run.status == 127 and run.seconds < 20 and "doesn't answer within the time limit" in run.err, run
+    assert certified.snapshot() == kept
+
+
+@both
+def test_status_asks_no_chip(certified: Device, chip: Chip) -> None:
+    """One that hangs, or a token that isn't there, is not noticed."""
+    chip.hang() if isinstance(chip, Tpm) else chip.away()
+    state = certified.run("--status", timeout=20)
+    assert state.status == 0
+    assert "in a TPM" in state.out if chip.kind == "tpm" else "in a PKCS #11 token" in state.out
+
+
+# --- The key command ---
+
+BLOCK = "-----BEGIN {0}-----\\nMAMCAQA=\\n-----END {0}-----\\n"
+COMMANDS = {
+    "exit 3": "failed with status 3",
+    "echo no chip at all >&2; exit 1": "failed with status 1: no chip at all",
+    "true": "printed nothing",
+    "kill -9 $$": "was ended by signal 9",
+    "sleep 60": "was ended after 2 seconds",
+    f"printf -- '{BLOCK.format('PRIVATE KEY')}'": "printed a block PRIVATE KEY, in the place of TSS2 PRIVATE KEY or",
+    f"printf -- '{BLOCK.format('TSS2 PRIVATE KEY')}'": "printed a damaged block",
+    "tpm-key; tpm-key": "printed something else than one PEM block",
+    "echo hello; tpm-key": "printed something else than one PEM block",
+    "CARAMEL_KEY_TYPE=ec-p256 tpm-key": "made a key of another type: EC, 256 bits",
+}
+
+
+def test_what_is_wrong_with_the_key_command_is_said_before_anything_is_stored(
+    ours: Device, chip: Tpm, caramel: Caramel, nginx: Nginx, tmp_path: Path
+) -> None:
+    script = tmp_path / "command"
+    for text, words in COMMANDS.items():
+        line = text.replace("tpm-key", chip.key_command)
+        subprocess.run(["tee", str(script)], input=f"#!/bin/sh\n{line}\n".encode(), stdout=subprocess.DEVNULL)
+        script.chmod(0o755)
+        with nginx.watched() as seen:
+            run = ours.run("--key-command", str(script), "--timeout", "2" if "sleep" in text else "60")
+        assert (run.status, run.err.count("\n")) == (127, 1) and words in run.err, (text, run)
+        assert "the key command" in run.err and seen == []
+        assert not ours.key_file.exists()
+    run = ours.run("--key-command", "/no/such/command")
+    assert run.status == 127 and "the key command /no/such/command can't be run" in run.err, run
+    assert caramel.requests(str(ours.client_id)) == []
+
+
+@tokens
+def test_each_key_in_a_token_has_an_id_of_its_own(chip: Token) -> None:
+    blocks = {chip.run("sh", "-c", chip.key_command, env={"CARAMEL_KEY_TYPE": "ec-p256"}).stdout for _ in range(2)}
+    assert len(blocks) == 2
+
+
+def test_a_parent_without_noda_is_refused_by_both_commands(tmp_path: Path) -> None:
+    with Tpm(tmp_path / "chip", parent=False) as chip:
+        done = chip.run(chip.key_command, check=False)
+        assert done.returncode == 1 and "run tpm-parent once" in done.stderr
+        chip.run("tpm2_createprimary", "-Q", "-C", "o", "-G", "ecc", "-c", "parent")
+        chip.run("tpm2_evictcontrol", "-Q", "-C", "o", "-c", "parent", world.chips.PARENT)
+        chip.run("tpm2_flushcontext", "-t")
+        for program in ("tpm-key", "tpm-parent"):
+            done = chip.run(world.chips.KEYS / program, check=False)
+            assert done.returncode == 1 and "noda" in done.stderr, done
+        other = "0x81000002"
+        chip.run(world.chips.KEYS / "tpm-parent", other)
+        assert "BEGIN TSS2" in chip.run(world.chips.KEYS / "tpm-key", other).stdout
+
+
+# --- The stored file ---
+
+
+def test_a_block_goes_to_no_function_of_cryptography(certified: Device, chip: Chip, caramel: Caramel) -> None:
+    """A file that has to be looked at (no line, another form): 43.0, which Debian 13 has, panics at such a block."""
+    kept = certified.key_file.read_bytes()
+    certified.has(world.unsealed(kept).replace(b"\n", b"\r\n"))
+    run = certified.run()
+    assert (run.status, run.err.count("\n")) == (0, 1), run
+    assert world.unsealed(certified.key_file.read_bytes()) == world.unsealed(kept)
+
+
+def test_a_lost_request_is_made_again_with_the_same_key(certified: Device, chip: Tpm, caramel: Caramel) -> None:
+    key, certificate, request = (block for _, block in certified.blocks())
+    certified.has(key + certificate)
+    chip.away()
+    run = certified.run()
+    assert run.status == 127 and "can't be reached" in run.err, run
+    assert certified.key_file.read_bytes() == key + certificate
+    chip.back()
+    assert certified.run().status == 0
+    assert [block for _, block in certified.blocks()] == [key, certificate, request], "RSA: the same request"
+
+
+def test_a_block_that_is_damaged_is_no_key(certified: Device, chip: Tpm) -> None:
+    content = world.unsealed(certified.key_file.read_bytes())
+    lines = content.split(b"\n")
+    certified.has(b"\n".join([*lines[:3], *lines[4:]]))
+    run = certified.run()
+    assert run.status == 69 and "the private key can't be read: starting over" in run.err, run
+
+
+# --- Who reads it ---
+
+
+@both
+def test_programs_that_read_the_file(
+    certified: Device, chip: Chip, caramel: Caramel, authority: Authority, tmp_path: Path
+) -> None:
+    """nginx and mosquitto as servers; curl, openssl(1) and Python as clients: the configuration is their own."""
+    file, ca = certified.key_file, authority.certificate_file
+    client_ca = tmp_path / "ca.crt"
+    shutil.copy(ca, client_ca)
+    env = {**chip.env, "OPENSSL_CONF": str(chip.conf), "TSS2_LOG": "all+NONE"}
+    with Nginx(tmp_path / "nginx", caramel, authority.server(file="strict.pem"), verify_client="on") as strict:
+        url = f"https://{strict.address}/root.crt"
+        got = chip.run("curl", "-sSf", "--cacert", client_ca, "--cert", file, "--key", file, url, env=env)
+        assert got.stdout == authority.pem.decode()
+        script = (
+            "import ssl, sys, urllib.request as u; c = ssl.create_default_context(cafile=sys.argv[2]);"
+            "c.load_cert_chain(sys.argv[1]); print(u.urlopen(sys.argv[3], context=c).read().decode(), end='')"
+        )
+        assert chip.run("python3", "-c", script, file, client_ca, url, env=env).stdout == authority.pem.decode()
+        client = f"openssl s_client -quiet -connect {strict.address} -CAfile {client_ca} -cert {file} -key {file}"
+        got = chip.run("sh", "-c", f"printf 'GET /root.crt HTTP/1.0\\r\\n\\r\\n' | {client}", env=env)
+        assert authority.pem.decode() in got.stdout
+
+    port = world.free_port()
+    (tmp_path / "mosquitto.conf").write_text(
+        f"allow_anonymous true\nuser root\nlog_dest stdout\nlistener {port} 127.0.0.1\n"
+        f"certfile {file}\nkeyfile {file}\n"
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
+        f"http {{ access_log off; client_body_temp_path {tmp_path}/t; proxy_temp_path {tmp_path}/t; "
+        f"fastcgi_temp_path {tmp_path}/t; uwsgi_temp_path {tmp_path}/t; scgi_temp_path {tmp_path}/t;\n"
+        f"server {{ listen 127.0.0.1:{port} ssl; return 204;\n"
+        f"ssl_certificate {file}; ssl_certificate_key {file}; }} }}\n"
+    )
+    for server in (["nginx", "-c", f"{tmp_path}/nginx.conf"], ["mosquitto", "-c", f"{tmp_path}/mosquitto.conf"]):
+        line = [*world.in_tree(world.trixie()), *server]
+        log = tmp_path / f"{server[0]}.log"
+        with Daemon(line, log, world.environment(**env)) as daemon:
+            world.until("it listens", lambda: world.listens(port) or not daemon.alive)
+            assert daemon.alive, daemon.text()
+            context = ssl.create_default_context(cafile=str(ca))
+            context.check_hostname = False
+            with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 20)) as connection:
+                der = connection.getpeercert(binary_form=True)
+            assert der and certified.certificate
+            assert ssl.DER_cert_to_PEM_cert(der).encode() == certified.block("CERTIFICATE")
