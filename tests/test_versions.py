@@ -29,8 +29,7 @@ def python(version: str) -> tuple[list[str], str]:
     mine = dict(world.interpreters()).get(version)
     if mine:
         return [], mine
-    suite = world.DEBIANS[version]
-    return world.in_tree(world.tree(f"fresh/{suite}", suite)), "/usr/bin/python3"
+    return world.in_tree(world.debian(version)), f"/usr/bin/python{version}"
 
 
 @slow
@@ -70,6 +69,54 @@ def test_on_debians_own_python_and_libraries(device: Device, caramel: Caramel) -
     assert where.startswith("/usr/lib/python3/dist-packages/"), "the system's library, and not one from an index"
     device.command = [command]
     lives(device, caramel)
+
+
+#: The OpenSSL below Python's `ssl`: the oldest and the newest that a Debian has with a Python that is promised.
+OPENSSL = {"3.9": "OpenSSL 1.1.1", "3.15": "OpenSSL 3.6"}
+
+
+@slow
+@needs("mmdebstrap", "mounts")
+@pytest.mark.parametrize("version", OPENSSL)
+def test_on_the_oldest_and_the_newest_openssl(device: Device, caramel: Caramel, version: str) -> None:
+    """That of `cryptography`'s wheels is newer still: 4.0, which has no engines."""
+    before = world.in_tree(world.debian(version))
+    command = world.installation(f"openssl-{version}", f"/usr/bin/python{version}", before=before)
+    ask = "import ssl, urllib3; print(ssl.OPENSSL_VERSION, urllib3.__version__)"
+    python3 = str(Path(command).with_name("python3"))
+    said = subprocess.run([*before, python3, "-c", ask], stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert said.startswith(OPENSSL[version])
+    # urllib3 2.8 wants Python 3.10; the index gives a device with 3.9 the last one before it.
+    assert (tuple(map(int, said.split()[-1].split(".")[:2])) < (2, 8)) == (version == "3.9")
+    device.command = [*before, command]
+    lives(device, caramel)
+
+
+@slow
+@needs("mmdebstrap", "mounts")
+def test_on_debian_13s_own_python_and_libraries(device: Device, caramel: Caramel) -> None:
+    before = world.in_tree(world.trixie())
+    command = world.installation("debian13", "/usr/bin/python3", system=True, before=before)
+    device.command = [*before, command]
+    lives(device, caramel)
+
+
+@slow
+@pytest.mark.parametrize("release", ["23.0.0", "25.0.0", "26.4.0", ""])
+def test_no_release_of_pyopenssl_warns_of_what_is_used(
+    device: Device, caramel: Caramel, authority: Authority, release: str
+) -> None:
+    """What pyOpenSSL is going to take away is an error here; `certificates` is the only module that uses it."""
+    pinned = [f"pyOpenSSL=={release}"] if release else []
+    if release == "23.0.0":
+        pinned += ["cryptography<40"]
+    command = world.installation(f"pyopenssl-{release or 'newest'}", sys.executable, more=pinned)
+    start = "import sys; from caramel_embedded.__main__ import main; main(sys.argv[1:])"
+    device.command = [str(Path(command).with_name("python3")), "-I", "-W", "error", "-c", start]
+    lives(device, caramel)
+    device.has(authority.identity("cafe00000000"))
+    assert device.run().status == 69
+    assert device.run("--status").status == 69
 
 
 @slow

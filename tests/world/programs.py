@@ -35,7 +35,7 @@ WITHOUT_STARTER = (
 
 #: The Python versions that the project promises, and the Debian that has each: where this machine has no such Python,
 #: that Debian's is taken.
-DEBIANS = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie", "3.14": "forky"}
+DEBIANS = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie", "3.14": "forky", "3.15": "sid"}
 VERSIONS = tuple(DEBIANS)
 #: No Debian has them, so they are tried where a machine has them.
 OTHER_VERSIONS = ("3.10", "3.12")
@@ -99,16 +99,18 @@ def wheel() -> Path:
     return max((BUILD / "wheel").glob("caramel_embedded-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
-def installation(name: str, python: str, *, system: bool = False, before: Sequence[str] = ()) -> str:
+def installation(
+    name: str, python: str, *, system: bool = False, before: Sequence[str] = (), more: Sequence[str] = ()
+) -> str:
     """The command, installed for an interpreter into an environment of its own; made once for each build of
     the package.
 
     With `system`, the libraries are those that the interpreter's system has, as on a device, and no others.
-    `before` is what starts it elsewhere, see `in_tree`.
+    `before` is what starts it elsewhere, see `in_tree`; `more` are requirements beside the package's own.
     """
     folder = BUILD / "matrix" / name
     stamp = folder / "wheel"
-    state = hashlib.sha256(wheel().read_bytes() + repr((python, *before)).encode()).hexdigest()
+    state = hashlib.sha256(wheel().read_bytes() + repr((python, *before, *more)).encode()).hexdigest()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         # Tests run in several processes, and the second waits for what the first makes.
@@ -117,7 +119,7 @@ def installation(name: str, python: str, *, system: bool = False, before: Sequen
             shutil.rmtree(folder, ignore_errors=True)
             made = [python, "-m", "venv", *(["--system-site-packages"] if system else []), str(folder)]
             pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            for command in (made, [*pip, *(["--no-deps"] if system else []), str(wheel())]):
+            for command in (made, [*pip, *(["--no-deps"] if system else []), str(wheel()), *more]):
                 subprocess.run([*before, *command], check=True, timeout=300, stdin=subprocess.DEVNULL)
             stamp.write_text(state)
     return str(folder / "bin" / "caramel-embedded")
@@ -147,6 +149,13 @@ def tree(name: str, suite: str, *more: str) -> Path:
     line = [str(ROOT / "tests/world/tree.sh"), name, suite, *more]
     done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True)
     return Path(done.stdout.strip())
+
+
+def debian(version: str) -> Path:
+    """The Debian that has this version of Python."""
+    # The newest one is not yet the one that is called python3 there.
+    more = [f"python{version},python{version}-venv,ca-certificates"] if DEBIANS[version] == "sid" else []
+    return tree(f"fresh/{DEBIANS[version]}", DEBIANS[version], *more)
 
 
 def trixie() -> Path:
