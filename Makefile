@@ -4,12 +4,13 @@
 PYTHON ?= python3
 BUILD := build
 
-# Names of tests for `make test`, options for pytest, and how many run at a time:
+# Names of tests, options for pytest, and how many run at a time:
 # make test TESTS=tests/test_world.py PYTEST=-x JOBS=1
 # With COVERAGE=1 it also says which lines of the program were not reached.
-TESTS ?= tests server authority
+# `make test` has those of the program that devices run; `make test-all` also those of the servers' side.
+TESTS ?= tests
 PYTEST ?=
-JOBS ?= 2
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 SOURCES := $(wildcard pyproject.toml setup.py setup.cfg packaging/bake.py packaging/starter/*) \
 	$(shell find caramel_embedded -type f -not -name '*.py[co]' 2>/dev/null)
@@ -40,6 +41,7 @@ test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installe
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
 	$(BUILD)/tests/bin/mypy caramel_embedded packaging server authority tests examples
+	@for name in $(TESTS); do [ -e "$${name%%::*}" ] || { echo "make test: TESTS=: there is no $$name" >&2; exit 1; }; done
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
 	$(if $(COVERAGE),$(UNDER_COVERAGE)) \
 	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST) $(TESTS)
@@ -47,7 +49,7 @@ test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installe
 # What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
 # the last lines are those of the tests.
 test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, nothing is skipped, and which lines of the program no test reached (root, 30 min)
-	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test COVERAGE=1
+	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test COVERAGE=1 TESTS="tests server authority"
 
 style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
 	$(BUILD)/tests/bin/ruff check --fix .

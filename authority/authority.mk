@@ -1,4 +1,4 @@
-# The registration authority: an environment of its own, its types, its demo. Its tests are among those of `make test`.
+# The registration authority: an environment of its own, its types, its demo. Its tests are among those of `make test-all`.
 # It needs Python 3.11; where there is only an older one, it isn't installed, and its tests say that they were skipped.
 
 AUTHORITY := authority
@@ -14,7 +14,10 @@ authority-types: $(BUILD)/authority/installed
 	@test ! -e $(BUILD)/authority/bin/mypy || \
 	$(BUILD)/authority/bin/mypy --strict --config-file= --cache-dir $(BUILD)/mypy-cache-authority $(AUTHORITY)/caramel_authority
 
+# `make test-all` has the authority's tests among its own.
+ifneq ($(filter authority%,$(TESTS)),)
 test: authority-types
+endif
 
 # From a copy, because setuptools leaves things beside what it builds.
 $(BUILD)/authority/installed: $(AUTHORITY_SOURCES)

@@ -2,13 +2,13 @@
 # The first hour of somebody new: `make demo` and `make test`, as an ordinary user, on a Debian that has nothing but what
 # debootstrap puts there and python3, python3-venv, make and git (tests/world/tree.sh).
 #
-#     tests/fresh/fresh.sh [SUITE]     bookworm (Debian 12) unless it is given; others: trixie, forky
+#     tests/fresh/fresh.sh [SUITE]     trixie (Debian 13) unless it is given; others: bookworm, forky
 #
 # Needs root and mmdebstrap(1). Its last lines are those of the tests.
 set -eu
 
 cd "$(dirname "$0")/../.."
-suite=${1:-bookworm}
+suite=${1:-trixie}
 folder=$PWD/${BUILD:-build}/fresh
 
 fail() {
