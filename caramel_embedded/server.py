@@ -12,7 +12,6 @@ import http.client
 import json
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +24,7 @@ from urllib3.util import SKIP_HEADER
 from . import __version__
 from .errors import CaramelError, Refused, Unreachable, Untrusted, printable
 from .identity import Identity, utc
-from .tls import Limits, Tcp, Tls, client_context, show
+from .tls import Limits, Tcp, Tls, client_context, directly, show
 from .trust import Trust
 
 MAXIMUM_BODY = 65536  # bytes
@@ -199,7 +198,7 @@ class Server:
         Each has its share of the time: an address that takes TCP and then no TLS (the common broken IPv6), or another
         server's, must not cost the ones after it their chance. Raises `Unreachable`, `Untrusted`, `UsageError`.
         """
-        self._addresses = self._addresses or look_up(*self.address, self._limits.remaining)
+        self._addresses = self._addresses or look_up(*self.address, self._limits)
         problems: dict[str, tuple[type[CaramelError], str]] = {}
         for which, address in enumerate(self._addresses):
             try:
@@ -234,15 +233,16 @@ class Server:
         return tls
 
     def _handshake(self, address: Any, dates: bool) -> Tls:
-        context = client_context(self.trust, dates)
+        context, call = client_context(self.trust, dates), directly
         if self._identity is not None:
-            reason = show(self._identity, context)
+            call = directly if self._identity.holder == "software" else self._limits.by_chip
+            reason = show(self._identity, context, call)
             if reason:
                 self.say("the client certificate can't be shown, %s: going on without" % reason)
                 self._identity, self.shows_certificate = None, False
         tcp = Tcp(address, self._limits)
         try:
-            return Tls(tcp, context, self.address[0])
+            return Tls(tcp, context, self.address[0], call)
         except BaseException:
             tcp.close()
             raise
@@ -341,38 +341,27 @@ def _none_of(name: str, problems: dict[str, tuple[type[CaramelError], str]]) -> 
     return kind("%s: %s" % (name, each) if name else each)
 
 
-def look_up(host: str, port: int, remaining: Callable[[], float]) -> list[Any]:
+def look_up(host: str, port: int, limits: Limits) -> list[Any]:
     """The addresses of `host`. Raises OSError; TimeoutError where the resolver is too slow.
 
-    `remaining`: tells the seconds until the time limit. getaddrinfo(3) has no time limit and can't be interrupted: it
-    gets a thread of its own, which ends with us.
+    getaddrinfo(3) has no time limit and can't be interrupted.
     """
     name = host.encode("ascii")  # as bytes: for a text Python loads its codec for international names
     try:
         return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass  # a name, then
-    found: list[Any] = []
 
-    def resolve() -> None:
+    def resolve() -> Any:
         try:
-            found.append(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
+            return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM) or "the name has no address"
         except Exception as error:  # whatever it is, it is said in the run's own line
-            found.append(error)
+            return getattr(error, "strerror", None) or str(error)
 
-    thread = threading.Thread(target=resolve, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # too little memory, or too many threads
-        raise OSError(None, "the system has no room for the name look-up") from None
-    thread.join(remaining())
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], Exception):
-        raise OSError(None, "name look-up failed: %s" % (getattr(found[0], "strerror", None) or found[0]))
-    if not found[0]:
-        raise OSError(None, "the name has no address")
-    return list(found[0])
+    found = limits.bounded(resolve)
+    if isinstance(found, str):
+        raise OSError(None, "name look-up failed: " + found)
+    return list(found)
 
 
 def seconds(date: Optional[str]) -> Optional[float]:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import io
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar, cast
 
 from . import pem
-from .errors import Refused, UsageError
+from .errors import KeyUnusable, Refused, UsageError
 from .identity import Identity
 from .trust import NO_CHECK_TIME, PARTIAL_CHAIN, Trust
 
+_T = TypeVar("_T")
 MAXIMUM_BYTES = 262144  # from the network, in one run: far more than all that a Caramel server can have to say
 RECORD = 16384  # bytes; RFC 8446, 5.1
 # For TLS 1.2; those of 1.3 are not up to this. Forward secret and authenticated only (RFC 9325, 4.2), which also
@@ -71,11 +73,50 @@ class Limits:
         finally:
             self._deadline = whole
 
+    def bounded(self, act: Callable[..., _T], *arguments: Any) -> _T:
+        """What `act` returns. Raises what it raises, and TimeoutError.
+
+        For what waits inside of a library, where no time limit counts and no signal handler runs: it gets a thread of
+        its own, which ends with the process.
+        """
+        outcome: list[Any] = []
+
+        def work() -> None:
+            try:
+                outcome[:] = [act(*arguments), None]
+            except BaseException as error:
+                outcome[:] = [None, error]
+
+        thread = threading.Thread(target=work, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # too little memory, or too many threads
+            raise OSError(None, "the system has no room for a thread") from None
+        thread.join(self.remaining())
+        if not outcome:
+            raise TimeoutError
+        result, error = outcome
+        if error is not None:
+            raise error
+        return cast(_T, result)
+
+    def by_chip(self, act: Callable[..., _T], *arguments: Any) -> _T:
+        """`bounded`, for what a chip that holds a key takes part in: it may hang. Raises `KeyUnusable` then."""
+        try:
+            return self.bounded(act, *arguments)
+        except TimeoutError:
+            raise KeyUnusable("the chip that holds the key gave no answer within the time limit") from None
+
     def count(self, received: int) -> None:
         """Takes note of so many bytes that have come in. Raises `Refused` where they are too many."""
         self._bytes += received
         if self._bytes > MAXIMUM_BYTES:
             raise Refused("more than %d bytes came from the network" % MAXIMUM_BYTES)
+
+
+def directly(act: Callable[..., _T], *arguments: Any) -> _T:
+    """What `act` returns."""
+    return act(*arguments)
 
 
 class Tcp:
@@ -122,9 +163,11 @@ class Tls:
     Attributes: peer: the server's certificate as `ssl` tells it; der: the same in DER; version: "TLSv1.3", ...
     """
 
-    def __init__(self, tcp: Tcp, context: ssl.SSLContext, host: str) -> None:
-        """Raises `Refused`, OSError, of which ssl.SSLError is one; leaves `tcp` open then."""
+    def __init__(self, tcp: Tcp, context: ssl.SSLContext, host: str, call: Callable[..., Any]) -> None:
+        """`call`: calls OpenSSL. Raises `Refused`, OSError, of which ssl.SSLError is one; leaves `tcp` open then."""
         self._tcp = tcp
+        self._call = call
+        self._files, self._closing = 0, False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         # The name as bytes: for a text `ssl` loads Python's codec for international names.
         name = host.encode("ascii")
@@ -140,8 +183,15 @@ class Tls:
             data = data[self._drive(self._session.write, data) :]
 
     def makefile(self, *_: Any) -> io.BufferedReader:
-        """What comes in, as a file; its end closes nothing."""
-        return io.BufferedReader(_Incoming(self.receive_into))
+        """What comes in, as a file."""
+        self._files += 1
+        return io.BufferedReader(_Incoming(self))
+
+    def release(self) -> None:
+        """A file of `makefile` is closed."""
+        self._files -= 1
+        if self._closing:
+            self.close()
 
     def receive_into(self, buffer: Any) -> int:
         """Reads some bytes; none at the end of the connection. Raises `Refused`, OSError."""
@@ -154,14 +204,17 @@ class Tls:
         """Each wait has the time that the run has."""
 
     def close(self) -> None:
-        """Ends the connection; may be called at any time."""
-        self._tcp.close()
+        """Ends the connection, as soon as nobody reads from it any more: `http.client` closes its socket before the
+        body is read, where that goes on to the end of the connection. May be called at any time."""
+        self._closing = True
+        if not self._files:
+            self._tcp.close()
 
     def _drive(self, act: Callable[..., Any], *arguments: Any) -> Any:
         """What `act` returns, as soon as it has all that it needs from the other side."""
         while True:
             try:
-                result = act(*arguments)
+                result = self._call(act, *arguments)
                 self._flush()
                 return result
             except ssl.SSLWantReadError:
@@ -182,16 +235,21 @@ class Tls:
 
 
 class _Incoming(io.RawIOBase):
-    """Makes a file object of a function that reads."""
+    """What comes in on a connection."""
 
-    def __init__(self, receive_into: Callable[[Any], int]) -> None:
-        self._receive_into = receive_into
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        return self._receive_into(buffer)
+        return self._tls.receive_into(buffer)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._tls.release()
 
 
 def client_context(trust: Trust, dates: bool) -> ssl.SSLContext:
@@ -214,10 +272,10 @@ def client_context(trust: Trust, dates: bool) -> ssl.SSLContext:
     return context
 
 
-def show(identity: Identity, context: ssl.SSLContext) -> Optional[str]:
-    """Makes `context` show the identity; why that can't be done, None where it was."""
+def show(identity: Identity, context: ssl.SSLContext, call: Callable[..., Any] = directly) -> Optional[str]:
+    """Makes `context` show the identity; why that can't be done, None where it was. `call`: calls OpenSSL."""
     try:
-        identity.load_into(context)
+        call(identity.load_into, context)
     except OSError as error:  # ssl.SSLError is one
         return str(getattr(error, "reason", None) or error.strerror or error)
     return None

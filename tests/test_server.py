@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +13,13 @@ from caramel_embedded import Untrusted, certificates, server, trust
 from caramel_embedded.tls import Limits, Tcp
 
 
-def limit(seconds: float) -> Callable[[], float]:
-    deadline = time.monotonic() + seconds
-
-    def left() -> float:
-        if deadline <= time.monotonic():
-            raise TimeoutError
-        return deadline - time.monotonic()
-
-    return left
+def limit(seconds: float) -> Limits:
+    limits = Limits(seconds)
+    limits.start()
+    return limits
 
 
-def soon() -> Callable[[], float]:
+def soon() -> Limits:
     return limit(20)
 
 
@@ -74,16 +67,9 @@ def test_no_room_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
         server.look_up("localhost", 443, soon())
 
 
-@pytest.fixture
-def limits() -> Limits:
-    limits = Limits(20)
-    limits.start()
-    return limits
-
-
-def test_an_address_of_a_family_that_the_system_lacks(limits: Limits) -> None:
+def test_an_address_of_a_family_that_the_system_lacks() -> None:
     with pytest.raises(OSError, match="Address family not supported"):
-        Tcp((4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), limits)
+        Tcp((4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), soon())
 
 
 def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,10 +93,8 @@ def test_a_server_that_sends_its_chain_byte_by_byte_makes_nobody_wait_longer() -
                 if not over.wait(0.05):
                     theirs.sendall(b"\x02")
 
-    limits = Limits(0.3)
-    limits.start()
     listener = socket.create_server(("127.0.0.1", 0))
-    tcp = Tcp(found(listener.getsockname())[0], limits)
+    tcp = Tcp(found(listener.getsockname())[0], limit(0.3))
     theirs = listener.accept()[0]
     listener.close()
     thread = threading.Thread(target=dribble)
@@ -123,7 +107,7 @@ def test_a_server_that_sends_its_chain_byte_by_byte_makes_nobody_wait_longer() -
         thread.join()
 
 
-def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
+def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     class Interrupted(socket.socket):
@@ -133,7 +117,7 @@ def test_a_signal_while_it_connects_closes_the_socket(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(socket, "socket", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Tcp(found(("127.0.0.1", 9))[0], limits)
+        Tcp(found(("127.0.0.1", 9))[0], soon())
     assert made[0].fileno() == -1
 
 
