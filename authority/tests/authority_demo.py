@@ -68,6 +68,16 @@ def own_ca(folder: Path) -> None:
         with locked(device.device.key_file):
             device.runs("Another program holds the lock on the file: the run ends at once, and leaves it alone.", 1)
 
+        heading("Is it the device that was reported stolen? Until that is known, it is suspended. Nothing is wiped.")
+        administrator.does("suspend", client_id)
+        device.runs("The device is told to wait, and what it has is not accepted.", 69)
+        administrator.does("list")
+        heading("It was another one, which is barred: no rule and no new key lets it in.")
+        administrator.does("bar", "fffbeec0ffef")
+        administrator.does("resume", client_id)
+        device.runs("The device goes on with what it had.", 0)
+        expect(not device.has_changed(signed), "the suspension cost the device nothing")
+
         heading("A key has leaked somewhere. From now on nothing is accepted that was signed before.")
         administrator.does("minimum-serial", "--now")
         device.runs("The device gets a new certificate when it asks, without anybody's help. The key stays.", 0)
@@ -86,6 +96,11 @@ def own_ca(folder: Path) -> None:
         administrator.does("allow", "fffbeec0ff01", "fffbeec0ff02")
         listed = told(folder, "listed", "fffbeec0ff01", front.address, authority.ca)
         listed.runs("A device from that line starts from nothing, and has its identity in its first run.", 0)
+
+        heading("Its flash is erased in repair. Whoever repairs it says that its next key is good, once.")
+        listed.device.key_file.unlink()
+        administrator.does("allow", "--again", "fffbeec0ff01")
+        listed.runs("The device starts from nothing, and has its identity again.", 0)
 
         heading("Every decision is in a log that nobody can rewrite.")
         administrator.does("log")

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import socket
+import ssl
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from authority_world import (
     Knot,
     Pebble,
     RegistrationAuthority,
+    Server,
     at,
     behind_tls,
 )
@@ -253,3 +258,25 @@ with open(sys.argv[1], "rb") as file:
     command = [str(BIN / "python"), "-c", program, str(tmp_path / "all.toml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, env={"PATH": os.environ["PATH"]})
     assert done.returncode == 0, done.stderr
+
+
+def test_a_header_byte_by_byte_is_not_waited_for(tmp_path: Path, server: Server) -> None:
+    own = world.Authority(tmp_path / "own")
+    text = (DEPLOY / "nginx.conf").read_text()
+    assert "client_header_timeout 10s;" in text
+    text = text.replace("client_header_timeout 10s;", "client_header_timeout 2s;")
+    with Front(tmp_path / "front", own.server(), server.port, text) as front:
+        context = ssl.create_default_context(cafile=str(own.certificate_file))
+        with (
+            socket.create_connection(("127.0.0.1", front.port), 10) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as slow,
+        ):
+            slow.settimeout(0.2)
+            begun = time.monotonic()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLError):
+                while time.monotonic() - begun < 10:
+                    slow.sendall(b"G")
+                    with contextlib.suppress(TimeoutError):
+                        if not slow.recv(1000):
+                            break
+            assert 1 < time.monotonic() - begun < 6
