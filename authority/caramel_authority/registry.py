@@ -270,7 +270,9 @@ class Registry:
         most = self._configuration.pending_limit
         if db.execute(pending).scalar_one() > most:
             raise TryLater(f"{most} requests wait for a decision: no more are taken", self._retry_after)
-        if db.execute(pending.where(requests.c.device == device)).scalar_one() > PENDING_OF_ONE:
+        # Counted here: SQLite would count by the state, all of those that wait.
+        of_one = select(requests.c.state).where(requests.c.device == device)
+        if db.execute(of_one).scalars().all().count(PENDING) > PENDING_OF_ONE:
             raise TryLater(f"{PENDING_OF_ONE} requests of this client ID wait for a decision", self._retry_after)
 
     # --- Who decides ---

@@ -240,9 +240,12 @@ class Store:
         store = cls.__new__(cls)
         store._connect(url, "rw")
         with store.writing() as db:
-            versions = schema.upgrade(db)
+            before, after = versions = schema.upgrade(db)
             for name in NUMBERS:
                 insert_new(db, numbers, name=name, value=0)
+            if before != after:
+                # The first entry of a chain takes long where there are many before it; nobody waits for that here.
+                write_log(db, "upgrade", "upgraded", detail=f"{before} -> {after}")
         return versions
 
     def _connect(self, url: str, mode: str) -> None:

@@ -86,7 +86,8 @@ def test_upgrade_of_2_0_0(authority: RegistrationAuthority, tmp_path: Path) -> N
     assert old.command("upgrade").startswith("0001 -> ")
     assert old.command("upgrade").endswith(" already\n")
     assert columns_and_indexes(old) == columns_and_indexes(authority)
-    assert len(old.log()) == 11
+    assert len(old.log()) == 12
+    assert old.log("upgraded")[0][5].startswith("0001 -> ")
     old.create_ca()
     certificates = old.rows("SELECT usages, not_after - not_before FROM certificates")
     assert certificates == 2 * [("client", 167 * 3600)]
