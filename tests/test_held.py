@@ -20,10 +20,14 @@ import world
 from needs import needs, slow
 from world import Authority, Caramel, Chip, Daemon, Device, Nginx, Token, Tpm, keys_in
 
+from caramel_embedded import settings
+
 pytestmark = needs("trixie", "nginx")
 
 KINDS: dict[str, Callable[[Path], Chip]] = {"tpm": Tpm, "pkcs11": Token}
 REQUEST = "NEW CERTIFICATE REQUEST"
+#: Of a run that hangs.
+SAYS = "packaging/starter/caramel-embedded"
 
 
 @pytest.fixture
@@ -433,3 +437,23 @@ def test_programs_that_read_the_file(
                 der = connection.getpeercert(binary_form=True)
             assert der and certified.certificate
             assert ssl.DER_cert_to_PEM_cert(der).encode() == certified.block("CERTIFICATE")
+
+
+# --- The page ---
+
+
+def test_the_page_says_what_the_program_says(tmp_path: Path) -> None:
+    """Paths are those that are installed, settings are some, and the reasons are the program's own words."""
+    page = (world.ROOT / "docs/keys-in-hardware.md").read_text()
+    make = ["make", "-s", "-f", "packaging/packaging.mk", "install-keys-tpm", "install-keys-pkcs11"]
+    subprocess.run([*make, f"DESTDIR={tmp_path}"], cwd=world.ROOT, check=True, stdin=subprocess.DEVNULL)
+    named = set(re.findall(r"/usr/(?:libexec|share)/caramel-embedded/[\w.-]+\w", page))
+    assert named == {f"/{path.relative_to(tmp_path)}" for path in tmp_path.rglob("*") if path.is_file()}
+    for text in re.findall(r"```sh\n((?:CARAMEL_\w+=.*\n)+)```", page):
+        settings.check(settings.parse(text, "the page"), "the page")
+    rows = page.partition("| the line says |")[2].partition("\n\n")[0].splitlines()[2:]
+    words = "".join((world.ROOT / name).read_text() for name in ("caramel_embedded/held.py", SAYS))
+    for row in rows:
+        said = row.split("|")[1].strip()
+        assert said in words or said == "the token's library, or PIN file, is not there", said
+    assert len(rows) == 8

@@ -29,7 +29,7 @@ from authority_world import (
 )
 from cryptography import x509
 from needs import needs, require, slow
-from world import Device
+from world import Device, Tpm, keys_in
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = [needs("authority", "faketime", "openssl", "nginx"), slow]
@@ -67,6 +67,24 @@ def test_a_life(tmp_path: Path, ca: str, key: str) -> None:
         authority.command("authorize", "fffbeec0ffee")
         assert device.run(*options).status == 0
         assert device.certificate
+
+
+@needs("trixie")
+def test_a_life_with_a_key_in_a_tpm(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    with Tpm(tmp_path / "chip") as chip, behind_tls(authority) as front:
+        device = keys_in(chip, device_of(tmp_path, front, authority.ca), "ec-p256")
+        assert device.run().status == 69
+        authority.command("authorize", "fffbeec0ffee")
+        assert device.run().status == 0
+        before = device.snapshot()
+        assert device.run().status == 0 and device.snapshot() == before
+        assert front.seen() == ["GET 404", "POST 202", "GET 202", "GET 200", "GET 304"]
+        first = device.block(chip.label)
+        authority.command("reject", "fffbeec0ffee")
+        assert device.run().status == 69
+        assert device.block(chip.label) not in (first, None)
+        authority.command("authorize", "fffbeec0ffee")
+        assert device.run().status == 0 and chip.attacks == 0
 
 
 def test_a_device_on_the_list_has_its_certificate_in_its_first_run(
