@@ -56,13 +56,14 @@ def main(arguments: Optional[list[str]] = None, statuses: Optional[Mapping[int, 
         # Standard error has one line; urllib3 warns of a clock that is behind, which is our business.
         if not sys.warnoptions:  # as of the tests, which make errors of them
             warnings.simplefilter("ignore")
+        environment = dict(os.environ)  # the hook gets it as it was
         for name in STEERING:
             os.environ.pop(name, None)
         output = _open_standard_descriptors()
         from . import cli, log  # with this, anything may be lacking
 
         words = log.Log()
-        status, text = cli.main(sys.argv[1:] if arguments is None else arguments, os.environ, words)
+        status, text = cli.main(sys.argv[1:] if arguments is None else arguments, environment, words)
         signals.exit_at_once()
         _print(text, output)
     except BaseException as error:

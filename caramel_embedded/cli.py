@@ -94,8 +94,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
         file = KeyFile.open(settings.key_file)
         from . import device  # TLS, HTTP and all else: not for a run that finds the key file locked
 
-        signals.catch()
-        outcome, remarks = device.check(file, settings, words)
+        signals.catch(lambda text: words.result(log.ERROR, text))
+        outcome, remarks = device.check(file, settings, environment, words)
     except Locked as reason:
         return EXIT_LOCKED, result(words, EXIT_LOCKED, str(reason), log.INFO)
     # NOTICE for what happens rarely in a device's life, WARNING for what its administrator has to know.

@@ -6,6 +6,7 @@ it locked by somebody else needs none of this.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Optional
 
 from .errors import CaramelError, KeyUnusable, Locked, UsageError
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from .session import Outcome
 
 
-def check(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[Outcome, list[str]]:
+def check(
+    file: Optional[KeyFile], settings: Settings, environment: Mapping[str, str], log: Log
+) -> tuple[Outcome, list[str]]:
     """One check on `file`, locked, or None where there is none; its outcome, and what else there is to know.
 
-    Closes the file. Raises `CaramelError`.
+    Closes the file. `environment`: the caller's, for the hook. Raises `CaramelError`.
     """
+    failure: Optional[CaramelError] = None
     try:
         if settings.server is None:
             raise UsageError("no server: name one with --server or CARAMEL_CA")
@@ -37,22 +41,30 @@ def check(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[Outcom
         from .session import Check  # HTTP: not for --status, which judges the file with what stands here
 
         store = _Store(file, stored, settings.permissions, log)
+        address, say, command = settings.server, log.step, settings.key_command
         conversation = Check(
-            settings.server, stored, store.replace, settings.timeout, log.step, store.touch, settings.key_command
+            address, stored, store.replace, settings.timeout, say, store.touch, command, file.prepare
         )
-        failure: Optional[CaramelError] = None
+        remarks = file.remarks
         try:
             outcome = conversation.run()
-            remarks = store.finish(outcome.identity)
+            remarks += store.finish(outcome.identity)
         except CaramelError as error:
             failure = error
     finally:
         if file is not None:
             file.close()
-    # Without the lock, and also after a failure: it can be owed for the certificate that is in place.
-    if not isinstance(failure, KeyUnusable):
-        _call_hook(settings, file.path, conversation.kept, stored.trust, log, str(failure or outcome))
+    ended = str(failure or outcome)
+    so_far = "; ".join([*(remark for remark in remarks if remark != ended), ended])
+    try:
+        # Without the lock, and also after a failure: it can be owed for the certificate that is in place.
+        if not isinstance(failure, KeyUnusable):
+            _call_hook(settings, environment, file.path, conversation.kept, stored.trust, log)
+    except CaramelError as error:
+        error.args = ("%s; %s" % (so_far, error),)  # a run has one line for all
+        raise
     if failure is not None:
+        failure.args = (so_far,)
         raise failure
     return outcome, remarks
 
@@ -137,26 +149,27 @@ class _Store:
 
 
 def _call_hook(
-    settings: Settings, key_file: str, identity: Optional[Identity], trust: Trust, log: Log, so_far: str
+    settings: Settings,
+    environment: Mapping[str, str],
+    key_file: str,
+    identity: Optional[Identity],
+    trust: Trust,
+    log: Log,
 ) -> None:
-    """Calls the hook if it is owed for `identity`, which this run has judged.
-
-    Raises `CaramelError`, which says `so_far` too: a run has one line for all.
-    """
+    """Calls the hook if it is owed for `identity`, which is in the key file. Raises `CaramelError`."""
     if settings.hook is None or identity is None or not usable(identity, trust):
+        return
+    if environment.get("CARAMEL_IN_HOOK"):
+        log.step("inside of a hook: none is called")
         return
     from . import hook
 
-    try:
-        if identity.holder != "software" and hook.is_owed(key_file, identity.certificate or b""):
-            from . import held
+    if identity.holder != "software" and hook.is_owed(key_file, identity.certificate or b""):
+        from . import held
 
-            # What the hook starts again would not come up without its key.
-            reason = held.why_not(identity)
-            if reason:
-                raise KeyUnusable("the hook has to wait: the key can't be used, %s" % reason)
-        called = hook.call(key_file, identity, settings.hook, settings.timeout, settings.permissions)
-    except CaramelError as error:
-        error.args = ("%s; %s" % (so_far, error),)
-        raise
+        # What the hook starts again would not come up without its key.
+        reason = held.why_not(identity)
+        if reason:
+            raise KeyUnusable("the hook has to wait: the key can't be used, %s" % reason)
+    called = hook.call(key_file, identity, trust, settings.hook, settings.timeout, environment)
     log.step("the hook was called" if called else "the hook is not owed")

@@ -26,6 +26,9 @@ from .settings import Permissions
 
 MAXIMUM = 1 << 20  # bytes; a longer file is nothing that this program wrote
 MAXIMUM_LINKS = 40  # as the kernel's, path_resolution(7)
+MOUNT_POINT = "%s is mounted by itself, and can't be replaced: mount its folder"
+IS_IN_MEMORY = "%s is in memory (%s): each boot begins with a new key and request"
+IN_MEMORY = ("tmpfs", "ramfs", "rootfs")  # the last one is the first file system of all, which an initramfs is in
 
 
 @contextmanager
@@ -219,19 +222,45 @@ class Folder:
     def sync(self, fd: Optional[int] = None) -> None:
         """Makes the names in the folder durable, then that of the file `fd` on a FAT. Raises `StorageError`."""
         with doing("flush the folder of", self.path):
-            folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
             try:
-                os.fsync(folder)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # some file systems (of FUSE) can't do that to a folder
-                    raise
-            finally:
-                os.close(folder)
+                folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            except PermissionError:
+                os.sync()  # a folder that may be written to and not be read can't be flushed by itself
+            else:
+                try:
+                    os.fsync(folder)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # some file systems (of FUSE) can't do that to a folder
+                        raise
+                finally:
+                    os.close(folder)
             if fd is not None:
                 # FAT keeps a file's size and start in its name's slot, and writes that slot for the file, not for
                 # the folder: without this the renamed file is empty after a power cut. After the folder, because
                 # two slots with one content make fsck.fat empty one of them.
                 os.fsync(fd)
+
+    @property
+    def in_memory(self) -> Optional[str]:
+        """The kind of file system, where the next boot finds nothing of it: tmpfs, ramfs, or an overlay over one."""
+        mounted: dict[str, list[str]] = {}  # by device: kind, source, options
+        try:
+            with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+                for line in file:
+                    fields = line.rstrip("\n").split(" ")  # proc_pid_mountinfo(5)
+                    mounted[fields[2]] = fields[fields.index("-") + 1 :]
+            kind, _, options = mounted[_device(os.fstat(self.fd))]
+            if kind != "overlay":
+                return kind if kind in IN_MEMORY else None
+            # What is written lands in its upper layer.
+            upper = next(option[9:] for option in options.split(",") if option.startswith("upperdir="))
+            return kind if mounted[_device(os.stat(upper))][0] in IN_MEMORY else None
+        except (OSError, LookupError, StopIteration):
+            return None  # nothing that is known: a subvolume of btrfs, an upper layer that was mounted elsewhere
+
+    def is_mount_point(self, fd: int) -> bool:
+        """Whether the file that `fd` is open on is mounted by itself, so that no other one can get its name."""
+        return _PROC and _mount(fd) != _mount(self.fd)
 
     def discard(self, name: str, fd: Optional[int] = None) -> None:
         """Removes the file `name`, where that is possible; with `fd`, only if it is the file that `fd` is open on."""
@@ -253,6 +282,15 @@ class Folder:
 
 
 _PROC = os.path.exists("/proc/self/fd")
+
+
+def _device(status: os.stat_result) -> str:
+    return "%d:%d" % (os.major(status.st_dev), os.minor(status.st_dev))
+
+
+def _mount(fd: int) -> bytes:
+    with open("/proc/self/fdinfo/%d" % fd, "rb") as file:
+        return file.read().partition(b"mnt_id:")[2].partition(b"\n")[0]  # proc_pid_fdinfo(5)
 
 
 def _parts(path: str) -> list[str]:
@@ -323,6 +361,33 @@ class KeyFile:
         """The content. Raises `StorageError`, also for a file that is too long to be a key file."""
         return read(self._fd, self.path)
 
+    def prepare(self) -> None:
+        """Makes sure that `replace` will be able to, as far as that can be known. Raises `StorageError`.
+
+        For what is to be made with much effort: a key takes half a minute on a small device.
+        """
+        draft = self._folder.beside("new")
+        with doing("store", self.path):
+            if self.is_mount_point:
+                raise StorageError(MOUNT_POINT % self.path)
+            self._folder.discard(draft)
+            fd = self._folder.create(draft)
+            try:
+                os.write(fd, bytes(8192))  # more than a key and its request take
+            finally:
+                os.close(fd)
+                self._folder.discard(draft)
+
+    @property
+    def is_mount_point(self) -> bool:
+        """Whether the file is mounted by itself: it can be read, and nothing can be put in its place."""
+        return self._folder.is_mount_point(self._fd)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is wrong with the place that the file is in, for a person; as a rule nothing."""
+        return _remarks(self._folder, self._fd)
+
     def replace(self, data: bytes, modified: Optional[float], permissions: Permissions) -> None:
         """Puts `data` in the place of what was there, at once and durably.
 
@@ -368,7 +433,9 @@ class KeyFile:
         self._folder.discard(self._folder.beside("new"))
 
     def close(self) -> None:
-        """Gives the lock back. The file that this run made and put nothing in is removed."""
+        """Gives the lock back. The file that this run made and put nothing in is removed. May be called again."""
+        if not self._locks:
+            return
         if self._created:
             self._folder.discard(self._folder.name, self._fd)
         for lock in self._locks:
@@ -397,6 +464,21 @@ def peek(path: str) -> tuple[bytes, Optional[os.stat_result]]:
                 return read(fd, path), os.fstat(fd)
     except FileNotFoundError:
         return b"", None
+
+
+def remarks(path: str) -> list[str]:
+    """`KeyFile.remarks` of the file at `path`, without a lock, and as far as the caller may see."""
+    try:
+        with Folder(path) as folder, open(folder.open(folder.name), "rb") as file:
+            return _remarks(folder, file.fileno())
+    except (OSError, StorageError):
+        return []
+
+
+def _remarks(folder: Folder, fd: int) -> list[str]:
+    found = [MOUNT_POINT % folder.path] if folder.is_mount_point(fd) else []
+    kind = folder.in_memory
+    return [*found, IS_IN_MEMORY % (folder.path, kind)] if kind else found
 
 
 def read(fd: int, path: str) -> bytes:

@@ -131,13 +131,16 @@ class Check:
         say: Callable[[str], None],
         touch: Optional[Callable[[Identity], None]] = None,
         key_command: Optional[Sequence[str]] = None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """See `check`. `touch`: called in the place of `store` where nothing but the certificate's time is new."""
+        """See `check`. `touch`: called in the place of `store` where nothing but the certificate's time is new;
+        `prepare`: before a key is made, which takes its time, and raises where it could not be stored."""
         self.kept = stored.identity
         self._stored = stored
         self._trust = stored.trust
         self._store = store
         self._touch = touch or store
+        self._prepare = prepare
         self._say = say
         self._timeout = timeout
         self._key_command = key_command
@@ -288,6 +291,7 @@ class Check:
     def _new(self) -> Identity:
         from . import certificates
 
+        self._prepare()
         self._say("making a key and a certificate request")
         with self._server.pause(), signals.unhurried():
             anchors = certificates.anchors(self._trust)

@@ -16,6 +16,7 @@ from .errors import UsageError
 CONFIG_FILE = "/etc/caramel-embedded.conf"
 KEY_FILE = "/var/lib/caramel/identity.pem"
 TIMEOUT = 60.0
+OF_A_HOOK = ("CARAMEL_CN", "CARAMEL_KEY_FILE")  # what a hook finds in its environment, and is no setting inside of it
 # What a key type is called, and its bits where it is RSA.
 KEY_TYPES = {"rsa-2048": 2048, "rsa-4096": 4096, "ec-p256": 0}
 
@@ -317,9 +318,11 @@ class Settings(NamedTuple):
         data = baked("baked.conf")
         base = parse(_text(data, "the baked-in settings"), "the baked-in settings") if data else {}
         build_time = base.pop("BUILD_TIME", "0")
+        # A hook has them of its own: a run that it starts with another configuration is about another identity.
+        names = [name for name in VALUES if not environment.get("CARAMEL_IN_HOOK") or name not in OF_A_HOOK]
         layers = [
             ("the command line", options),
-            ("the environment", {name: environment[name] for name in VALUES if environment.get(name)}),
+            ("the environment", {name: environment[name] for name in names if environment.get(name)}),
             ("the baked-in settings", base),
         ]
         named = _first(layers, "CARAMEL_CONFIG")

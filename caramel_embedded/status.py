@@ -10,7 +10,7 @@ import stat
 import time
 from typing import Any, Optional
 
-from . import __version__, certificates, device, held, hook, pem
+from . import __version__, certificates, device, held, hook, keyfile, pem
 from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING
 from .identity import Identity, utc
 from .keyfile import peek
@@ -67,7 +67,7 @@ def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
         "request_sha256": identity.request_hash if identity else None,
         "certificate": _certificate(stored),
         "hook_owed": _hook_is_owed(stored, settings),
-        "remarks": stored.notes,
+        "remarks": [*keyfile.remarks(settings.key_file), *stored.notes],
         "clock": {
             "now": int(time.time()),
             "floor": int(trust.floor),

@@ -10,8 +10,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -409,6 +412,36 @@ def test_a_signal_while_the_server_keeps_it_waiting(
     assert subprocess.run(["flock", "-n", str(device.key_file), "true"], timeout=30).returncode == 0
 
 
+def hello_requests(connection: socket.socket, over: threading.Event) -> None:
+    """For `Scripted.instead_of_tls`: keeps OpenSSL inside of one call, where no handler of Python's runs."""
+    connection.recv(65536)
+    with suppress(OSError):
+        while not over.is_set():
+            connection.sendall(b"\x16\x03\x03\0\x04\0\0\0\0" * 4000)
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+@pytest.mark.parametrize("command", [COMMAND, *([] if COMMAND != PLAIN else [world.WITHOUT_STARTER])], ids=str)
+def test_a_signal_ends_a_run_at_once_wherever_it_is(
+    tmp_path: Path, authority: Authority, pem: Path, name: str, command: Any
+) -> None:
+    """2.0.0 went on for as long as somebody on the network, without any certificate, sent HelloRequest messages."""
+    command = [command] if isinstance(command, str) else [*command]
+    device = Device(tmp_path / "device", None, authority.certificate_file, ID, command=command)
+    device.has(authority.identity(ID))
+    with Scripted(pem, [], instead_of_tls=hello_requests) as server:
+        device.server = server.address
+        process = device.start()
+        world.until("it is inside of OpenSSL", lambda: server.connections)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(getattr(signal, "SIG" + name))
+        run = device.finish(process, 20)
+    assert time.monotonic() - began < 3
+    assert (run.status, run.out, run.err) == (127, "", f"caramel-embedded: {ID}: ended by a signal\n")
+    assert subprocess.run(["flock", "-n", str(device.key_file), "true"], timeout=30).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["HUP", "INT", "TERM"])
 def test_a_signal_that_the_caller_ignores_stays_ignored(
     tmp_path: Path, authority: Authority, pem: Path, name: str
@@ -432,7 +465,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(
 def test_a_signal_when_the_outcome_is_known_or_a_second_one_ends_it_at_once(name: str) -> None:
     code = (
         "import os, signal, time\nfrom caramel_embedded import signals\n"
-        f"signals.catch()\nsignals.exit_at_once()\nos.kill(os.getpid(), signal.SIG{name})\ntime.sleep(9)\n"
+        f"signals.catch(print)\nsignals.exit_at_once()\nos.kill(os.getpid(), signal.SIG{name})\ntime.sleep(9)\n"
     )
     done = subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (127, b"", b"")

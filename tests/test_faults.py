@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
-from needs import slow
+import world
+from needs import needs, slow
 from torture import machine, power, report
 from torture.fleet import Fleet, key_file_parts
+from torture.namespaces import cover, isolated
 from torture.report import Case
-from world import Device
+from world import Authority, Device, Run, Scripted, answers
 
 
 def survived(cases: Sequence[Case], least: int) -> None:
@@ -23,6 +27,82 @@ def survived(cases: Sequence[Case], least: int) -> None:
 
 def test_a_full_disk_and_a_read_only_one_lose_nothing(fleet: Fleet) -> None:
     survived(machine.disks(fleet, full=False), 9)
+
+
+@needs("mounts")
+@pytest.mark.parametrize("answer", [answers.UNKNOWN, answers.REJECTED, answers.NOT_MODIFIED])
+def test_a_key_file_that_is_a_mount_point_is_said_before_a_key_is_made(
+    device: Device, authority: Authority, tmp_path: Path, answer: bytes
+) -> None:
+    """A container that mounts the one file: nothing can be put in its place, rename(2) says EBUSY."""
+    device.has(b"" if answer == answers.UNKNOWN else authority.identity(str(device.client_id)))
+    before = device.key_file.read_bytes()
+
+    def there() -> Run:
+        cover(device.key_file, device.key_file)
+        return device.run("-v")
+
+    with Scripted(authority.server(), [answer]) as server:
+        device.server = server.address
+        run = isolated(there)
+    assert run.status == (0 if answer == answers.NOT_MODIFIED else 127), run
+    assert f"{device.key_file} is mounted by itself, and can't be replaced: mount its folder" in run.err
+    assert "making a key" not in run.err and "POST" not in {asked.method for asked in server.requests}
+    assert device.key_file.read_bytes() == before
+    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}
+
+
+#: What a root file system in memory, or an overlay with one, looks like.
+IN_MEMORY = {
+    "tmpfs": "mount -t tmpfs none {0}",
+    "ramfs": "mount -t ramfs none {0}",
+    "overlay": "mount -t tmpfs none {1} && mkdir {1}/up {1}/work {1}/low && "
+    "mount -t overlay -o lowerdir={1}/low,upperdir={1}/up,workdir={1}/work none {0}",
+    "disk": "mount --bind {1} {0}",
+    "overlay over a disk": "mkdir {1}/up {1}/work {1}/low && "
+    "mount -t overlay -o lowerdir={1}/low,upperdir={1}/up,workdir={1}/work none {0}",
+}
+
+
+@needs("mounts")
+@pytest.mark.parametrize("kind", IN_MEMORY)
+def test_a_key_file_that_the_next_boot_has_not_is_said_each_time(
+    device: Device, authority: Authority, tmp_path: Path, kind: str
+) -> None:
+    folder, beside = tmp_path / "state", tmp_path / "beside"
+    folder.mkdir()
+    beside.mkdir()
+    device.key_file = folder / "caramel" / "identity.pem"
+
+    def there() -> list[Run]:
+        subprocess.run(["sh", "-ec", IN_MEMORY[kind].format(folder, beside)], check=True, timeout=60)
+        return [device.run(), device.run(), device.run("--status"), device.run("--status", "--json")]
+
+    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING]) as server:
+        device.server = server.address
+        runs = isolated(there)
+    assert [run.status for run in runs] == [69] * 4, runs
+    remark = f"{device.key_file} is in memory ({kind.split()[0]}): each boot begins with a new key and request"
+    said = [(run.err + run.out).count(remark) for run in runs]
+    assert said == ([0] * 4 if "disk" in kind else [1] * 4), runs
+
+
+@needs("root")
+def test_a_folder_that_cannot_be_read_is_no_reason_to_fail(device: Device, authority: Authority) -> None:
+    """It can be written to, and can't be opened to be flushed: 2.0.0 stored, and ended with 127."""
+    state = device.folder / "state"
+    state.mkdir()
+    device.key_file = state / "caramel" / "identity.pem"
+    state.chmod(0o311)
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING]) as server:
+        device.server = server.address
+        run = device.run(before=powerless)
+        device.key_file.parent.chmod(0o311)
+        content = device.key_file.read_bytes()
+        device.key_file.write_bytes(world.unsealed(content))
+        assert (run.status, device.run(before=powerless).status) == (69, 69), run
+    assert device.key_file.read_bytes() == content, "it was written anew"
 
 
 @slow

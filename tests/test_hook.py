@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import world
@@ -63,11 +67,13 @@ class Hooked:
         return self.device.run("--hook", str(self.script), *options, before=before)
 
     @property
-    def litter(self) -> list[str]:
-        """What is beside the key file."""
-        return [
-            name for name in os.listdir(self.device.key_file.parent) if name not in ("identity.pem", "empty.conf")
-        ]
+    def note(self) -> Path:
+        return self.device.folder / ".identity.pem.hook"
+
+    @property
+    def litter(self) -> set[str]:
+        """What is beside the key file and the note that the hook has succeeded."""
+        return set(os.listdir(self.device.folder)) - {"identity.pem", "empty.conf", self.note.name}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_it_is_called_once_for_each_new_certificate(hooked: Hooked) -> None:
     hooked.sign(72)
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert hooked.litter == []
+    assert hooked.litter == set()
 
 
 def test_it_is_not_called_for_a_new_request(hooked: Hooked) -> None:
@@ -145,10 +151,10 @@ def test_it_is_told_when_the_certificate_ends_and_where_the_file_really_is(hooke
     assert hooked.calls == [f"{ID} {real} {end}"]
 
 
-def test_a_certificate_that_was_there_before_the_hook_was_set_is_no_news(hooked: Hooked) -> None:
+def test_a_hook_that_is_set_later_is_called_once_for_what_is_there(hooked: Hooked) -> None:
     hooked.sign()
-    assert hooked.device.run().status == 0
-    assert (hooked.run().status, hooked.calls) == (0, [])
+    assert hooked.device.run().status == 0 and not hooked.note.exists()
+    assert [(hooked.run().status, len(hooked.calls)) for _ in range(2)] == [(0, 1)] * 2
 
 
 def test_the_setting_works_in_a_file_and_in_the_environment(hooked: Hooked) -> None:
@@ -219,7 +225,7 @@ def test_its_failure_is_127_the_certificate_stays_and_it_is_called_again(hooked:
     assert (hooked.run().status, len(hooked.calls)) == (0, 3)
     assert (hooked.run().status, len(hooked.calls)) == (0, 3)
     assert hooked.device.snapshot() == before
-    assert hooked.litter == []
+    assert hooked.litter == set()
 
 
 def test_its_death_by_a_signal_is_a_failure(hooked: Hooked) -> None:
@@ -280,27 +286,27 @@ def test_a_power_cut_while_it_is_at_work_calls_it_again(hooked: Hooked, victim: 
     hooked.hook()
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert hooked.litter == []
+    assert hooked.litter == set()
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "call, number, calls",
     [
-        *(pytest.param(f"fsync:when={number}", marks=slow) for number in range(1, 7)),
-        *(f"renameat:when={number}" for number in range(1, 3)),
+        *(pytest.param("fsync", number, [0, 1], marks=slow) for number in (1, 2, 3)),  # of the certificate
+        pytest.param("fsync", 4, [1, 2], marks=slow),  # the note has no name yet
+        *(pytest.param("fsync", number, [1, 1], marks=slow) for number in (5, 6)),
+        ("renameat", 1, [0, 1]),
+        ("renameat", 2, [1, 2]),
     ],
 )
 @needs("strace")
-def test_a_power_cut_around_the_storing_calls_it_once(hooked: Hooked, cut: str) -> None:
-    """The note is flushed (1 to 3) before the certificate is (4 to 6): at no moment is it forgotten."""
+def test_an_end_at_any_moment_never_forgets_it(hooked: Hooked, call: str, number: int, calls: list[int]) -> None:
     hooked.sign()
     hooked.device.command = [*world.WITHOUT_STARTER]
-    call, when = cut.split(":")
-    killed = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", f"inject={call}:signal=KILL:{when}"))
-    assert (killed.status, hooked.calls) == (-9, [])
-    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
-    assert hooked.litter == []
+    end = ("strace", "-qq", "-o", os.devnull, "-e", f"inject={call}:signal=KILL:when={number}")
+    assert (hooked.run(before=end).status, len(hooked.calls)) == (-9, calls[0])
+    assert [(hooked.run().status, len(hooked.calls)) for _ in range(2)] == [(0, calls[1])] * 2
+    assert hooked.litter == set()
 
 
 def test_a_signal_to_the_run_ends_the_hook_which_stays_owed(hooked: Hooked) -> None:
@@ -343,42 +349,26 @@ def test_its_time_limit_ends_all_of_it(hooked: Hooked) -> None:
     assert (hooked.run().status, len(hooked.calls)) == (0, 2)
 
 
-def test_a_note_that_cannot_be_read_is_no_reason_to_forget_it(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
+def test_a_note_that_cannot_be_read_is_said(hooked: Hooked) -> None:
     hooked.sign()
-    assert hooked.run().status == 127
-    (note,) = (hooked.device.folder / name for name in hooked.litter)
-    note.rename(hooked.folder / "elsewhere")
-    note.symlink_to(hooked.folder / "elsewhere")
+    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
+    hooked.note.unlink()
+    hooked.note.mkdir()
     run = hooked.run()
-    assert (run.status, f"can't read {note}" in run.err, len(hooked.calls)) == (127, True, 1)
+    assert (run.status, f"{hooked.note} is no regular file" in run.err, len(hooked.calls)) == (127, True, 1), run
 
 
 @needs("strace")
-def test_a_note_that_cannot_be_removed_is_said(hooked: Hooked) -> None:
+def test_a_note_that_cannot_be_written_is_said(hooked: Hooked) -> None:
     hooked.sign()
-    note = hooked.device.folder / ".identity.pem.hook"
-    # After the clean-up and the removal of two drafts that aren't there.
     hooked.device.command = [*world.WITHOUT_STARTER]
-    fault = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=unlinkat:error=EROFS:when=4")
-    run = hooked.run(before=fault)
+    run = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", "inject=renameat:error=EROFS:when=2"))
     assert (run.status, len(hooked.calls)) == (127, 1)
-    assert "new certificate" in run.err and f"can't settle {note}: Read-only file system" in run.err
-    assert (hooked.run().status, len(hooked.calls), hooked.litter) == (0, 2, [])
+    assert "new certificate" in run.err and f"can't store {hooked.note}: Read-only file system" in run.err
+    assert (hooked.run().status, len(hooked.calls), hooked.litter) == (0, 2, set())
 
 
 # --- With others around ---
-
-
-def test_a_hook_that_starts_the_program_again_neither_waits_nor_recurses(hooked: Hooked) -> None:
-    again = " ".join(hooked.device.arguments("--hook", str(hooked.script)))
-    # A limit, so that a program that does recurse is a failure and not a fork bomb.
-    hooked.hook(f"[ $(wc -l <{hooked.folder}/calls) -gt 3 ] && exit 0", again, f"echo $? >>{hooked.folder}/inner")
-    hooked.sign()
-    run = hooked.run()
-    assert (run.status, run.seconds < 20, len(hooked.calls)) == (0, True, 1)
-    assert (hooked.folder / "inner").read_text() == "0\n"
-    assert hooked.litter == []
 
 
 def test_of_many_runs_at_once_one_calls_it(hooked: Hooked) -> None:
@@ -390,7 +380,7 @@ def test_of_many_runs_at_once_one_calls_it(hooked: Hooked) -> None:
         runs = list(pool.map(lambda _: hooked.run(), range(12)))
     assert {run.status for run in runs} <= {0, 1}, [run.err for run in runs]
     assert len(hooked.calls) == 2
-    assert hooked.litter == []
+    assert hooked.litter == set()
 
 
 @needs("strace")
@@ -422,47 +412,41 @@ def test_a_run_that_is_locked_out_does_not_call_it(hooked: Hooked) -> None:
     assert (run.status, len(hooked.calls)) == (1, 1)
 
 
-def test_a_slow_hooks_success_does_not_pay_for_the_next_certificate(hooked: Hooked) -> None:
-    go = hooked.folder / "go"
-    hooked.hook(f"while [ ! -e {go} ]; do sleep 0.05; done")
+@needs("strace")
+def test_the_success_of_an_older_certificates_hook_does_not_pay_for_a_newer_one(hooked: Hooked) -> None:
+    """2.0.0 looked whether the note was its own, and removed the newer one that had come meanwhile."""
     hooked.sign()
-    with started(hooked) as slow:
-        world.until("the first hook is at work", lambda: hooked.calls)
-        hooked.script.rename(hooked.folder / "old")
+    hooked.device.command = [*world.WITHOUT_STARTER]
+    delay = ("unlinkat:delay_enter=3000000:when=4", "renameat:delay_enter=3000000:when=2")  # 2.0.0's, and now
+    line = ["strace", "-qq", "-o", os.devnull, *(word for what in delay for word in ("-e", f"inject={what}"))]
+    old = hooked.device.start("--hook", str(hooked.script), before=line)
+    try:
+        world.until("the hook has been called", lambda: hooked.calls)
         hooked.hook("exit 1")
         hooked.sign(72)
-        assert (hooked.run().status, len(hooked.calls)) == (127, 2)
-        go.touch()
-        assert hooked.device.finish(slow, 20).status == 0
+        world.until("the next run has the key file", lambda: hooked.run().status != 1, pause=0.1)
+        assert old.poll() is None and hooked.device.block("CERTIFICATE") == hooked.certificates[-1]
+        assert hooked.device.finish(old, 20).status == 0
+    finally:
+        world.end(old)
+    called = len(hooked.calls)
     hooked.hook()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 3)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 3)
+    assert [(hooked.run().status, len(hooked.calls) - called) for _ in range(2)] == [(0, 1)] * 2
 
 
 @needs("strace")
-def test_what_is_owed_stays_owed_while_a_newer_certificate_cannot_be_stored(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
+@pytest.mark.parametrize("owed", [True, False])
+def test_a_newer_certificate_that_cannot_be_stored_changes_nothing(hooked: Hooked, owed: bool) -> None:
+    hooked.hook("exit %d" % owed)
     hooked.sign()
-    assert hooked.run().status == 127
+    assert (hooked.run().status, len(hooked.calls)) == (127 if owed else 0, 1)
     hooked.sign(72)
-    hooked.device.command = [*world.WITHOUT_STARTER]
-    # The fourth flush is that of the newer certificate; the note that names it is in place already.
-    fault = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=4")
     hooked.hook()
+    fault = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=1")
+    hooked.device.command = [*world.WITHOUT_STARTER]
     run = hooked.run(before=fault)
-    assert (run.status, "can't store" in run.err, len(hooked.calls)) == (127, True, 2)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 3)
-
-
-@needs("strace")
-def test_a_certificate_that_could_not_be_stored_is_no_news(hooked: Hooked) -> None:
-    hooked.sign()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
-    hooked.sign(72)
-    hooked.device.command = [*world.WITHOUT_STARTER]
-    run = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=3"))
-    assert (run.status, len(hooked.calls)) == (127, 1)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+    assert (run.status, "can't store" in run.err, len(hooked.calls)) == (127, True, 1 + owed)
+    assert (hooked.run().status, len(hooked.calls)) == (0, 2 + owed)
 
 
 def test_a_run_ends_when_the_hook_has_and_not_later(hooked: Hooked) -> None:
@@ -471,3 +455,105 @@ def test_a_run_ends_when_the_hook_has_and_not_later(hooked: Hooked) -> None:
     began = time.monotonic()
     assert hooked.run().status == 0
     assert 1 <= time.monotonic() - began < 20
+
+
+# --- Whose word counts ---
+
+
+@pytest.mark.parametrize("owed", [True, False])
+@pytest.mark.parametrize("answer", [None, answers.NOT_MODIFIED], ids=["no server", "unchanged"])
+@pytest.mark.parametrize("whose", ["another device's", "another CA's", "another CA's, sealed"])
+def test_it_is_not_called_for_what_this_very_run_has_not_found_good(
+    hooked: Hooked, key: world.PrivateKey, tmp_path: Path, whose: str, answer: Optional[bytes], owed: bool
+) -> None:
+    """2.0.0 had root call it for whatever the owner of the folder, or the card of another device, had there."""
+    content = hooked.authority.identity("fffbeec0ffff", key=key)
+    if whose != "another device's":
+        content = Authority(tmp_path / "other").identity(ID, key=key, line=False)
+    if "sealed" in whose:  # SHA-256 of what everybody may know: it protects against accidents
+        content = world.sealed(content, hooked.authority.pem, ID)
+    hooked.device.has(content)
+    if owed:
+        owed_for = hashlib.sha256(hooked.device.block("CERTIFICATE") or b"").hexdigest()
+        hooked.note.write_text(owed_for + "\n")  # as 2.0.0 wrote it
+    with Scripted(hooked.authority.server(file="unchanged.pem"), [answer]) as server:
+        hooked.device.server = server.address if answer else "localhost:9"
+        run = hooked.run()
+    assert (run.status, hooked.calls) == (127, []), run
+
+
+def test_it_gets_what_was_judged_and_not_what_the_files_line_says(hooked: Hooked) -> None:
+    hooked.hook("exit 1")
+    hooked.sign()
+    assert hooked.run().status == 127
+    good = hooked.calls
+    line, _, content = hooked.device.key_file.read_bytes().partition(b"\n")
+    forged = re.sub(rb"until=\S+", b"until=$(reboot)", line.partition(b" seal=")[0])
+    under = b"".join(hashlib.sha256(text).digest() for text in (hooked.authority.pem, hooked.authority.pem, b"RSA"))
+    seal = hashlib.sha256(b"\n".join((forged, under, content))).hexdigest().encode()
+    for end in (b"", b" seal=" + seal):
+        hooked.device.has(forged + end + b"\n" + content)
+        hooked.run()
+    assert hooked.calls == good * 3
+
+
+# --- Its surroundings ---
+
+
+def test_inside_of_it_the_program_neither_waits_nor_calls_one_whatever_the_server_signs(hooked: Hooked) -> None:
+    """2.0.0, and a server that signs at each question: 194 inside of each other."""
+    again = " ".join(hooked.device.arguments("--hook", str(hooked.script)))
+    hooked.hook(
+        "[ $(wc -l <%s/calls) -gt 3 ] && exit 0" % hooked.folder, "env", again, f"echo $? >{hooked.folder}/inner"
+    )
+    hooked.server.answers = lambda _: answers.certificate(hooked.sign(48 + len(hooked.certificates)))
+    run = hooked.run()
+    assert (run.status, len(hooked.calls), len(hooked.certificates)) == (0, 1, 2), run.err
+    assert "CARAMEL_IN_HOOK=1\n" in run.err and (hooked.folder / "inner").read_text() == "0\n"
+    # It is owed for the certificate that the run inside has stored.
+    hooked.hook()
+    hooked.server.answers = [answers.NOT_MODIFIED]
+    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+
+
+def test_inside_of_it_another_configuration_is_another_identity(hooked: Hooked) -> None:
+    two = hooked.folder / "two.conf"
+    two.write_text(f"CARAMEL_CN=two\nCARAMEL_KEY_FILE={hooked.folder}/two.pem\nCARAMEL_CA_CERT={hooked.device.ca}\n")
+    hooked.hook(f"{world.COMMAND} --config {two} --status --json >{hooked.folder}/told; true")
+    hooked.sign()
+    assert hooked.run().status == 0
+    told = json.loads((hooked.folder / "told").read_text())
+    assert (told["client_id"], told["key_file"]) == ("two", f"{hooked.folder}/two.pem")
+
+
+def test_it_has_the_callers_environment_and_the_sbin_folders(hooked: Hooked) -> None:
+    """cron's PATH has none of them; what steers OpenSSL is kept from this program alone."""
+    kept = {"OPENSSL_CONF": "/etc/admins.cnf", "SSL_CERT_FILE": "/etc/admins.pem", "SSL_CERT_DIR": "/etc/admins"}
+    (hooked.folder / "sbin").mkdir()
+    hooked.sign()
+    hook = ("--hook", "sh -c 'env; command -v ldconfig'")
+    run = hooked.device.run(*hook, env={**kept, "PATH": f"{hooked.folder}:/usr/bin:/bin"})
+    assert run.status == 0, run
+    assert kept.items() <= dict(line.partition("=")[::2] for line in run.err.splitlines()).items()
+    assert f"PATH={hooked.folder}:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n" in run.err
+
+
+@pytest.mark.parametrize("end", ["its time limit", "a signal"])
+def test_what_it_has_sent_into_other_sessions_ends_with_it_and_nothing_else(hooked: Hooked, end: str) -> None:
+    # `nothing_left_behind` sees what is left.
+    hooked.hook("setsid sleep 61 & setsid sh -c 'sleep 62 & sleep 63' &", "(setsid setsid sleep 64 &)", "sleep 65")
+    hooked.sign()
+    hooked.device.command = [*world.WITHOUT_STARTER]
+    # A child that the process had before it became this program.
+    before = ("sh", "-c", f'sleep 60 >/dev/null 2>&1 & echo $! >{hooked.folder}/pid; exec "$@"', "sh")
+    process = hooked.device.start("--hook", str(hooked.script), "--timeout", "2", before=before)
+    try:
+        if end == "a signal":
+            world.until("the hook is at work", lambda: hooked.calls)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+        assert hooked.device.finish(process, 20).status == 127
+        os.kill(int((hooked.folder / "pid").read_text()), signal.SIGKILL)
+    finally:
+        world.end(process)

@@ -114,7 +114,7 @@ def test_no_secret_byte_is_in_a_file_that_others_can_read(
         elif call.startswith(("openat(", "open(")) and "O_CREAT" in call:
             assert ", 0600)" in call, text
             done = []
-        elif call.startswith("write("):
+        elif call.startswith("write(") and '"\\0\\0' not in call:  # zeros say whether there is room
             assert done == ["fchown8", "fchmod0640"], text
         else:
             assert not call.startswith(("chmod(", "chown(", "fchmodat(", "fchownat(")), text
