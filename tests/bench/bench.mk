@@ -2,13 +2,16 @@
 
 BENCH_ROUNDS ?= 15
 
-.PHONY: bench bench-again
+.PHONY: bench bench-again bench-link
 
 bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed \
 		$(BUILD)/bench/urllib3/installed $(BUILD)/bench/client/installed $(BUILD)/bench/before/installed \
 		$(BUILD)/authority/installed ## what one check costs, side by side with what people use today
 	cd tests && BENCH_ROUNDS="$(BENCH_ROUNDS)" $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.measure
 	$(BUILD)/tests/bin/python -I docs/figures.py
+
+bench-link: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## bytes of a check with the OpenSSL of Debian 12 and 13 (root, 3 min)
+	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.link
 
 # From the figures of the last run: for whoever changes what the pages say.
 bench-again: $(BUILD)/tests/installed ## the pages of the benchmark once more, from its last figures

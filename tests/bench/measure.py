@@ -653,7 +653,7 @@ def _said(command: Sequence[str]) -> str:
 LINES = (
     ("no session tickets", "ssl_session_tickets off;", ""),
     ("TLS 1.3 only", "ssl_protocols TLSv1.3;", "ssl_protocols TLSv1.2;"),
-    ("curve X25519 only", "ssl_ecdh_curve X25519;", "ssl_ecdh_curve prime256v1;"),
+    ("curves X25519 and P-256 only", "ssl_ecdh_curve X25519:prime256v1;", ""),
     ("keep-alive off", "keepalive_timeout 0;", ""),
     ("no version in Server", "server_tokens off;", ""),
 )

@@ -268,9 +268,10 @@ class Authority:
         not_after: Optional[Moment] = None,
         usage: Sequence[ObjectIdentifier] = (CLIENT_AUTH, SERVER_AUTH),
         file: str = "server.pem",
+        key: Optional[PrivateKey] = None,
     ) -> Path:
         """A server's certificate and key, in one file in this authority's folder."""
-        key = new_key()
+        key = key or new_key()
         certificate = self.issue(
             key.public_key(),
             self.subject_for(names[0]),
