@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(message)
+            raise UsageError(message + "; see --help")
 
     made = Parser(
         prog=NAME,
@@ -68,7 +68,9 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
         if parsed.version:
             return EXIT_CERTIFIED, "%s %s\n" % (NAME, __version__)
         if unknown:
-            made.error("unrecognized arguments: %s" % " ".join(unknown))
+            # Not their values: one may be a secret that was meant for another option.
+            options_only = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            made.error("there is no option " + options_only[0] if options_only else "there are only options")
         options = {name: value for name, *_ in SETTINGS if (value := vars(parsed)[name]) is not None}
         words.verbose, words.quiet, words.syslog = parsed.verbose, parsed.quiet, parsed.syslog
         status, json = parsed.status, parsed.json

@@ -548,7 +548,13 @@ def _hand_over(fd: int, permissions: Permissions) -> None:
     status = os.fstat(fd)
     # Only where it differs: file systems without owners refuse even that which changes nothing.
     if (status.st_uid, status.st_gid) != permissions[:2]:
-        os.fchown(fd, permissions.owner, permissions.group)
+        try:
+            os.fchown(fd, permissions.owner, permissions.group)
+        except PermissionError as error:
+            if os.geteuid() == 0:
+                raise  # a file system without owners, say
+            text = "only root can give it to %d:%d, and this is user %d" % (*permissions[:2], os.geteuid())
+            raise PermissionError(error.errno, text) from None
     if stat.S_IMODE(status.st_mode) != permissions.mode:
         os.fchmod(fd, permissions.mode)
 

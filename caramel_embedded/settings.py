@@ -230,7 +230,8 @@ def _value(name: str, text: str, source: str) -> Any:
     try:
         return VALUES[name](text)
     except UsageError as error:
-        raise UsageError("%s, from %s: %s" % (name, source, error)) from None
+        flag = next((flag for known, _, flag, *_ in SETTINGS if known == name and source == "the command line"), None)
+        raise UsageError("%s: %s" % (flag or "%s, from %s" % (name, source), error)) from None
 
 
 def baked(name: str) -> Optional[bytes]:

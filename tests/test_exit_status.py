@@ -93,6 +93,30 @@ def test_wrong_usage(nobody: Device, arguments: list[str]) -> None:
     assert nobody.snapshot() == before
 
 
+LINES = {
+    "--passwort=secret": "there is no option --passwort; see --help",
+    "web": "there are only options; see --help",
+    "--timeout": "argument --timeout: expected one argument; see --help",
+    "--timeout 1h": "--timeout: '1h' is no time limit: a number of seconds, more than 0, at most 86400",
+    "--server https://x/": "--server: 'https://x/' is no server name: HOST or HOST:PORT, without https:// and path",
+    "--mode 999": "--mode: '999' is no octal mode such as 0600 or 0640",
+    "--owner nosuch": "--owner: there is no user 'nosuch'",
+    "--client-id a,b": "--client-id: 'a,b' is no client ID: 1 to 64 of A-Z a-z 0-9 . _ : -",
+    "--config /none": "the configuration file /none is not there",
+    "": "no server: name one with --server or CARAMEL_CA",
+    "--server x --ca-cert /none": "the CA certificate /none is not there",
+    "--server localhost:9 --client-id a": "a: localhost:9 can't be reached: Connection refused",
+}
+
+
+@pytest.mark.parametrize("options", LINES)
+def test_lines_that_people_act_on(tmp_path: Path, authority: Authority, options: str) -> None:
+    config = tmp_path / "conf"
+    config.write_text(f"CARAMEL_KEY_FILE={tmp_path}/identity.pem\nCARAMEL_CA_CERT={authority.certificate_file}\n")
+    run = Device(tmp_path / "device").run(*options.split(), env={"CARAMEL_CONFIG": str(config)}, bare=True)
+    assert (run.status, run.err) == (127, f"caramel-embedded: {LINES[options]}\n")
+
+
 def test_arguments_that_are_no_text(nobody: Device) -> None:
     assert shell("exec $0 --server $(printf 'a\\377b') --config /dev/null").returncode == 127
 
