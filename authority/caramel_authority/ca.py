@@ -275,6 +275,8 @@ class CertificateAuthority(Certificates):
             read = validate(request.pem.encode(), request.sha256, None)
         except BadRequest as error:
             raise TryLater(f"{request.sha256}: {error}") from None
+        if read.client_id != request.client_id:
+            raise TryLater(f"{request.sha256} is no request of {request.client_id}")
         if not db.execute(select(devices).where(devices.c.client_id == read.device)).first():
             raise TryLater(f"{read.client_id} is authorized, and not on the list of devices")
         names = [read.client_id] if HOST_NAME.fullmatch(read.client_id) else []

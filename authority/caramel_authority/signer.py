@@ -21,7 +21,6 @@ import stat
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NoReturn
 
 from sqlalchemy.exc import DBAPIError
@@ -133,21 +132,21 @@ def listen(path: str) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise WrongUsage(f"{path} exists, and is no socket")
-        try:
+        with contextlib.suppress(OSError):  # it was left by one that was killed
             at(path)().close()
-        except OSError:
-            Path(path).unlink()  # left by one that was killed
-        else:
             raise WrongUsage(f"{path}: another signer listens there")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o117)
+    new = f"{path}.{os.getpid()}"
     try:
-        listener.bind(path)
+        listener.bind(new)
+        listener.listen(64)
+        # Who finds it there can connect.
+        os.rename(new, path)
     except OSError as error:
         raise WrongUsage(f"{path}: {error}") from None
     finally:
         os.umask(before)
-    listener.listen(64)
     return listener
 
 

@@ -3,17 +3,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import getpass
+import hashlib
+import json
+import os
 import re
+import signal
+import socket
+import sqlite3
 import subprocess
+import tempfile
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import world
-from authority_world import SUBJECT, RegistrationAuthority, at, csr, rsa_key, sha256
+from authority_world import COMMAND, SUBJECT, RegistrationAuthority, at, csr, rsa_key, sha256
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from needs import needs, slow
+from needs import needs, require, slow
+from world import Daemon
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = needs("authority", "faketime", "openssl")
@@ -220,3 +233,315 @@ def test_usages(tmp_path: Path) -> None:
 def test_no_output_has_key_material(authority: RegistrationAuthority) -> None:
     printed = authority.command("log") + authority.command("list") + authority.command("ca-renew")
     assert not re.search("PRIVATE KEY", printed)
+
+
+# --- The key and the network ---
+
+
+def with_socket(tmp_path: Path, folder: str = "ca") -> RegistrationAuthority:
+    """Its signer is a process of its own. The socket's path has 108 bytes at most (unix(7))."""
+    path = Path(tempfile.mkdtemp(prefix="signer-", dir="/tmp")) / "socket"
+    made = RegistrationAuthority(tmp_path, f'[ca]\nfolder = "{tmp_path}/{folder}"\nsigner_socket = "{path}"\n')
+    made.create_ca()
+    made.command("allow", "one", "two")
+    return made
+
+
+def socket_of(authority: RegistrationAuthority) -> Path:
+    return Path(tomllib.loads(authority.config.read_text())["ca"]["signer_socket"])
+
+
+@contextlib.contextmanager
+def signing(authority: RegistrationAuthority) -> Iterator[Daemon]:
+    with Daemon([COMMAND, "--config", authority.config, "signer"], authority.folder / "signer.log") as signer:
+        world.until("the signer answers", lambda: ask_signer(authority, b"\n") == b"{}")
+        yield signer
+
+
+def test_who_answers_has_no_key(tmp_path: Path) -> None:
+    """What serves has the CA's certificate only. Devices wait where there is no signer."""
+    authority = with_socket(tmp_path / "a")
+    serving = RegistrationAuthority(tmp_path / "b", database=authority.database)
+    (serving.ca.parent).mkdir()
+    serving.ca.write_bytes(authority.ca.read_bytes())
+    serving.config.write_text(f"{serving.config.read_text()}signer_socket = {str(socket_of(authority))!r}\n")
+    with serving.serving() as server:
+        reply = server.enroll(csr("one"))
+        assert (reply.status, reply.headers["retry-after"]) == (503, "60")
+        assert server.get("/health").status == 503
+        with signing(authority) as signer:
+            assert socket_of(authority).stat().st_mode & 0o777 == 0o660
+            assert server.get("/health").status == 204
+            assert server.enroll(csr("two")).status == 200
+            assert "another signer listens there" in authority.command("signer", status=1)
+            assert signer.process
+            signer.process.kill()
+            signer.process.wait(10)
+        assert server.get("/health").status == 503
+        with signing(authority):  # in the place of what the killed one has left
+            assert server.get("/health").status == 204
+        assert not socket_of(authority).exists()
+
+
+def ask_signer(authority: RegistrationAuthority, line: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        # Nobody is there yet; and it reads no further than a hash is long.
+        with contextlib.suppress(ConnectionError, FileNotFoundError):
+            connection.connect(str(socket_of(authority)))
+            connection.sendall(line)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+    return b""
+
+
+def test_the_signer_signs_what_was_authorized_and_nothing_else(tmp_path: Path) -> None:
+    """Whoever has broken into the process that answers may ask, and change the database."""
+    authority = with_socket(tmp_path)
+    requests = {name: csr(name) for name in ("one", "two", "stranger")}
+    with authority.serving() as server, signing(authority):
+        for request in requests.values():
+            assert server.post(request).status == 202
+        hashes = {name: sha256(request) for name, request in requests.items()}
+        for line in (b"", b"x\n", b"a" * 64 + b"\n", hashes["stranger"].encode() + b"\n", b"a" * 999):
+            assert b"PRIVATE" not in ask_signer(authority, line)
+        assert authority.rows("SELECT * FROM certificates") == []
+        # Another request, or another name, in the place of what was authorized.
+        authority.rows(
+            f"UPDATE requests SET pem = '{requests['stranger'].decode()}' WHERE sha256 = '{hashes['one']}'"
+        )
+        authority.rows(f"UPDATE requests SET client_id = 'admin' WHERE sha256 = '{hashes['two']}'")
+        assert b"hash mismatch" in ask_signer(authority, hashes["one"].encode() + b"\n")
+        assert b"no request of admin" in ask_signer(authority, hashes["two"].encode() + b"\n")
+        assert authority.rows("SELECT * FROM certificates") == []
+
+
+def test_a_signer_and_what_it_is_for_end_together(authority: RegistrationAuthority) -> None:
+    """`serve` by itself: its signer is a child, which nobody else can ask."""
+    with authority.serving() as server:
+        assert server.daemon and server.daemon.process
+        serving = server.daemon.process.pid
+        (child,) = Path(f"/proc/{serving}/task/{serving}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        world.until("the server has ended", lambda: not server.daemon or not server.daemon.alive)
+        assert "the signer has ended" in server.daemon.text()
+    with authority.serving() as server:
+        assert server.daemon and server.daemon.process
+        serving = server.daemon.process.pid
+        (child,) = Path(f"/proc/{serving}/task/{serving}/children").read_text().split()
+        server.daemon.process.kill()
+        world.until("the signer has ended", lambda: not Path(f"/proc/{child}").exists())
+
+
+@slow
+def test_process_1_ends_at_sigterm(authority: RegistrationAuthority) -> None:
+    require("mounts")
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    for verb in ("serve", "work"):
+        with Daemon([*alone, COMMAND, "--config", authority.config, verb], authority.folder / "alone.log") as outer:
+            assert outer.process
+            of_outer = Path(f"/proc/{outer.process.pid}/task/{outer.process.pid}/children")
+            world.until("it runs", of_outer.read_text)
+            first = int(of_outer.read_text().split()[0])
+            world.until("it has asked for signals", functools.partial(caught, first, signal.SIGTERM))
+            os.kill(first, signal.SIGTERM)
+            assert outer.process.wait(30) == 0
+
+
+def caught(process: int, number: int) -> bool:
+    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_who_gave_a_command_is_what_the_system_says(authority: RegistrationAuthority) -> None:
+    lies = ["env", "SUDO_USER=somebody", "LOGNAME=somebody", "USER=somebody", "LNAME=somebody", "USERNAME=somebody"]
+    authority.command("allow", "device", before=lies)
+    (entry,) = authority.log("allowed")
+    assert re.fullmatch(rf"administrator:(\S+ as )?{getpass.getuser()}", entry[1])
+
+
+# --- The log ---
+
+
+def test_what_is_logged_cant_be_changed_without_a_trace(tmp_path: Path) -> None:
+    authority = with_socket(tmp_path)
+    with authority.serving() as server, signing(authority):
+        assert server.enroll(csr("one")).status == 200
+    authority.command("allow", "three")
+    assert re.match(
+        r"\d+ entries, each follows from those before it: [0-9a-f]{64}\n", authority.command("log", "--verify")
+    )
+    whole = {path: path.read_bytes() for path in tmp_path.glob("state.db*")}
+    entries = authority.rows("SELECT id, at, who, action, client_id, sha256, detail FROM log ORDER BY id")
+    free = "DROP TRIGGER log_no_update; DROP TRIGGER log_no_delete;"
+    forged, chain = [list(one) for one in entries], ""
+    forged[0][2] = "administrator:somebody-else"
+    rewritten = free
+    for one in forged:
+        chain = hashlib.sha256(json.dumps([chain, *one]).encode()).hexdigest()
+        rewritten += f"UPDATE log SET who = '{one[2]}', chain = '{chain}' WHERE id = {one[0]};"
+    for change, said in (
+        (free + "UPDATE log SET who = 'x' WHERE id = 2", "entry 2 doesn't follow"),
+        (free + "DELETE FROM log WHERE id = 2", "entry 3 doesn't follow"),
+        (free + "DELETE FROM log WHERE id >= 3", "which the signer has seen, isn't there"),
+        ("INSERT INTO log (at, who, action) VALUES (1, 'x', 'y')", "doesn't follow"),
+        (rewritten, "is not the one that the signer has seen"),
+    ):
+        with contextlib.closing(sqlite3.connect(authority.state)) as database:
+            database.executescript(change)
+        assert said in authority.command("log", "--verify", status=1), change
+        for path in tmp_path.glob("state.db*"):
+            path.unlink()
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+
+# --- One CA follows another ---
+
+
+def verified(leaf: bytes, *roots: bytes, strict: bool = True) -> bool:
+    """What OpenSSL says to whoever knows these roots, with the chain that came."""
+    with tempfile.TemporaryDirectory() as folder:
+        known, shown = Path(folder) / "roots.pem", Path(folder) / "leaf.pem"
+        known.write_bytes(b"".join(roots))
+        shown.write_bytes(leaf)
+        strictly = ["-x509_strict"] if strict else []
+        said = openssl("verify", *strictly, "-CAfile", known, "-untrusted", shown, shown)
+    return said.endswith(": OK\n")
+
+
+@slow
+def test_one_ca_follows_another(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    old, out = authority.ca.read_bytes(), tmp_path / "front.pem"
+    make = ["server-certificate", "localhost", "--out", str(out)]
+    authority.command("allow", "one", "two", "three", "four")
+
+    def front() -> bytes:
+        authority.command(*make)
+        return re.sub(rb"(?s)-----BEGIN PRIVATE.*?\n-----END.*?\n", b"", out.read_bytes())
+
+    with authority.serving() as server:
+        assert "there is no next CA" in authority.command("ca-next", "--switch", status=1)
+        said = authority.command("ca-next")
+        assert re.search(r"^next .*\nbefore 20\d\d-\d\d-\d\d: ca-next --switch", said, re.M)
+        both = server.get("/root.crt").body
+        new = both.removeprefix(old)
+        assert both == old + new == server.get("/bundle.crt").body
+        leaf = server.enroll(csr("one")).body
+        assert [verified(leaf, root) for root in (old, new)] == [True, False]
+
+        authority.command("ca-next", "--switch")
+        reply = server.enroll(csr("two"))
+        assert len(reply.chain) == 2 and verified(reply.body, old) and verified(reply.body, new)
+        assert not verified(reply.chain[0].public_bytes(serialization.Encoding.PEM), old)
+        # The front stays with the old one, and whoever knows the new one only believes it too.
+        assert verified(front(), old) and verified(front(), new)
+        assert x509.load_pem_x509_certificates(front())[0].issuer == reply.chain[0].issuer
+        assert server.get("/root.crt").body == old + new
+        assert "one CA follows another" in authority.command("ca-next", status=1)
+
+        authority.command("ca-next", "--finish")
+        assert server.get("/root.crt").body == new == authority.ca.read_bytes()
+        leaf = server.enroll(csr("three")).body
+        assert [verified(leaf, root) for root in (old, new)] == [False, True]
+        assert [verified(front(), root) for root in (old, new)] == [False, True]
+        assert not list(authority.ca.parent.glob("old.*")) + list(authority.ca.parent.glob("next.*"))
+    assert [row[2] for row in authority.log() if row[2].startswith("ca-")] == [
+        "ca-created", "ca-next", "ca-switched", "ca-finished"]  # fmt: skip
+
+
+@slow
+def test_killed_at_any_step_there_is_a_ca_that_signs(authority: RegistrationAuthority) -> None:
+    """Each command of a roll-over dies before it gives a file its name, at the first, at the second and so on. A
+    server signs all the time, and the command given again ends what was begun.
+    """
+    require("strace")
+    roots = [authority.ca.read_bytes()]
+    names = "rename,renameat,renameat2,link,linkat,unlink,unlinkat"
+    number = kills = 0
+    with authority.serving() as server:
+        for stage in ([], ["--switch"], ["--finish"]):
+            died, at_call = True, 0
+            while died:
+                at_call += 1
+                inject = f"--inject={names}:signal=SIGKILL:when={at_call}"
+                trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={names}", inject]
+                done = subprocess.run(
+                    [*trace, COMMAND, "--config", authority.config, "ca-next", *stage],
+                    capture_output=True, timeout=60,
+                )  # fmt: skip
+                died = done.returncode < 0 or b"killed" in done.stderr.lower()
+                kills += died
+                number += 1
+                roots.append(server.get("/root.crt").body)
+                authority.command("allow", f"device-{number}")
+                reply = server.enroll(csr(f"device-{number}"))
+                assert reply.status == 200, (stage, at_call, reply)
+                assert verified(reply.body, server.get("/root.crt").body)
+                authority.command("server-certificate", "localhost", "--out", str(authority.folder / "front.pem"))
+                if not died:
+                    assert done.returncode in (0, 1), done
+    assert kills > 6
+    files = sorted(path.name for path in authority.ca.parent.iterdir() if not path.name.startswith("."))
+    assert [name for name in files if name.startswith(("old", "next", "cross"))] == []
+    assert len(x509.load_pem_x509_certificates(roots[-1])) == 1 and roots[-1] != roots[0]
+
+
+def test_near_its_end_nothing_is_signed_at_each_question(tmp_path: Path) -> None:
+    """A certificate that ends with the CA has no better one after it; a renewed CA makes one at once."""
+    authority = RegistrationAuthority(tmp_path)
+    authority.create_ca("--days", "3")
+    authority.command("allow", "device")
+    request = csr("device")
+    with authority.serving() as server:
+        first = server.enroll(request).body
+    with authority.serving(before=at(2.95)) as server:
+        assert [server.get(sha256(request)).body for _ in range(3)] == [first] * 3
+        assert "LATE: before" in authority.command("ca-status", before=at(2.95))
+        out = str(tmp_path / "front.pem")
+        said = [authority.command("server-certificate", "localhost", "--out", out, before=at(2.95)) for _ in "12"]
+        assert ["made" in said[0], "still good" in said[1]] == [True, True]
+        assert "the CA ends soon: ca-next" in said[1]
+        authority.command("ca-renew", "--days", "30", before=at(2.95))
+        assert server.get(sha256(request)).body != first
+
+
+@slow
+def test_a_new_key_under_somebody_elses_ca(tmp_path: Path) -> None:
+    """ca-request --replace: the CA goes on until ca-install. What is no CA, or has ended, is refused."""
+    authority = RegistrationAuthority(tmp_path / "authority")
+    key, root, request, made = (tmp_path / name for name in ("root.key", "root.crt", "ours.csr", "ours.crt"))
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", key]
+    openssl("req", "-x509", *new, "-days", 30, "-subj", "/C=SE/O=Above/CN=Above Root", "-out", root)
+
+    def installed(*options: object, status: int = 0, replace: bool = False) -> str:
+        ask = ["ca-request", "--subject", "C=SE,O=Below,CN=Below", *(["--replace"] if replace else [])]
+        request.write_text(authority.command(*ask))
+        by = ["-CA", root, "-CAkey", key, *options]
+        openssl("x509", "-req", "-in", request, *by, "-out", made)
+        made.write_bytes(made.read_bytes() + root.read_bytes())
+        return authority.command("ca-install", str(made), status=status)
+
+    good = ["-days", 20, "-copy_extensions", "copyall"]
+    assert "is no CA" in installed("-days", 20, status=1)
+    assert "has ended" in installed("-days", -1, "-copy_extensions", "copyall", status=1)
+    assert not authority.ca.exists()
+    installed(*good)
+    first = authority.ca.read_bytes()
+    authority.command("allow", "one", "two", "three")
+    with authority.serving() as server:
+        assert "is no CA" in installed("-days", 20, status=1, replace=True)
+        assert (authority.ca.read_bytes(), server.enroll(csr("one", subject=BELOW)).status) == (first, 200)
+        assert "it signs from now on" in installed(*good, replace=True)
+        reply = server.enroll(csr("two", subject=[*BELOW[:-1], ("CN", "two")]))
+        assert verified(reply.body, root.read_bytes(), strict=False) and authority.ca.read_bytes() != first
+        # Another root, which devices have to learn first: it is the next CA.
+        openssl("req", "-x509", *new, "-days", 30, "-subj", "/C=SE/O=Other/CN=Other Root", "-out", root)
+        assert "it is the next CA" in installed(*good, replace=True)
+        assert len(x509.load_pem_x509_certificates(server.get("/root.crt").body)) == 2
+        authority.command("ca-next", "--switch")
+        reply = server.enroll(csr("three", subject=[*BELOW[:-1], ("CN", "three")]))
+        assert verified(reply.body, root.read_bytes(), strict=False)
+
+
+BELOW: world.Subject = (("C", "SE"), ("O", "Below"), ("CN", "one"))
