@@ -6,7 +6,9 @@ it locked by somebody else needs none of this.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Optional
 
 from .errors import CaramelError, KeyUnusable, Locked, UsageError
@@ -16,6 +18,9 @@ from .log import Log
 from .settings import ClientId, Permissions, Settings
 from .stored import Stored, require_entropy, usable
 from .trust import Trust
+
+# Their modification times have passed: systemd's build, and its last synchronization; systemd-timesyncd.service(8).
+CLOCK_FILES = ("/usr/lib/clock-epoch", "/var/lib/systemd/timesync/clock")
 
 if TYPE_CHECKING:
     from .session import Outcome
@@ -43,7 +48,8 @@ def check(
         store = _Store(file, stored, settings.permissions, log)
         address, say, command = settings.server, log.step, settings.key_command
         conversation = Check(
-            address, stored, store.replace, settings.timeout, say, store.touch, command, file.prepare
+            *(address, stored, store.replace, settings.timeout, say, store.touch),
+            *(command, file.prepare, settings.groups),
         )
         remarks = file.remarks
         try:
@@ -76,6 +82,9 @@ def stored_identity(settings: Settings, data: bytes, modified: Optional[float], 
     """
     require_entropy()  # before anything is loaded that would wait for it
     trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
+    for path in CLOCK_FILES:
+        with suppress(OSError):
+            trust.learn(os.stat(path).st_mtime)
     client_id = _client_id(settings, data, trust)
     log.client_id = client_id.text
     log.step("client ID from %s" % client_id.source)

@@ -11,8 +11,8 @@ import calendar
 import datetime
 import hashlib
 import io
+import math
 import os
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Optional
 
@@ -216,14 +216,18 @@ def _hardware(fields: Mapping[str, str]) -> tuple[str, ...]:
 def utc(seconds: float) -> str:
     """Seconds since 1970 as a person reads them: ``2026-01-31 12:00:00 UTC``."""
     try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-    except (ValueError, OverflowError, OSError):
+        return "%s UTC" % _moment(seconds)
+    except OverflowError:
         return "%d seconds after 1970" % seconds
 
 
 def _iso(seconds: float) -> str:
-    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=int(seconds))
-    return moment.isoformat() + "Z"
+    return _moment(seconds).isoformat() + "Z"
+
+
+def _moment(seconds: float) -> datetime.datetime:
+    """Counted without the C library: gmtime(3) ends in 2038 where `time_t` has 32 bits. Raises OverflowError."""
+    return datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=math.floor(seconds))
 
 
 def _seconds(text: str) -> float:

@@ -7,6 +7,7 @@ for getting a response, and for who may have given it. Leaves to ``enrollment`` 
 from __future__ import annotations
 
 import calendar
+import datetime
 import email.utils
 import http.client
 import json
@@ -24,7 +25,7 @@ from urllib3.util import SKIP_HEADER
 from . import __version__
 from .errors import CaramelError, Refused, Unreachable, Untrusted, printable
 from .identity import Identity, utc
-from .tls import Limits, Tcp, Tls, client_context, directly, show
+from .tls import POST_QUANTUM, Limits, Tcp, Tls, client_context, directly, show
 from .trust import Trust
 
 MAXIMUM_BODY = 65536  # bytes
@@ -32,6 +33,7 @@ MAXIMUM_WAIT = 86400  # seconds; a Retry-After of a broken server must not keep 
 NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX_get_error(3)
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 END_OF_9999 = 253402300799  # the last second that an HTTP date can tell (RFC 9110, 5.6.7)
 
 
@@ -99,14 +101,24 @@ class Server:
     """One run's conversation with a Caramel server, over one connection where that is possible."""
 
     def __init__(
-        self, address: tuple[str, int], trust: Trust, client_id: str, timeout: float, say: Callable[[str], None]
+        self,
+        address: tuple[str, int],
+        trust: Trust,
+        client_id: str,
+        timeout: float,
+        say: Callable[[str], None],
+        groups: str = "small",
     ) -> None:
-        """`timeout`: seconds for everything that waits on the network, name look-up included, from `connect` on."""
+        """`timeout`: seconds for everything that waits on the network, name look-up included, from `connect` on.
+
+        `groups`: the key exchanges to offer, as in the settings.
+        """
         self.address = address
         self.name = ("[%s]:%d" if ":" in address[0] else "%s:%d") % address
         self.trust = trust
         self.say = say
         self._limits = Limits(timeout)
+        self._small = groups == "small"
         self._addresses: list[Any] = []
         # A client ID has no character that would have to be quoted in a comment (RFC 9110, 5.6.5). Nobody compresses
         # for a client that says nothing of it, which saves a line on a link that costs by the byte.
@@ -139,7 +151,9 @@ class Server:
         """
         headers = {}
         if since is not None and 0 <= since <= END_OF_9999:
-            headers["If-Modified-Since"] = email.utils.formatdate(since, usegmt=True)
+            # Not `formatdate`, which asks the C library: it ends in 2038 where `time_t` has 32 bits.
+            moment = EPOCH + datetime.timedelta(seconds=int(since))
+            headers["If-Modified-Since"] = email.utils.format_datetime(moment, usegmt=True)
         return self._ask("GET", request_hash, None, headers)
 
     def post(self, request_hash: str, request: bytes) -> Response:
@@ -219,12 +233,12 @@ class Server:
         without: then an end counts by the best known time, and a beginning not at all."""
         if not self.trust.clock_is_behind:
             try:
-                return self._handshake(address, dates=True)
+                return self._with_groups(address, dates=True)
             except ssl.SSLCertVerificationError as error:
                 if error.verify_code != NOT_YET_VALID:
                     raise
             self.say("a certificate of the server has not begun by this device's clock: looking at ends only")
-        tls = self._handshake(address, dates=False)
+        tls = self._with_groups(address, dates=False)
         try:
             self._verify_ends(address, tls)
         except BaseException:
@@ -232,8 +246,23 @@ class Server:
             raise
         return tls
 
-    def _handshake(self, address: Any, dates: bool) -> Tls:
-        context, call = client_context(self.trust, dates), directly
+    def _with_groups(self, address: Any, dates: bool) -> Tls:
+        """A handshake with P-256 alone, if that is asked for. A server that doesn't know that one group, which all
+        have to (RFC 8446, 9.1), is told from other failures: with all that OpenSSL has, the handshake ends well."""
+        small = self._small and POST_QUANTUM
+        try:
+            return self._handshake(address, dates, small)
+        except ssl.SSLError as error:
+            if not small or not str(error.reason).endswith("ALERT_HANDSHAKE_FAILURE"):
+                raise
+            try:
+                self._handshake(address, dates, small=False).close()
+            except OSError:
+                raise error from None
+        raise OSError(None, "it takes no key exchange with P-256: --groups default (CARAMEL_GROUPS=default) helps")
+
+    def _handshake(self, address: Any, dates: bool, small: bool) -> Tls:
+        context, call = client_context(self.trust, dates, small), directly
         if self._identity is not None:
             call = directly if self._identity.holder == "software" else self._limits.by_chip
             reason = show(self._identity, context, call)

@@ -70,6 +70,7 @@ def check(
     identity_ca: Optional[bytes] = None,
     key_type: str = "rsa-2048",
     key_command: Optional[Sequence[str]] = None,
+    groups: str = "small",
     say: Callable[[str], None] = lambda step: None,
 ) -> Outcome:
     """Asks a Caramel server once how things stand with an identity, and brings the identity up to date.
@@ -91,6 +92,7 @@ def check(
         key_type: of new keys: ``rsa-2048``, ``rsa-4096`` or ``ec-p256``; Caramel itself signs no EC keys.
         key_command: program and arguments that make a key which a chip holds, see ``docs/keys-in-hardware.md``; the
             caller has to have OpenSSL's provider for it active. None: the key is made here.
+        groups: key exchanges of TLS: ``small`` (P-256 alone, without a post-quantum share), or OpenSSL's ``default``.
         say: called with each step, for a person who looks for a fault. Never gets key material.
 
     Returns:
@@ -113,7 +115,7 @@ def check(
     address = _address(server)
     trust = Trust(ca_cert, identity_ca, build_time, settings.key_type(key_type))
     judged = Stored(stored or b"", settings.client_id(client_id), trust, modified=modified)
-    return Check(address, judged, store, timeout, say, key_command=key_command).run()
+    return Check(address, judged, store, timeout, say, key_command=key_command, groups=settings.groups(groups)).run()
 
 
 class Check:
@@ -132,6 +134,7 @@ class Check:
         touch: Optional[Callable[[Identity], None]] = None,
         key_command: Optional[Sequence[str]] = None,
         prepare: Callable[[], None] = lambda: None,
+        groups: str = "small",
     ) -> None:
         """See `check`. `touch`: called in the place of `store` where nothing but the certificate's time is new;
         `prepare`: before a key is made, which takes its time, and raises where it could not be stored."""
@@ -144,7 +147,7 @@ class Check:
         self._say = say
         self._timeout = timeout
         self._key_command = key_command
-        self._server = Server(address, stored.trust, stored.client_id, timeout, say)
+        self._server = Server(address, stored.trust, stored.client_id, timeout, say, groups)
         self._data = stored.data  # the bytes that are stored now
         self._retry_after: Optional[int] = None
         self._notes = list(stored.notes)

@@ -20,6 +20,9 @@ OF_A_HOOK = ("CARAMEL_CN", "CARAMEL_KEY_FILE")  # what a hook finds in its envir
 # What a key type is called, and its bits where it is RSA.
 KEY_TYPES = {"rsa-2048": 2048, "rsa-4096": 4096, "ec-p256": 0}
 
+# Key exchanges of TLS: P-256 alone, or what OpenSSL offers by itself.
+GROUPS = ("small", "default")
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _DIGITS = "0123456789"
 CLIENT_ID_CHARACTERS = frozenset(_LETTERS + _DIGITS + "._:-")
@@ -55,6 +58,13 @@ def key_type(text: str) -> str:
     """`text` if it is a type of keys. Raises `UsageError`."""
     if text not in KEY_TYPES:
         raise UsageError("%r is no key type: one of %s" % (text, ", ".join(KEY_TYPES)))
+    return text
+
+
+def groups(text: str) -> str:
+    """`text` if it says which key exchanges to offer. Raises `UsageError`."""
+    if text not in GROUPS:
+        raise UsageError("%r is neither of %s" % (text, ", ".join(GROUPS)))
     return text
 
 
@@ -176,6 +186,13 @@ SETTINGS: tuple[tuple[str, Callable[[str], Any], str, str, str], ...] = (
     ("CARAMEL_KEY_TYPE", key_type, "--key-type", "TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
     ("CARAMEL_KEY_COMMAND", _command, "--key-command", "COMMAND", "makes a key that a TPM or a token holds"),
     ("CARAMEL_OPENSSL_CONF", _path, "--openssl-conf", "PATH", "OpenSSL's configuration for such keys"),
+    (
+        "CARAMEL_GROUPS",
+        groups,
+        "--groups",
+        "GROUPS",
+        "key exchange: small (P-256; as a rule), or OpenSSL's default",
+    ),
     ("CARAMEL_OWNER", _owner, "--owner", "USER", "owner of the key file; by default the caller"),
     ("CARAMEL_GROUP", _group, "--group", "GROUP", "group of the key file; by default the caller's"),
     ("CARAMEL_MODE", _mode, "--mode", "OCTAL", "mode of the key file; by default 0600"),
@@ -291,8 +308,8 @@ class Settings(NamedTuple):
 
     Attributes: server: host and port, or None; ca_cert_file, identity_ca_file: paths or None; key_file: absolute
     path; client_id: or None (ask the hardware); interfaces: or None (the physical ones); domain: or None; key_type;
-    key_command: words, or None; openssl_conf: path, or None; permissions: of the key file; timeout: seconds; hook:
-    words, or None; build_time: seconds since 1970, UTC, 0 where the build left none; unknown: names in the
+    key_command: words, or None; openssl_conf: path, or None; groups; permissions: of the key file; timeout: seconds;
+    hook: words, or None; build_time: seconds since 1970, UTC, 0 where the build left none; unknown: names in the
     configuration file that this version doesn't know; sources: where the value of each setting comes from.
     """
 
@@ -306,6 +323,7 @@ class Settings(NamedTuple):
     key_type: str
     key_command: Optional[tuple[str, ...]]
     openssl_conf: Optional[str]
+    groups: str
     permissions: Permissions
     timeout: float
     hook: Optional[tuple[str, ...]]
@@ -353,6 +371,7 @@ class Settings(NamedTuple):
             key_type=get("CARAMEL_KEY_TYPE", "rsa-2048"),
             key_command=get("CARAMEL_KEY_COMMAND"),
             openssl_conf=get("CARAMEL_OPENSSL_CONF"),
+            groups=get("CARAMEL_GROUPS", "small"),
             permissions=Permissions(
                 get("CARAMEL_OWNER", os.geteuid()), get("CARAMEL_GROUP", os.getegid()), get("CARAMEL_MODE", 0o600)
             ),

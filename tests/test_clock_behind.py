@@ -130,3 +130,29 @@ def test_in_1970_a_device_lives(device: Device, pem: Path, authority: Authority)
             run = device.run(before=clock(FIRST_BOOT))
         assert run.status in (0, 69) and run.err.count("\n") == 1, run.err
     assert server.requests[0].client_certificate is not None
+
+
+@pytest.mark.parametrize("path", ["/usr/lib/clock-epoch", "/var/lib/systemd/timesync/clock"])
+@pytest.mark.parametrize("told", [True, False])
+def test_times_that_systemd_knows_to_have_passed(
+    device: Device, authority: Authority, tmp_path: Path, path: str, told: bool
+) -> None:
+    """A server's certificate that ended last week, in 1970, under an old CA."""
+    require("mounts")
+    old = Authority(tmp_path / "old", not_before=now() - hours(24 * 400))
+    device.ca = old.certificate_file
+    device.has(old.identity(ID, certified=False))
+    pem = old.server(not_before=now() - hours(24 * 35), not_after=now() - hours(24 * 7))
+    passed = now() - hours(1 if told else 24 * 30)
+    top = path[: path.index("/", 5)]  # what is new there is in memory, and gone with the run
+    layers = f"lowerdir={top},upperdir={tmp_path}/layer/upper,workdir={tmp_path}/layer/work"
+    script = (
+        f"set -e; mkdir {tmp_path}/layer; mount -t tmpfs none {tmp_path}/layer; "
+        f"mkdir {tmp_path}/layer/upper {tmp_path}/layer/work; "
+        f"mount -t overlay none -o {layers} {top}; mkdir -p ${{1%/*}}; touch -d @{passed.timestamp():.0f} $1; "
+        'shift; exec "$@"'
+    )
+    with Scripted(pem, [answers.PENDING]) as server:
+        device.server = server.address
+        run = device.run(before=["unshare", "-m", "sh", "-c", script, "sh", path, *clock(FIRST_BOOT)])
+    assert run.status == (127 if told else 69), run.err

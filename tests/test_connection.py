@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -327,3 +328,47 @@ def far_away(new: Device, pem: Path, authority: Authority, folder: Path) -> None
         run = new.run()
     assert run.status == 0, run.err
     assert server.requests[0].if_modified_since == ""
+
+
+# --- OpenSSL 3.5 and its post-quantum share ---
+
+
+@pytest.fixture
+def modern(new: Device) -> Device:
+    """A device with Debian 13's OpenSSL."""
+    require("trixie")
+    tree = world.in_tree(world.trixie())
+    command = world.installation("trixie", "/usr/bin/python3", system=True, before=tree)
+    new.command = [*tree, command]
+    return new
+
+
+@pytest.mark.parametrize(("groups", "one_packet"), [(None, True), ("small", True), ("default", False)])
+def test_a_greeting_fits_one_packet_unless_the_default_is_asked_for(
+    modern: Device, pem: Path, authority: Authority, groups: str, one_packet: bool
+) -> None:
+    sizes: list[int] = []
+    modern.has(authority.identity(ID, certified=False))
+    options = ["--groups", groups] if groups else []
+    record = lambda connection, over: sizes.append(len(connection.recv(65536)))  # noqa: E731
+    with Scripted(pem, [None], instead_of_tls=record) as server:
+        modern.server = server.address
+        assert modern.run(*options).status == 127
+    assert len(sizes) == 1 and (sizes[0] < 350 if one_packet else sizes[0] > 1200), sizes
+
+
+@needs("nginx")
+def test_a_server_with_x25519_alone_is_told_from_other_failures(
+    modern: Device, pem: Path, caramel: Caramel, tmp_path: Path
+) -> None:
+    with Nginx(tmp_path / "nginx", caramel, pem, server_lines="ssl_ecdh_curve X25519;") as front:
+        modern.server = front.address
+        run = modern.run()
+        assert (run.status, "CARAMEL_GROUPS=default" in run.err) == (127, True), run.err
+        assert modern.run("--groups", "default").status == 69
+    # The same alert, for another reason.
+    with Scripted(pem, [None], newest_tls=ssl.TLSVersion.TLSv1_2) as server:
+        server.context.set_ciphers("AES128-SHA256")
+        modern.server = server.address
+        run = modern.run()
+    assert (run.status, "HANDSHAKE_FAILURE" in run.err, "GROUPS" in run.err) == (127, True, False), run.err

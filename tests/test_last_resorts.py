@@ -10,6 +10,7 @@ import importlib
 import os
 import ssl
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,20 @@ def test_a_system_without_files_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "1970-01-01 00:00:00 UTC"), (1e20, "1%s seconds after 1970" % ("0" * 20))]
+    ("seconds", "text"),
+    [
+        (0, "1970-01-01 00:00:00 UTC"),
+        (2868066205, "2060-11-19 05:03:25 UTC"),
+        (1e20, "1%s seconds after 1970" % ("0" * 20)),
+    ],
 )
-def test_times_for_a_person(seconds: float, text: str) -> None:
+def test_times_for_a_person(monkeypatch: pytest.MonkeyPatch, seconds: float, text: str) -> None:
+    """Where `time_t` has 32 bits, the C library knows none after 2038."""
+
+    def ends_in_2038(seconds: float) -> None:
+        raise OverflowError("timestamp out of range for platform time_t")
+
+    monkeypatch.setattr(time, "gmtime", ends_in_2038)
     assert identity.utc(seconds) == text
 
 

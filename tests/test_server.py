@@ -144,7 +144,7 @@ def test_a_certificate_that_is_early_even_without_dates_ends_the_run(monkeypatch
     """Not every TLS library has to know OpenSSL's flag."""
     tries = []
 
-    def early(_: server.Server, address: Any, dates: bool) -> None:
+    def early(_: server.Server, address: Any, dates: bool, small: bool) -> None:
         tries.append(dates)
         error = ssl.SSLCertVerificationError("not yet valid")
         error.verify_code, error.verify_message = server.NOT_YET_VALID, "certificate is not yet valid"

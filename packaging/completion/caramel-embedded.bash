@@ -29,11 +29,14 @@ _caramel_embedded() {
         --key-type)
             mapfile -t COMPREPLY < <(compgen -W 'rsa-2048 rsa-4096 ec-p256' -- "$word")
             ;;
+        --groups)
+            mapfile -t COMPREPLY < <(compgen -W 'small default' -- "$word")
+            ;;
         --client-id | --domain | --timeout) ;;
         *)
             mapfile -t COMPREPLY < <(compgen -W '
                 --server --ca-cert --identity-ca --key-file --client-id --interfaces --domain --key-type --key-command
-                --openssl-conf --owner --group --mode --timeout --hook --config --status --json --syslog --verbose --quiet --version --help -v -q -h
+                --openssl-conf --groups --owner --group --mode --timeout --hook --config --status --json --syslog --verbose --quiet --version --help -v -q -h
             ' -- "$word")
             ;;
     esac
