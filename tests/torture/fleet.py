@@ -383,9 +383,10 @@ class Fleet:
             wrong.append("after the next run the server doesn't have the request")
         elif dut.expendable and dut.old and parts.key in dut.old:
             wrong.append("the key that had to go is still there")
-        litter = sorted(os.listdir(dut.device.key_file.parent)) if content else []
-        if litter != ["identity.pem"]:
-            wrong.append(f"litter: {litter}")
+        there = {"identity.pem"} if dut.called is None else {"identity.pem", ".identity.pem.hook"}
+        litter = set(os.listdir(dut.device.key_file.parent)) ^ there if content else set()
+        if litter:
+            wrong.append(f"litter, or missing: {sorted(litter)}")
         if dut.called is not None and not dut.called.exists():
             wrong.append("the hook was never called")
         return wrong

@@ -81,8 +81,7 @@ TRAPS: Mapping[str, _Trap] = {
     "a draft that is a link to a file that isn't there": _Trap(DRAFT, _dangling, True),
     "a draft that is a hard link to root's file": _Trap(DRAFT, _hard, True),
     "a draft that is a FIFO": _Trap(DRAFT, _fifo, True),
-    # A note that can't be read is none: a new one takes its place.
-    "a note that is a link to root's file": _Trap(NOTE, _soft, True),
+    "a note that is a link to root's file": _Trap(NOTE, _soft, False),
     "a note that is a hard link to root's file": _Trap(NOTE, _hard, False),
     "a note that is a FIFO": _Trap(NOTE, _fifo, False),
 }
