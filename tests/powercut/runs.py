@@ -199,8 +199,7 @@ class Device:
             wrong.append("the next run doesn't leave the newest certificate")
         elif owed and parts.certificate and digest(parts.certificate) not in history.called:
             wrong.append("the hook was never called")
-        # A hook's note may come back, because nothing flushes its removal. Then the hook is called twice, or, where
-        # the certificate is another one by now, not at all.
+        # It may be called twice for one certificate: a cut can come between its end and the note.
         if any(file.path == DRAFT for file in self.files()):
             wrong.append("the next run leaves the draft")
         if self.rig.store.shown is not None and not wrong:
