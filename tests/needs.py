@@ -157,6 +157,8 @@ NEEDS: dict[str, Need] = {
     "pebble": program("pebble"),
     "podman": program("podman"),
     # Debian keeps it on nobody's path.
+    "pgbouncer": program("pgbouncer"),
+    "promtool": program("promtool", "prometheus"),
     "postgresql": Need(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), ("postgresql",)),
     "psql": program("psql", "postgresql-client"),
     "rsyslogd": Need(

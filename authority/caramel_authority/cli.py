@@ -101,10 +101,11 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
     listen: dict[str, Any] = {"listen": options.listen}
     if options.listen.startswith("unix:"):
         listen = {"unix_socket": options.listen[5:], "unix_socket_perms": "660"}
-    front: dict[str, Any] = {}
+    # A header that nobody may be believed still tells that somebody passes a question on.
+    front: dict[str, Any] = {"clear_untrusted_proxy_headers": False}
     if options.behind_proxy:
         # What the front says of the client is believed, because nobody else reaches this port.
-        front = {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
+        front |= {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
     registry, child = parts.answering()
     newer = registry.restore()
     if newer:

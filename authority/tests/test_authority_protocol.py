@@ -7,23 +7,27 @@ import base64
 import datetime
 import hashlib
 import ipaddress
+import json
 import math
 import random
+import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable
 from email.utils import format_datetime, parsedate_to_datetime
+from pathlib import Path
 from typing import Union
 
 import authority_world
 import pytest
 import world
-from authority_world import Reply, Server, ask, at, csr, ec_key, rsa_key, sha256
+from authority_world import RegistrationAuthority, Reply, Server, ask, at, csr, ec_key, rsa_key, sha256
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from needs import needs
+from needs import needs, require
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = needs("authority", "faketime", "openssl")
@@ -131,6 +135,13 @@ def test_no_length_and_too_long(server: Server) -> None:
     is_problem(server.post(just_too_long), 413, "Request Entity Too Large")
     is_problem(server.post(just_too_long[:2048]), 400, "Bad Request", "PEM not as OpenSSL writes it")
     assert server.authority.rows("SELECT * FROM requests") == []
+
+
+def test_a_body_in_chunks_has_a_length_once_it_is_there(server: Server) -> None:
+    for body, status in ((csr("fffbeec0ffee").ljust(2049, b"\n"), 413), (csr("fffbeec0ffee"), 202)):
+        pieces = b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in (body[:9], body[9:], b""))
+        head = f"POST /{sha256(body)} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked"
+        assert raw(server.port, head, pieces).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_the_longest_request_that_a_device_may_have(server: Server) -> None:
@@ -425,3 +436,82 @@ def test_a_database_that_fails_is_no_rejection(server: Server) -> None:
     reply = server.get(NOBODYS)
     is_problem(reply, 503, "Service Unavailable", "the registration authority is not able to answer now")
     assert reply.headers["retry-after"] == "60"
+
+
+# --- For the front, and for who watches ---
+
+
+def test_what_is_the_fronts_only(server: Server) -> None:
+    """What it passes on for somebody, and what another address asks, is a page that isn't there."""
+    for path in ("/accepted", "/health"):
+        assert server.get(path).status in (204, 403)
+        is_problem(server.get(path, X_Forwarded_For="192.0.2.1"), 404, "Not Found")
+    assert server.get("/health").status == 204
+    text = server.authority.config.read_text()
+    server.authority.config.write_text('front = ["192.0.2.7"]\n' + text)
+    with server.authority.serving(options=["--behind-proxy"]) as other:
+        assert [other.get(path).status for path in ("/accepted", "/health")] == [404, 404]
+        assert other.get("/health", X_Forwarded_For="192.0.2.7").status == 404  # passed on, and not asked
+    server.authority.ca.unlink()
+    assert server.get("/health").status == 503
+
+
+def test_metrics(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    """docs/monitoring.md names what is there, Prometheus understands it, and each alarm goes off when it should."""
+    require("promtool")
+    page = (world.ROOT / "docs" / "monitoring.md").read_text().partition("## The registration authority")[2]
+    (rules,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    authority.command("server-certificate", "localhost", "--out", str(tmp_path / "front.pem"))
+    authority.command("allow", "one")
+    request, port = csr("one"), world.free_port()
+    with authority.serving(options=["--metrics", f"127.0.0.1:{port}"]) as server:
+        server.enroll(request)
+        server.post(csr("two"))
+        assert server.get("/metrics").status == 404
+        text = ask(port, "GET", "/metrics").body.decode()
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
+        )
+        assert (checked.returncode, checked.stderr) == (0, "")
+        # Its database was taken away: the rest is left out, and that is said.
+        shutil.move(authority.state, tmp_path / "away")
+        authority.ca.unlink()
+        assert "caramel_authority_healthy 0.0" in ask(port, "GET", "/metrics").body.decode()
+    values = dict(re.findall(r"^(caramel_authority.*) (\S+)$", text, re.M))
+    assert values['caramel_authority_requests{state="pending"}'] == "1.0"
+    assert values['caramel_authority_answers_total{method="POST",status="202"}'] == "2.0"
+    assert values["caramel_authority_healthy"] == "1.0"
+    named = {name.partition("{")[0] for name in re.findall(r"^\| `(\w+)", page, re.M)}
+    assert named == {name.partition("{")[0] for name in values} - {"caramel_authority_answers_created"}
+
+    (tmp_path / "rules.yml").write_text(rules)
+    fires = {
+        "AuthorityDown": [("caramel_authority_healthy", "0")],
+        "RequestsWait": [('caramel_authority_requests{state="pending"}', "1")],
+        "DevicesSilent": [("caramel_authority_devices_silent", "20"),
+                          ('caramel_authority_requests{state="authorized"}', "1000")],
+        "CertificatesEnd": [("caramel_authority_certificates_ending", "1")],
+        "OrdersFail": [('caramel_authority_orders{state="failed"}', "1")],
+        "AuthorityCaStep": [('caramel_authority_ca_step_seconds{step="x"}', "7")],
+        "AuthorityFrontEnds": [("caramel_authority_front_not_after_seconds", "9000")],
+        "AuthorityErrors": [('caramel_authority_answers_total{method="GET",status="503"}', "0+600")],
+    }  # fmt: skip
+    assert list(fires) == re.findall(r"alert: (\w+)", rules)
+    tests = []
+    for name, given in fires.items():
+        series = [{"series": one, "values": f"{v}x2000" if "+" in v else f"{v}+0x2000"} for one, v in given]
+        query = f'count(ALERTS{{alertname="{name}", alertstate="firing"}})'
+        # After two days; and not where all is well.
+        well = [
+            {"series": one, "values": "0+0x2000" if "seconds" not in one else "9999999+0x2000"} for one, _ in given
+        ]
+        if name == "AuthorityDown":
+            well = [{"series": "caramel_authority_healthy", "values": "1+0x2000"}]
+        for which, expected in ((series, [{"labels": "{}", "value": 1}]), (well, [])):
+            tests.append({"interval": "2m", "input_series": which, "promql_expr_test": [
+                {"expr": query, "eval_time": "48h", "exp_samples": expected}]})  # fmt: skip
+    (tmp_path / "tests.yml").write_text(json.dumps({"rule_files": ["rules.yml"], "tests": tests}))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "tests.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
