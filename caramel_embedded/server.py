@@ -272,8 +272,10 @@ class Server:
         tcp = Tcp(address, self._limits)
         try:
             return Tls(tcp, context, self.address[0], call)
-        except BaseException:
+        except BaseException as error:
             tcp.close()
+            if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == HAS_EXPIRED:
+                _look_at_clock(context)
             raise
 
     def _verify_ends(self, address: Any, tls: Tls) -> None:
@@ -356,6 +358,16 @@ def in_our_terms(error: BaseException) -> tuple[type[CaramelError], str]:
     if isinstance(error, http.client.IncompleteRead):
         return Unreachable, "broke the connection off in the middle of the response"
     return Refused, "gave a response that is not HTTP: %s" % printable(repr(error))
+
+
+def _look_at_clock(context: ssl.SSLContext) -> None:
+    """Raises `Untrusted` if the trusted CA itself has ended by this device's clock, which no other date can mend."""
+    end = max(ssl.cert_time_to_seconds(str(anchor["notAfter"])) for anchor in context.get_ca_certs())
+    if end < time.time():
+        raise Untrusted(
+            "can't be believed, because the trusted CA ended at %s, and it is %s by this device's clock: "
+            "the clock is far ahead, or the device needs another CA" % (utc(end), utc(time.time()))
+        )
 
 
 def _none_of(name: str, problems: dict[str, tuple[type[CaramelError], str]]) -> CaramelError:

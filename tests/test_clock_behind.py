@@ -156,3 +156,40 @@ def test_times_that_systemd_knows_to_have_passed(
         device.server = server.address
         run = device.run(before=["unshare", "-m", "sh", "-c", script, "sh", path, *clock(FIRST_BOOT)])
     assert run.status == (127 if told else 69), run.err
+
+
+@pytest.mark.parametrize("first", ["", FIRST_BOOT])
+def test_a_year_offline_then_one_run(tmp_path: Path, first: str) -> None:
+    """Meanwhile the certificate, the CA between and the server's certificate have ended. Also in 1970."""
+    root = Authority(tmp_path / "root", not_before=now() - hours(24 * 800), path_length=None)
+    year = {"not_before": now() - hours(24 * 400), "not_after": now() - hours(24 * 20)}
+    device = Device(tmp_path / "device", None, root.certificate_file, ID, command=UNBAKED)
+    old, old_text = root.intermediate("Device CA of last year", **year)
+    device.has(root.identity(ID, certified=False))
+    key, request = (block for _, block in device.blocks())
+    device.has(key + old.sign(device.request, **year) + old_text + request)
+    below, text = root.intermediate("CA of this year", not_before=now() - hours(24))
+    pem = below.server(not_before=now() - hours(1), file="below.pem")
+    content = pem.read_bytes()
+    split = content.index(b"-----BEGIN PRIVATE")
+    pem.write_bytes(content[:split] + text + content[split:])
+    chain = below.sign(device.request, not_before=now() - hours(1)) + text
+    with Scripted(pem, [answers.certificate(chain)], client_ca=root.certificate_file) as server:
+        device.server = server.address
+        run = device.run(before=clock(first) if first else ())
+        assert (run.status, "new certificate" in run.err) == (0, True), run.err
+        assert device.run(before=clock(first) if first else ()).status == 0
+
+
+def test_a_clock_that_is_after_the_cas_end_is_named(device: Device, pem: Path, authority: Authority) -> None:
+    """Nothing is lost by it, and the next run with a right clock goes on."""
+    device.has(authority.identity(ID, not_before=now() - hours(1)))
+    before = device.snapshot()
+    with Scripted(pem, [answers.PENDING]) as server:
+        device.server = server.address
+        run = device.run(before=clock("2080-01-01 00:00:00"))
+        assert (run.status, "the clock is far ahead" in run.err, "2080-01-01" in run.err) == (127, True, True), (
+            run.err
+        )
+        assert device.snapshot() == before
+        assert device.run().status == 69

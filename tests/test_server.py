@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from caramel_embedded import Untrusted, certificates, server, trust
+from caramel_embedded.errors import KeyUnusable
 from caramel_embedded.tls import Limits, Tcp
 
 
@@ -56,6 +58,16 @@ def test_a_look_up_that_never_answers_ends_in_time(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TimeoutError):
         server.look_up("caramel.example", 443, limit(0.2))
     answered.set()
+
+
+def test_a_chip_that_hangs_inside_of_a_library_ends_in_time() -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyUnusable, match="gave no answer"):
+        limit(0.2).by_chip(time.sleep, 3)
+    assert time.monotonic() - began < 2
+    assert limit(20).by_chip(max, 1, 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        limit(20).by_chip(divmod, 1, 0)
 
 
 def test_no_room_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
