@@ -6,7 +6,9 @@ what has ended counts for nothing, and nothing is refused for not having begun.
 
 from __future__ import annotations
 
+import binascii
 import calendar
+import ssl
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -32,17 +34,23 @@ if TYPE_CHECKING:
 
 PrivateKey = Any  # an RSAPrivateKey, an EllipticCurvePrivateKey, or a HeldKey
 
+MAXIMUM_KEY = 16384  # bytes of a key's block
 MAXIMUM_CHAIN = 5  # certificates, the identity's own included
 # Caramel signs nothing between: with 3072 bits it takes the request, and then fails to sign it for ever.
 SIGNABLE_BITS = (2048, 4096)
 
-# Caramel wants those of the first four that its CA has, in this order, whatever order the CA itself has.
-REQUIRED = (
-    NameOID.COUNTRY_NAME,
-    NameOID.STATE_OR_PROVINCE_NAME,
-    NameOID.LOCALITY_NAME,
-    NameOID.ORGANIZATION_NAME,
-)
+# Caramel wants those of the first four that its CA has, in this order, whatever order the CA itself has. The names
+# are OpenSSL's.
+NAMES = {
+    "countryName": NameOID.COUNTRY_NAME,
+    "stateOrProvinceName": NameOID.STATE_OR_PROVINCE_NAME,
+    "localityName": NameOID.LOCALITY_NAME,
+    "organizationName": NameOID.ORGANIZATION_NAME,
+    "organizationalUnitName": NameOID.ORGANIZATIONAL_UNIT_NAME,
+}
+REQUIRED = tuple(NAMES.values())[:4]
+CHECK_SS_SIGNATURE = 0x4000  # OpenSSL's X509_V_FLAG_*: what names itself as its issuer has to have signed itself
+MAXIMUM_REQUEST = 2048  # bytes that Caramel takes
 PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
 
 
@@ -57,24 +65,27 @@ class InvalidCertificate(Exception):
 class Anchors:
     """The trust anchors in a PEM text: certificates of CAs, one or more.
 
+    OpenSSL alone reads them: `cryptography` refuses names in Latin-1 and key identifiers of half a form.
+
     Attributes: certificates; subjects: for each, what the subject of a request begins with; begins: a time that has
     certainly passed, seconds since 1970, UTC.
     """
 
     def __init__(self, text: bytes) -> None:
         """Raises `UsageError` where `text` has no certificate or one that is no CA's."""
+        found = pem.certificates(text)
         try:
-            self.certificates = [x509.load_pem_x509_certificate(one) for one in pem.certificates(text)]
-            authorities = all(map(_is_authority, self.certificates))
-        except Exception as error:  # cryptography has no common base for what a damaged certificate can raise
+            self.certificates = [crypto.load_certificate(crypto.FILETYPE_PEM, one) for one in found]
+            described = list(map(_described, found))
+            # Of several the oldest one's time has certainly passed; a new one may be handed out before it begins.
+            self.begins = min(map(_begin_of, self.certificates), default=0.0)
+        except (crypto.Error, ssl.SSLError, ValueError) as error:
             raise UsageError("a certificate of the CA can't be read: %s" % error) from None
-        if not self.certificates:
+        if not found:
             raise UsageError("the CA certificate holds no certificate in PEM form")
-        if not authorities:
+        if None in described:
             raise UsageError("a certificate that is no CA's is among those of the CA")
-        self.subjects = [_begin_of_subject(certificate.subject) for certificate in self.certificates]
-        # Of several roots the oldest one's time has certainly passed; a new one may be handed out before it begins.
-        self.begins = min(map(_begin, self.certificates))
+        self.subjects = [_begin_of_subject(one["subject"]) for one in described if one]
 
 
 def anchors(trust: Trust, of_server: bool = False) -> Anchors:
@@ -87,18 +98,17 @@ def anchors(trust: Trust, of_server: bool = False) -> Anchors:
     return server if of_server else identity
 
 
-def _is_authority(certificate: x509.Certificate) -> bool:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        # A root of version 1 has no extensions to say it with (X509_check_ca(3)).
-        return certificate.version is x509.Version.v1 and certificate.issuer == certificate.subject
+def _described(certificate: bytes) -> Optional[dict[str, Any]]:
+    """What OpenSSL says of a CA's certificate, PEM (X509_check_ca(3)); None for one that is no CA's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=certificate.decode("ascii"))
+    return next(iter(context.get_ca_certs()), None)
 
 
-def _begin_of_subject(subject: x509.Name) -> list[tuple[x509.ObjectIdentifier, str]]:
+def _begin_of_subject(subject: Iterable[Iterable[tuple[str, str]]]) -> list[tuple[x509.ObjectIdentifier, str]]:
     """Those of C, ST, L and O that a CA has, in that order, then its OU."""
-    own = {attribute.oid: str(attribute.value) for attribute in subject}
-    return [(oid, own[oid]) for oid in (*REQUIRED, NameOID.ORGANIZATIONAL_UNIT_NAME) if oid in own]
+    own = {name: value for parts in subject for name, value in parts}
+    return [(oid, own[name]) for name, oid in NAMES.items() if name in own]
 
 
 # --- Make ---
@@ -126,7 +136,13 @@ def make(
             raise NotReady("the key command %s %s" % (command[0], problem))
     else:
         key = rsa.generate_private_key(65537, bits) if bits else ec.generate_private_key(ec.SECP256R1())
-    return Identity(_private_pem(key), _request(key, client_id, anchors), client_id, trust.digest, hardware)
+    request = _request(key, client_id, anchors)
+    if len(request) > MAXIMUM_REQUEST:
+        raise UsageError(
+            "the request is %d bytes long, and Caramel takes %d: the CA's subject is too long for the key type %s, "
+            "choose another one, rsa-2048 say" % (len(request), MAXIMUM_REQUEST, trust.key_type)
+        )
+    return Identity(_private_pem(key), request, client_id, trust.digest, hardware)
 
 
 class HeldKey:
@@ -205,7 +221,7 @@ def examine(
     stored = _request_in(data)
     key = _signable_key(data, trust.elliptic, stored)
     wrong = []
-    request = _kept_request(stored, key, client_id, anchors)
+    request = _kept_request(stored, key, client_id)
     if request is None:
         wrong.append("the stored request is missing or damaged: made again with the same key")
         request = _request(key, client_id, anchors)
@@ -242,6 +258,9 @@ def _signable_key(data: bytes, elliptic: bool, request: Optional[bytes]) -> Priv
     if block is None and chips is None:
         raise InvalidIdentity("there is no private key in the file")
     key: PrivateKey
+    if max(map(len, filter(None, (block, chips)))) > MAXIMUM_KEY or (block and _longest_number(block) > 513):
+        # Whoever looks at numbers of thousands of bits, whether they are prime, does so for minutes.
+        raise InvalidIdentity("the private key is longer than any that can be signed")
     if block is not None:
         try:
             key = serialization.load_pem_private_key(block, password=None)
@@ -264,6 +283,23 @@ def _signable_key(data: bytes, elliptic: bool, request: Optional[bytes]) -> Priv
     raise InvalidIdentity("the private key is not an RSA key, nor one on the curve P-256")
 
 
+def _longest_number(block: bytes) -> int:
+    """The bytes of the longest INTEGER in a private key, PEM, as far as it is DER."""
+    lines = block.splitlines()[1:-1]
+    data = binascii.a2b_base64(b"".join(line for line in lines if b":" not in line) + b"===")
+    at = longest = 0
+    while at + 2 <= len(data) and b"ENCRYPTED" not in block:
+        tag, size = data[at], data[at + 1]
+        at += 2
+        if size > 0x80:
+            at, size = at + size - 0x80, int.from_bytes(data[at : at + size - 0x80], "big")
+        if tag == 2:
+            longest = max(longest, min(size, len(data) - at))
+        if tag not in (4, 0x30):  # these have others inside
+            at += size
+    return longest
+
+
 def _key_of_request(block: Optional[bytes]) -> Any:
     """The public key that a request is for, if its signature is good; else None."""
     try:
@@ -273,7 +309,7 @@ def _key_of_request(block: Optional[bytes]) -> Any:
         return None
 
 
-def _kept_request(block: Optional[bytes], key: PrivateKey, client_id: str, anchors: Anchors) -> Optional[bytes]:
+def _kept_request(block: Optional[bytes], key: PrivateKey, client_id: str) -> Optional[bytes]:
     """The request in `block`; None where it is missing or damaged. Raises `InvalidIdentity`."""
     if block is None:
         return None
@@ -288,79 +324,117 @@ def _kept_request(block: Optional[bytes], key: PrivateKey, client_id: str, ancho
     names = [value for oid, value in subject if oid == NameOID.COMMON_NAME]
     if len(names) != 1 or not same_name(names[0], client_id):
         raise InvalidIdentity("the request in the file is for another client ID, %s" % ", ".join(map(repr, names)))
-    for begin in anchors.subjects:
-        wanted = [pair for pair in begin if pair[0] in REQUIRED]
-        if subject[: len(wanted)] == wanted:
-            return written
-    raise InvalidIdentity("the trusted CA would refuse the subject of the request in the file")
+    return written
+
+
+def has_subject(block: bytes, anchors: Anchors) -> bool:
+    """Whether the subject of a request, PEM, is one that a CA among the anchors doesn't refuse."""
+    subject = [(attribute.oid, str(attribute.value)) for attribute in x509.load_pem_x509_csr(block).subject]
+    wanted = [[pair for pair in begin if pair[0] in REQUIRED] for begin in anchors.subjects]
+    return any(subject[: len(begin)] == begin for begin in wanted)
 
 
 # --- Verify ---
 
 
 def accept(
-    text: bytes, identity: Identity, anchors: Anchors, trust: Trust, modified: Optional[float] = None
+    text: bytes,
+    identity: Identity,
+    anchors: Anchors,
+    trust: Trust,
+    modified: Optional[float] = None,
+    now: Optional[float] = None,
 ) -> Issued:
     """The certificate in `text`, PEM, followed by its chain, if it is good for `identity` apart from its end.
 
-    `modified`: its time by the server's Last-Modified, seconds since 1970, UTC; None: its notBefore. Roots in the
-    chain are left out. Raises `InvalidCertificate` with the reason.
+    `modified`: its time by the server's Last-Modified, seconds since 1970, UTC; None: its notBefore. `now`: at what
+    time, in the same way; None: the best known. Of the chain remain the CAs, without roots. Raises
+    `InvalidCertificate` with the reason.
     """
     try:
-        loaded = [x509.load_pem_x509_certificate(one) for one in pem.certificates(text)]
-        certificate, rest = loaded[0], loaded[1:MAXIMUM_CHAIN]
+        blocks = pem.certificates(text)
+        certificate = x509.load_pem_x509_certificate(blocks[0])
         if _public(certificate) != _public(_loaded_key(identity)):
             raise InvalidCertificate("is another key's")
         if not any(same_name(name, identity.client_id) for name in _names(certificate)):
             raise InvalidCertificate("is another device's, %s" % ", ".join(map(repr, _names(certificate))))
         clients, servers = _uses(certificate)
-        # CAs only, and no root: others that a server may send are of no use to anybody.
-        intermediates = [c for c in rest if c.issuer != c.subject and _is_authority(c)]
-        chain = b"".join(c.public_bytes(PEM) for c in intermediates)
-        issued = Issued.of(
-            certificate.public_bytes(PEM), chain, _begin(certificate), _end(certificate), not clients, modified
-        )
+        leaf, begin = certificate.public_bytes(PEM), _begin(certificate)
     except InvalidCertificate:
         raise
     except Exception:  # cryptography has no common base for what a damaged certificate can raise
         raise InvalidCertificate("can't be read") from None
     if not clients and not servers:
         raise InvalidCertificate("is neither for clients nor for servers")
-    verify(certificate, intermediates, anchors, trust.now())
-    return issued
+    intermediates = [one for one in _readable(blocks[1:MAXIMUM_CHAIN], crypto.FILETYPE_PEM) if _is_below_a_root(one)]
+    end = verify(certificate, intermediates, anchors, trust.now() if now is None else now)
+    chain = b"".join(crypto.dump_certificate(crypto.FILETYPE_PEM, one) for one in intermediates)
+    return Issued.of(leaf, chain, begin, end, not clients, modified)
+
+
+def _readable(certificates: Iterable[bytes], form: int) -> list[crypto.X509]:
+    """Those of a chain that can be read: what others a server may send is of no use to anybody."""
+    found = []
+    for one in certificates:
+        try:
+            found.append(crypto.load_certificate(form, one))
+        except crypto.Error:
+            pass  # if it was needed, no chain leads over it
+    return found
+
+
+def _is_below_a_root(certificate: crypto.X509) -> bool:
+    """Whether a certificate is a CA's and no root: a root has signed itself. Not each one that names itself as its
+    issuer has: by "new with old" a CA's old key vouches for its new one (RFC 5280, 3.2; RFC 4210, 4.4)."""
+    if _described(crypto.dump_certificate(crypto.FILETYPE_PEM, certificate)) is None:
+        return False
+    store = crypto.X509Store()
+    store.set_flags(NO_CHECK_TIME | CHECK_SS_SIGNATURE)
+    store.add_cert(certificate)
+    try:
+        crypto.X509StoreContext(store, certificate).verify_certificate()
+    except crypto.X509StoreContextError:
+        return True
+    return False
 
 
 def verify(
-    certificate: x509.Certificate, intermediates: Iterable[x509.Certificate], anchors: Anchors, now: float
-) -> None:
-    """Raises `InvalidCertificate` where no chain of certificates leads from a trust anchor to `certificate`.
+    certificate: x509.Certificate, intermediates: Iterable[crypto.X509], anchors: Anchors, now: float
+) -> float:
+    """The earliest end in the chain from `certificate` to a trust anchor, seconds since 1970, UTC.
 
-    Its own dates don't count here; of the others only those count that haven't ended at `now`, seconds since 1970,
-    UTC. OpenSSL looks at no dates: it would refuse what hasn't begun.
+    Its own dates don't count for whether there is one; of the others only those count that haven't ended at `now`.
+    OpenSSL looks at no dates: it would refuse what hasn't begun. Raises `InvalidCertificate` where no chain leads to
+    an anchor.
     """
-    alive = [anchor for anchor in anchors.certificates if _end(anchor) >= now]
+    alive = [anchor for anchor in anchors.certificates if _end_of(anchor) >= now]
     if not alive:
         raise InvalidCertificate(
             "can't be judged: the CA certificate has ended, it is %s by what this device knows" % utc(now)
         )
-    store = crypto.X509Store()
-    store.set_flags(NO_CHECK_TIME | PARTIAL_CHAIN)
-    try:
-        for anchor in alive:
-            store.add_cert(crypto.X509.from_cryptography(anchor))
-        untrusted = [crypto.X509.from_cryptography(c) for c in intermediates if _end(c) >= now]
-        leaf = crypto.X509.from_cryptography(certificate)
-        crypto.X509StoreContext(store, leaf, untrusted).verify_certificate()
-    except (crypto.X509StoreContextError, crypto.Error) as error:
-        raise InvalidCertificate("is not by the trusted CA (%s)" % error) from None
+    untrusted = [one for one in intermediates if _end_of(one) >= now]
+    leaf, ends, problem = crypto.X509.from_cryptography(certificate), [], ""
+    # Each by itself: of two with one name and no key identifiers OpenSSL takes the first, whoever has signed.
+    for anchor in alive:
+        store = crypto.X509Store()
+        store.set_flags(NO_CHECK_TIME | PARTIAL_CHAIN)
+        store.add_cert(anchor)
+        try:
+            chain = crypto.X509StoreContext(store, leaf, untrusted).get_verified_chain()
+            ends.append(min(map(_end_of, chain)))
+        except (crypto.X509StoreContextError, crypto.Error) as error:
+            problem = problem or str(error)
+    if not ends:
+        raise InvalidCertificate("is not by the trusted CA (%s)" % problem)
+    return max(ends)
 
 
 def verify_server(sent: Sequence[bytes], anchors: Anchors, now: float) -> None:
     """Raises `InvalidCertificate` where the chain that a server sent, DER, leads to no anchor or has ended `now`."""
-    certificate, *intermediates = [x509.load_der_x509_certificate(der) for der in sent]
+    certificate = x509.load_der_x509_certificate(sent[0])
     if _end(certificate) < now:
         raise InvalidCertificate("ended at %s" % utc(_end(certificate)))
-    verify(certificate, intermediates, anchors, now)
+    verify(certificate, _readable(sent[1:], crypto.FILETYPE_ASN1), anchors, now)
 
 
 def chain_sent(tcp: Tcp, host: str) -> list[bytes]:
@@ -387,7 +461,8 @@ def chain_sent(tcp: Tcp, host: str) -> list[bytes]:
                     raise ConnectionError(None, "no TLS: %s" % error) from None
                 wants = False
             if not wants:
-                return [c.to_cryptography().public_bytes(DER) for c in tls.get_peer_cert_chain() or ()]
+                chain = tls.get_peer_cert_chain() or ()
+                return [crypto.dump_certificate(crypto.FILETYPE_ASN1, one) for one in chain]
             with suppress(SSL.WantReadError):
                 tcp.send(tls.bio_read(65536))
             data = tcp.receive()
@@ -441,6 +516,22 @@ def _uses(certificate: x509.Certificate) -> tuple[bool, bool]:
     return clients, (signs or encrypts) and ExtendedKeyUsageOID.SERVER_AUTH in extended
 
 
+def _begin_of(certificate: crypto.X509) -> float:
+    """notBefore in seconds since 1970, UTC."""
+    return _moment(certificate.get_notBefore())
+
+
+def _end_of(certificate: crypto.X509) -> float:
+    """notAfter in seconds since 1970, UTC."""
+    return _moment(certificate.get_notAfter())
+
+
+def _moment(text: Optional[bytes]) -> float:
+    """Seconds since 1970 of a GeneralizedTime, YYYYMMDDhhmmssZ."""
+    digits = (text or b"").decode("ascii")
+    return calendar.timegm((int(digits[:4]), *(int(digits[at : at + 2]) for at in range(4, 14, 2))))
+
+
 def _begin(certificate: x509.Certificate) -> float:
     """notBefore in seconds since 1970, UTC."""
     return _seconds(certificate, "not_valid_before")
@@ -476,8 +567,8 @@ def describe(certificate: bytes) -> Optional[Description]:
         loaded = x509.load_pem_x509_certificate(certificate)
         digits = "%X" % loaded.serial_number
         return Description(
-            _name(loaded.subject),
-            _name(loaded.issuer),
+            _name(loaded, "subject"),
+            _name(loaded, "issuer"),
             digits.zfill(len(digits) + len(digits) % 2),
             _begin(loaded),
             _end(loaded),
@@ -496,8 +587,11 @@ def _kind_and_size(key: Any) -> tuple[str, int]:
     return ("RSA" if isinstance(public, rsa.RSAPublicKey) else "EC"), public.key_size
 
 
-def _name(name: x509.Name) -> str:
-    oids = (*REQUIRED, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME)
-    short = dict(zip(oids, ("C", "ST", "L", "O", "OU", "CN")))
+def _name(certificate: x509.Certificate, which: str) -> str:
+    try:
+        name = getattr(certificate, which)
+    except ValueError:
+        return "in a form that can't be read"  # Latin-1 in T61String, say
+    short = dict(zip((*NAMES.values(), NameOID.COMMON_NAME), ("C", "ST", "L", "O", "OU", "CN")))
     text = ", ".join("%s=%s" % (short.get(a.oid, a.oid.dotted_string), str(a.value)) for a in name)
     return printable(text, len(text))

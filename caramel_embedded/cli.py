@@ -14,7 +14,7 @@ from . import __version__, log, signals
 from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_LOCKED, EXIT_PENDING, Locked, UsageError
 from .keyfile import KeyFile
 from .log import NAME, Log
-from .settings import SETTINGS, Settings
+from .settings import INSTANCE_CONFIG_FILE, INSTANCE_KEY_FILE, SETTINGS, Settings, instance
 
 if TYPE_CHECKING:
     import argparse
@@ -40,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, _, flag, placeholder, text in SETTINGS:
         made.add_argument(flag, metavar=placeholder, dest=name, help="%s (%s)" % (text, name))
+    paths = (INSTANCE_CONFIG_FILE % "NAME", INSTANCE_KEY_FILE % "NAME")
+    made.add_argument("--instance", metavar="NAME", help="of one service: %s, client ID NAME, %s" % paths)
+    made.add_argument(
+        "--replace", action="store_true", help="start over although a good identity of another name is stored"
+    )
     made.add_argument("--status", action="store_true", help="print what the key file holds, and exit")
     made.add_argument(
         "--json", action="store_true", help="with --status: for machines; in a check: its outcome, on standard output"
@@ -58,7 +63,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
 
     Raises `CaramelError` where the status is 127; `failed` has the text for standard output then.
     """
-    options: dict[str, str] = {}
     status = json = False
     if arguments:
         made = parser()
@@ -78,7 +82,10 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
         for name, _, flag, *_ in SETTINGS:
             if options.get(name) == "":
                 raise UsageError("%s: its value is empty" % flag)
-    settings = Settings.read(options, environment)
+        service = None if parsed.instance is None else instance(parsed.instance)
+        settings = Settings.read(options, environment, service, parsed.replace)
+    else:
+        settings = Settings.read({}, environment)
     if settings.openssl_conf is not None and (words.verbose or not status):
         # For this process alone, and before anything loads OpenSSL, which reads it once. The TPM's library would
         # write a dozen lines to standard error.

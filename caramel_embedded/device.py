@@ -7,7 +7,7 @@ it locked by somebody else needs none of this.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Optional
 
@@ -15,7 +15,7 @@ from .errors import CaramelError, KeyUnusable, Locked, UsageError
 from .identity import Identity, remembered
 from .keyfile import KeyFile
 from .log import Log
-from .settings import ClientId, Permissions, Settings
+from .settings import ClientId, Permissions, Settings, same_name
 from .stored import Stored, require_entropy, usable
 from .trust import Trust
 
@@ -38,6 +38,9 @@ def check(
         if settings.server is None:
             raise UsageError("no server: name one with --server or CARAMEL_CA")
         stored, _ = stored_identity(settings, file.read() if file else b"", file.modified if file else None, log)
+        refusal = good_identity_of_another(settings, stored)
+        if refusal:
+            raise UsageError(refusal)
         if file is None:
             # Only now: whatever is wrong with the settings shows before anything is made.
             file = KeyFile.create(settings.key_file, settings.permissions)
@@ -75,23 +78,31 @@ def check(
     return outcome, remarks
 
 
-def stored_identity(settings: Settings, data: bytes, modified: Optional[float], log: Log) -> tuple[Stored, ClientId]:
+def stored_identity(
+    settings: Settings,
+    data: bytes,
+    modified: Optional[float],
+    log: Log,
+    identify: Optional[Callable[[Settings, bytes, Trust], ClientId]] = None,
+) -> tuple[Stored, ClientId]:
     """What the key file holds, examined for the client ID of this device; and that ID.
 
-    `modified`: the file's time, seconds since 1970, UTC. Raises `CaramelError`.
+    `modified`: the file's time, seconds since 1970, UTC; `identify`: tells the client ID in another way than a check
+    does. Raises `CaramelError`.
     """
     require_entropy()  # before anything is loaded that would wait for it
     trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
     for path in CLOCK_FILES:
         with suppress(OSError):
             trust.learn(os.stat(path).st_mtime)
-    client_id = _client_id(settings, data, trust)
-    log.client_id = client_id.text
-    log.step("client ID from %s" % client_id.source)
-    return Stored(data, client_id.text, trust, client_id.hardware, modified), client_id
+    identified = (identify or client_id)(settings, data, trust)
+    log.client_id = identified.text
+    log.step("client ID from %s" % identified.source)
+    return Stored(data, identified.text, trust, identified.hardware, modified), identified
 
 
-def _client_id(settings: Settings, data: bytes, trust: Trust) -> ClientId:
+def client_id(settings: Settings, data: bytes, trust: Trust) -> ClientId:
+    """The client ID of this device, for which what is stored can vouch. Raises `UsageError`."""
     if settings.client_id is not None:
         return ClientId(settings.client_id, settings.sources["CARAMEL_CN"])
     from . import hardware
@@ -99,17 +110,39 @@ def _client_id(settings: Settings, data: bytes, trust: Trust) -> ClientId:
     sealed = Identity.sealed(data, trust.digest)
     known = sealed.hardware if sealed else remembered(data)
     return hardware.identify(
-        settings.interfaces, settings.domain, _stored_client_id(data, sealed), known, sealed is not None
+        settings.interfaces, settings.domain, stored_client_id(data, trust), known, sealed is not None
     )
 
 
-def _stored_client_id(data: bytes, sealed: Optional[Identity]) -> Optional[str]:
+def stored_client_id(data: bytes, trust: Trust) -> Optional[str]:
     """The client ID of what is stored: the sealed line's, or that of the request, which its key has signed."""
+    sealed = Identity.sealed(data, trust.digest)
     if sealed is not None or not data:
         return sealed and sealed.client_id
     from . import certificates
 
     return certificates.client_id_in(data)
+
+
+def good_identity_of_another(settings: Settings, stored: Stored) -> Optional[str]:
+    """Why a check leaves what is stored as it is: a person gave another client ID than that of a good identity."""
+    if stored.identity is not None or settings.replace or not settings.by_hand:
+        return None
+    other = stored_client_id(stored.data, stored.trust)
+    if other is None or same_name(other, stored.client_id):
+        return None
+    trust = Trust(settings.ca_cert(), settings.identity_ca(), settings.build_time, settings.key_type)
+    if not usable(Stored(stored.data, other, trust).identity, trust):
+        return None
+    return (
+        "%s holds a good identity of %s, and not of %s: give --replace to start over as %s, or --instance or --key-file for another file"
+        % (
+            settings.key_file,
+            other,
+            stored.client_id,
+            stored.client_id,
+        )
+    )
 
 
 class _Store:

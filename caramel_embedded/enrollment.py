@@ -6,14 +6,15 @@ The rules:
 - A run begins with a GET, and a state says which request was sent last. `POSTS` are the states whose request is a
   POST; in all others it is a GET.
 - A client certificate that isn't wanted costs one more GET without it, once a run.
-- A new identity is made at most once a run: only Caramel's own rejection asks for it.
+- A new identity is made at most once a run: only Caramel's own rejection asks for it, or a request that the server
+  doesn't know and the CA would refuse.
 - A stored certificate is dropped only if it has ended and the server has none; its key stays.
 
             first GET                            after POST
     200  -> store, certified                200  -> store, certified
     304  -> certified                       202  -> pending
     202  -> pending                         else -> fail
-    404  -> POST, GET again
+    404  -> POST, GET again; new identity, POST, GET again if the CA would refuse the request
     403  -> new identity, POST, GET again
     certificate not wanted -> GET without it, then as above
 
@@ -32,7 +33,7 @@ class State(enum.Enum):
     ASKED = "the first GET of the run"
     ASKED_PLAINLY = "a GET without client certificate, because it was not wanted"
     POSTED = "a POST of the stored request, because the server didn't know it"
-    POSTED_NEW = "a POST of a new request, because the stored one was rejected"
+    POSTED_NEW = "a POST of a new request, because the stored one was rejected, or would be refused"
     ASKED_AGAIN = "a GET after a POST"
 
 
@@ -44,6 +45,7 @@ class Event(enum.Enum):
     PENDING = "the request is known and not signed"
     LAPSED = "the request is known and not signed, and the stored certificate has ended"
     UNKNOWN = "the request is not known"
+    UNFIT = "the request is not known, and the trusted CA would refuse its subject: starting over with a new key"
     REJECTED = "the administrator rejected the request"
     UNWANTED = "the client certificate is not wanted"
     ACCEPTED = "the request was taken"
@@ -74,6 +76,7 @@ _FIRST: Mapping[Event, tuple[State, Action]] = {
     Event.PENDING: (State.ASKED, Action.WAIT),
     Event.LAPSED: (State.ASKED, Action.DROP),
     Event.UNKNOWN: (State.POSTED, Action.POST),
+    Event.UNFIT: (State.POSTED_NEW, Action.START_OVER),
     Event.REJECTED: (State.POSTED_NEW, Action.START_OVER),
 }
 TRANSITIONS: Mapping[State, Mapping[Event, tuple[State, Action]]] = {

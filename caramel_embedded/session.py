@@ -7,8 +7,9 @@ global state. The command is a thin skin over it (``cli``), and so is every appl
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from . import enrollment, pem, settings, signals
 from .enrollment import Action, Event, State
@@ -17,6 +18,9 @@ from .identity import Identity, Issued, utc
 from .server import ConnectionLost, Response, Server
 from .stored import Stored, usable
 from .trust import Trust
+
+if TYPE_CHECKING:
+    from . import certificates
 
 
 class Outcome(NamedTuple):
@@ -196,7 +200,7 @@ class Check:
             elif action is Action.GET_PLAINLY:
                 self._server.connect(None)
             event, issued, words = self._exchange(state, identity)
-            if event in (Event.REJECTED, Event.DECLINED):
+            if event in (Event.REJECTED, Event.DECLINED, Event.UNFIT):
                 self._note("%s (%s)" % (event.value, words))
             asked = state
             state, action = enrollment.transition(state, event)
@@ -244,6 +248,12 @@ class Check:
         issued = identity.issued
         if issued is None or not usable(identity, self._trust):
             return None
+        if self._trust.clock_is_behind:
+            from . import certificates  # the server's dates need it anyway
+
+            certificates.anchors(self._trust)
+            if self._trust.stored_is_ahead:
+                return None  # a certificate of another time than the clock's: a newer one may have an earlier date
         left = issued.not_after - self._trust.now()
         return None if left < (issued.not_after - issued.not_before) / 3 else issued.modified
 
@@ -258,7 +268,12 @@ class Check:
             return Event.LAPSED if lapsed else Event.PENDING, None
         if response.status == 200:
             return Event.CERTIFICATE, self._certificate(response, identity)
-        return Event.UNKNOWN if response.status == 404 else Event.UNEXPECTED, None
+        if response.status != 404:
+            return Event.UNEXPECTED, None
+        from . import certificates  # a request that the server doesn't know is rare
+
+        fits = certificates.has_subject(identity.request, certificates.anchors(self._trust))
+        return Event.UNKNOWN if fits else Event.UNFIT, None
 
     def _certificate(self, response: Response, identity: Identity) -> Issued:
         """The certificate in a response, judged. Raises `Refused`."""
@@ -277,11 +292,37 @@ class Check:
         if not 1 <= len(sent) <= certificates.MAXIMUM_CHAIN or b"".join(one + b"\n" for one in sent) != text:
             raise Refused("the server answered with something that is no certificate")
         anchors = certificates.anchors(self._trust)
+        if self._trust.stored_is_ahead:
+            # The stored certificate's beginning is the weakest of the times that have passed. What the server gives
+            # now, if it is good by the clock, is believed more than that.
+            now = time.time()
+            try:
+                issued = self._judged(text, identity, anchors, now, response.last_modified)
+            except Refused as reason:
+                self._say("not good by the clock: %s" % reason)
+            else:
+                if issued.not_before <= now:
+                    self._say("the stored certificate's beginning was ahead of time: forgotten")
+                    self._trust.stored = issued.not_before
+                    return issued
+        return self._judged(text, identity, anchors, self._trust.now(), response.last_modified)
+
+    def _judged(
+        self,
+        text: bytes,
+        identity: Identity,
+        anchors: certificates.Anchors,
+        now: float,
+        last_modified: Optional[float],
+    ) -> Issued:
+        """The certificate in `text`, good at the time `now`, seconds since 1970, UTC. Raises `Refused`."""
+        from . import certificates
+
         try:
-            issued = certificates.accept(text, identity, anchors, self._trust, response.last_modified)
+            issued = certificates.accept(text, identity, anchors, self._trust, last_modified, now)
         except certificates.InvalidCertificate as reason:
             raise Refused("the certificate from the server %s" % reason) from None
-        if issued.not_after < self._trust.now():
+        if issued.not_after < now:
             raise Refused("the certificate from the server ended at " + utc(issued.not_after))
         # A server whose clock is ahead must not set our floor to a time at which it can't be believed itself.
         if issued.not_before > self._server.certificate_end:

@@ -8,15 +8,20 @@ locked pays for this module, so it imports next to nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from .errors import UsageError
 
 CONFIG_FILE = "/etc/caramel-embedded.conf"
+# Of an instance, the identity of one service: its settings come after those that are common to all.
+INSTANCE_CONFIG_FILE = "/etc/caramel-embedded/%s.conf"
+INSTANCE_KEY_FILE = "/var/lib/caramel/%s/identity.pem"
 KEY_FILE = "/var/lib/caramel/identity.pem"
 TIMEOUT = 60.0
 OF_A_HOOK = ("CARAMEL_CN", "CARAMEL_KEY_FILE")  # what a hook finds in its environment, and is no setting inside of it
+MAXIMUM_WAIT = 5.0  # seconds for a configuration that comes through a pipe
 # What a key type is called, and its bits where it is RSA.
 KEY_TYPES = {"rsa-2048": 2048, "rsa-4096": 4096, "ec-p256": 0}
 
@@ -51,6 +56,13 @@ def client_id(text: str) -> str:
     """`text` if it is a client ID. Raises `UsageError`."""
     if not isinstance(text, str) or not is_client_id(text):
         raise UsageError("%r is no client ID: 1 to 64 of A-Z a-z 0-9 . _ : -" % (text,))
+    return text
+
+
+def instance(text: str) -> str:
+    """`text` if it can be the name of an instance: a client ID, and of a folder. Raises `UsageError`."""
+    if not is_client_id(text) or text.startswith("."):
+        raise UsageError("%r is no name of an instance: 1 to 64 of A-Z a-z 0-9 . _ : -, and no dot at first" % text)
     return text
 
 
@@ -111,6 +123,8 @@ def _is_label(label: str) -> bool:
 def _path(text: str) -> str:
     if "\0" in text:
         raise UsageError("%r is no path" % text)
+    if os.path.basename(text) in ("", ".", ".."):
+        raise UsageError("%r is the path of a folder, and no file's" % text)
     return os.path.abspath(text)
 
 
@@ -153,11 +167,10 @@ def _mode(text: str) -> int:
 
 
 def _timeout(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds <= 86400.0:  # refuses nan too
+    # float() takes more than a person would: 1_0, nan, digits of other scripts.
+    digits = text.replace(".", "", 1)
+    seconds = float(text) if digits.isascii() and digits.isdigit() else 0.0
+    if not 0.0 < seconds <= 86400.0:
         raise UsageError("%r is no time limit: a number of seconds, more than 0, at most 86400" % text)
     return seconds
 
@@ -201,6 +214,9 @@ SETTINGS: tuple[tuple[str, Callable[[str], Any], str, str, str], ...] = (
     ("CARAMEL_CONFIG", _path, "--config", "PATH", "configuration file; by default /etc/caramel-embedded.conf"),
 )
 VALUES: Mapping[str, Callable[[str], Any]] = {name: value for name, value, *_ in SETTINGS}
+# What a hook and scripts around it find in their environment beside settings.
+NO_SETTINGS = frozenset(("CARAMEL_NOT_AFTER", "CARAMEL_IN_HOOK"))
+COMMAND_LINE, INSTANCE = "the command line", "the option --instance"
 
 
 def parse(text: str, source: str) -> dict[str, str]:
@@ -262,17 +278,54 @@ def baked(name: str) -> Optional[bytes]:
 
 
 def _read(path: str, what: str) -> bytes:
+    """The content of a file; of a pipe or FIFO what comes before it is closed, within `MAXIMUM_WAIT`.
+
+    Raises FileNotFoundError, `UsageError`.
+    """
     try:
-        # Nothing that stands in the place of a file, a FIFO say, may make a run wait.
+        # Nothing that stands in the place of a file, a FIFO say, may make a run wait for long.
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            data = file.read(1 << 20) or b""
-            if len(data) == 1 << 20:
-                raise UsageError("%s %s is far too long" % (what, path))
-            return data
+            pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+            data = b"".join(_pieces(file)) if pipe else file.read(_TOO_LONG)
     except FileNotFoundError:
         raise
+    except TimeoutError:
+        raise UsageError("%s %s is a pipe that nobody has written to and closed" % (what, path)) from None
     except OSError as error:
         raise UsageError("%s %s can't be read: %s" % (what, path, error.strerror)) from None
+    if len(data or b"") >= _TOO_LONG:
+        raise UsageError("%s %s is far too long" % (what, path))
+    return _utf8(data or b"")
+
+
+_TOO_LONG = 1 << 20
+
+
+def _pieces(pipe: Any) -> Iterator[bytes]:
+    """What comes through a pipe, until all of its writers have closed it. Raises TimeoutError."""
+    import select  # few configurations come through a pipe
+    import time
+
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    end, length = time.monotonic() + MAXIMUM_WAIT, 0
+    while length < _TOO_LONG:
+        left = end - time.monotonic()
+        # Before the first writer of a FIFO has come poll(2) says nothing; read(2) would say that all have gone.
+        if left <= 0 or not poll.poll(left * 1000):
+            raise TimeoutError
+        piece = pipe.read(65536)
+        if piece == b"":
+            return
+        length += len(piece or b"")
+        yield piece or b""
+
+
+def _utf8(data: bytes) -> bytes:
+    """A text without the byte order mark that some editors put before it, and in UTF-8 where that says UTF-16."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        data = data.decode("utf-16", "replace").encode()
+    return data[3:] if data.startswith(b"\xef\xbb\xbf") else data
 
 
 def _text(data: bytes, source: str) -> str:
@@ -309,8 +362,9 @@ class Settings(NamedTuple):
     Attributes: server: host and port, or None; ca_cert_file, identity_ca_file: paths or None; key_file: absolute
     path; client_id: or None (ask the hardware); interfaces: or None (the physical ones); domain: or None; key_type;
     key_command: words, or None; openssl_conf: path, or None; groups; permissions: of the key file; timeout: seconds;
-    hook: words, or None; build_time: seconds since 1970, UTC, 0 where the build left none; unknown: names in the
-    configuration file that this version doesn't know; sources: where the value of each setting comes from.
+    hook: words, or None; build_time: seconds since 1970, UTC, 0 where the build left none; unknown: names that look
+    like settings, and that this version doesn't know; sources: where the value of each setting comes from; replace:
+    whether a good identity of another name may be given up.
     """
 
     server: Optional[tuple[str, int]]
@@ -330,31 +384,35 @@ class Settings(NamedTuple):
     build_time: float
     unknown: tuple[str, ...]
     sources: Mapping[str, str]
+    replace: bool = False
 
     @classmethod
-    def read(cls, options: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
-        """Reads the configuration file. `options` has the names of the environment. Raises `UsageError`."""
+    def read(
+        cls,
+        options: Mapping[str, str],
+        environment: Mapping[str, str],
+        instance: Optional[str] = None,
+        replace: bool = False,
+    ) -> Settings:
+        """Reads the configuration files. `options` has the names of the environment; `instance`: its name, or None;
+        `replace`: as the option. Raises `UsageError`."""
         data = baked("baked.conf")
         base = parse(_text(data, "the baked-in settings"), "the baked-in settings") if data else {}
         build_time = base.pop("BUILD_TIME", "0")
         # A hook has them of its own: a run that it starts with another configuration is about another identity.
         names = [name for name in VALUES if not environment.get("CARAMEL_IN_HOOK") or name not in OF_A_HOOK]
-        layers = [
-            ("the command line", options),
+        layers: list[tuple[str, Mapping[str, str]]] = [
+            (COMMAND_LINE, options),
             ("the environment", {name: environment[name] for name in names if environment.get(name)}),
             ("the baked-in settings", base),
         ]
         named = _first(layers, "CARAMEL_CONFIG")
-        path = str(named[1]) if named else CONFIG_FILE
-        unknown: tuple[str, ...] = ()
-        try:
-            values = parse(_text(_read(path, "the configuration file"), path), path)
-        except FileNotFoundError:
-            if named:
-                raise UsageError("the configuration file %s is not there" % path) from None
-        else:
-            unknown = tuple(sorted(name for name in values if name.startswith("CARAMEL_") and name not in VALUES))
-            layers.insert(2, (path, values))
+        files = [_configuration(str(named[1]) if named else CONFIG_FILE, named is not None)]
+        if instance is not None:
+            values = {"CARAMEL_CN": instance, "CARAMEL_KEY_FILE": INSTANCE_KEY_FILE % instance}
+            files = [_configuration(INSTANCE_CONFIG_FILE % instance, False), (INSTANCE, values), *files]
+        layers[2:2] = files
+        unknown = {name for _, values in (*files, ("", environment)) for name in values if _is_misspelt(name)}
         given = {name: found for name in VALUES for found in [_first(layers, name)] if found}
 
         def get(name: str, default: Any = None) -> Any:
@@ -377,10 +435,19 @@ class Settings(NamedTuple):
             ),
             timeout=get("CARAMEL_TIMEOUT", TIMEOUT),
             hook=get("CARAMEL_HOOK"),
-            build_time=int(build_time) if build_time.isdigit() else 0,
-            unknown=unknown,
+            build_time=int(build_time) if build_time.isascii() and build_time.isdigit() else 0,
+            unknown=tuple(sorted(unknown)),
             sources={name: source for name, (source, _) in given.items()},
+            replace=replace,
         )
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether a person gives the client ID, as an option, or by trying an instance's configuration by hand."""
+        source = self.sources.get("CARAMEL_CN", "")
+        of_an_instance = os.path.dirname(source) == os.path.dirname(INSTANCE_CONFIG_FILE)
+        tried = of_an_instance and "CARAMEL_KEY_FILE" not in self.sources
+        return source in (COMMAND_LINE, INSTANCE) or tried
 
     def ca_cert(self) -> bytes:
         """The PEM text of the trusted CA: the named file's, else the baked-in one. Raises `UsageError`."""
@@ -392,6 +459,31 @@ class Settings(NamedTuple):
     def identity_ca(self) -> Optional[bytes]:
         """The PEM text of the CA that signs this device; None: the one above. Raises `UsageError`."""
         return _certificate(self.identity_ca_file, "baked-identity.pem", "the identity's CA certificate")
+
+
+def _configuration(path: str, needed: bool) -> tuple[str, Mapping[str, str]]:
+    """What a configuration file sets, and its path. Raises `UsageError`."""
+    try:
+        return path, parse(_text(_read(path, "the configuration file"), path), path)
+    except FileNotFoundError:
+        if needed:
+            raise UsageError("the configuration file %s is not there" % path) from None
+        return path, {}
+
+
+def _is_misspelt(name: str) -> bool:
+    """Whether a name that is no setting was perhaps to be one: CARAMEL_TIMOUT, CARMEL_CA, caramel_ca."""
+    if name in VALUES or name in NO_SETTINGS or name.startswith("CARAMEL_EMBEDDED"):
+        return False
+    begin, _, rest = name.upper().partition("_")
+    missing = list("CARAMEL")
+    wrong = 0
+    for letter in begin:
+        if letter in missing:
+            missing.remove(letter)
+        else:
+            wrong += 1
+    return bool(rest) and wrong + len(missing) <= 2
 
 
 def _first(layers: Sequence[tuple[str, Mapping[str, str]]], name: str) -> Optional[tuple[str, Any]]:

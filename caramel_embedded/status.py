@@ -11,12 +11,13 @@ import time
 from typing import Any, Optional
 
 from . import __version__, certificates, device, held, hook, keyfile, pem
-from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING
+from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING, UsageError
 from .identity import Identity, utc
 from .keyfile import peek
 from .log import Log
-from .settings import Permissions, Settings
+from .settings import ClientId, Permissions, Settings
 from .stored import Stored, usable
+from .trust import Trust
 
 _HOLDERS = {
     "software": "%(type)s, %(bits)d bits",
@@ -43,7 +44,25 @@ def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
     1970, UTC.
     """
     data, status = peek(settings.key_file)
-    stored, client_id = device.stored_identity(settings, data, status and int(status.st_mtime), Log())
+    problems: list[str] = []  # why a check would end with 127 before it asks
+
+    def identify(settings: Settings, data: bytes, trust: Trust) -> ClientId:
+        try:
+            return device.client_id(settings, data, trust)
+        except UsageError as error:
+            own = device.stored_client_id(data, trust)
+            if own is None:
+                raise
+            problems.append(str(error))
+            return ClientId(own, "key file")
+
+    stored, client_id = device.stored_identity(settings, data, status and int(status.st_mtime), Log(), identify)
+    if stored.trust.stored_is_ahead:
+        stored.notes.append(
+            "the stored certificate begins at %s: its CA's clock was ahead, or this one is behind"
+            % utc(stored.trust.stored)
+        )
+    problems += filter(None, [device.good_identity_of_another(settings, stored)])
     identity, trust = stored.identity, stored.trust
     state = "none"
     if identity is not None:
@@ -67,13 +86,13 @@ def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
         "request_sha256": identity.request_hash if identity else None,
         "certificate": _certificate(stored),
         "hook_owed": _hook_is_owed(stored, settings),
-        "remarks": [*keyfile.remarks(settings.key_file), *stored.notes],
+        "remarks": [*keyfile.remarks(settings.key_file), *stored.notes, *problems, *map(_misspelt, settings.unknown)],
         "clock": {
             "now": int(time.time()),
             "floor": int(trust.floor),
-            "believed": not trust.clock_is_behind,
+            "believed": trust.stored_is_ahead or not trust.clock_is_behind,
         },
-        "next": _next(stored, status, settings),
+        "next": "nothing: " + problems[0] if problems else _next(stored, status, settings),
         "retry_after": None,  # of a server, which is not asked here
     }
 
@@ -84,6 +103,10 @@ def _key(identity: Identity, ask_chip: bool) -> dict[str, Any]:
     if ask_chip and identity.holder != "software":
         chip = held.why_not(identity) or "usable"
     return {"type": kind, "bits": bits, "holder": identity.holder, "chip": chip}
+
+
+def _misspelt(name: str) -> str:
+    return "%s is no setting: spelt wrong, or of a later version" % name
 
 
 def _hook_is_owed(stored: Stored, settings: Settings) -> bool:

@@ -38,7 +38,7 @@ class Stored:
         self.trust = trust
         self.hardware = hardware
         self.notes: list[str] = []
-        self.identity = Identity.sealed(data, trust.digest, modified)
+        self.identity = _with_earliest_end(Identity.sealed(data, trust.digest, modified))
         if self.identity is None:
             self.identity = self._examined(modified)
         elif not same_name(self.identity.client_id, client_id):
@@ -51,7 +51,7 @@ class Stored:
             self.client_id = self.identity.client_id  # of a host name the stored form
         issued = self.identity and self.identity.issued
         if issued:
-            trust.learn(issued.not_before)
+            trust.stored = issued.not_before
             if not usable(self.identity, trust):
                 self.notes.append("the stored certificate ended at " + utc(issued.not_after))
 
@@ -72,6 +72,22 @@ class Stored:
             return None
         self.notes += wrong
         return identity
+
+
+def _with_earliest_end(identity: Optional[Identity]) -> Optional[Identity]:
+    """A sealed identity whose `until` is the earliest end in its chain: 2.0.0 wrote that of the certificate."""
+    if identity is None or identity.issued is None or not identity.issued.chain:
+        return identity
+    import ssl  # few have a chain
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=identity.issued.chain.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        return None  # to be looked at
+    ends = [ssl.cert_time_to_seconds(str(one["notAfter"])) for one in context.get_ca_certs()]
+    end = min([identity.issued.not_after, *ends])
+    return identity.with_issued(identity.issued._replace(not_after=end))
 
 
 def usable(identity: Optional[Identity], trust: Trust) -> bool:

@@ -18,9 +18,11 @@ class Trust:
     """The trust anchors of the server and of the identity, and the best known time.
 
     The floor is the latest time that has certainly passed: the firmware's build, the CA's notBefore, the stored
-    certificate's notBefore. The best known time is the clock's or the floor, whichever is later.
+    certificate's notBefore. The last one is the weakest: a CA's clock may have been ahead once. The best known time
+    is the clock's or the floor, whichever is later.
 
-    Attributes: ca_cert, identity_ca: PEM text; key_type: of new keys; floor: seconds since 1970, UTC.
+    Attributes: ca_cert, identity_ca: PEM text; key_type: of new keys; certain: the floor without the stored
+    certificate, seconds since 1970, UTC; stored: that certificate's beginning, in the same way.
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class Trust:
         self.ca_cert = ca_cert
         self.identity_ca = identity_ca or ca_cert
         self.key_type = key_type
-        self.floor = build_time
+        self.certain = build_time
+        self.stored = 0.0
 
     @property
     def elliptic(self) -> bool:
@@ -44,6 +47,16 @@ class Trust:
         return b"".join(hashlib.sha256(part).digest() for part in parts)
 
     @property
+    def floor(self) -> float:
+        """The latest time that has certainly passed, seconds since 1970, UTC."""
+        return max(self.certain, self.stored)
+
+    @property
+    def stored_is_ahead(self) -> bool:
+        """Whether only the stored certificate says that the clock is behind: either of them may be wrong."""
+        return self.certain <= time.time() < self.stored
+
+    @property
     def clock_is_behind(self) -> bool:
         """Whether the clock is behind a time that has certainly passed."""
         return time.time() < self.floor
@@ -54,4 +67,4 @@ class Trust:
 
     def learn(self, passed: float) -> None:
         """Takes note of a time that has certainly passed, seconds since 1970, UTC."""
-        self.floor = max(self.floor, passed)
+        self.certain = max(self.certain, passed)

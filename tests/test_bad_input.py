@@ -299,7 +299,7 @@ def test_a_server_that_is_not_ours(
         certified.has(authority.identity(ID, certified=False))
     if life == "unusable":
         # What would be replaced stays, as long as nobody trustworthy has been met.
-        certified.has(authority.identity("another-device"))
+        certified.has(authority.identity("another-device", certified=False))
     file = f"{fault}.pem"
     certificate = {
         "another-ca": lambda: other_authority(tmp_path).server(),

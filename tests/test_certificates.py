@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import subprocess
 from pathlib import Path
 from typing import Any, Optional
 
@@ -9,7 +11,7 @@ import pytest
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from needs import needs
 from world import CLIENT_AUTH, SERVER_AUTH, Authority, Device, Run, Scripted, answers, hours, now
@@ -155,6 +157,163 @@ def test_a_new_chain_for_the_same_leaf_is_news(rooted: tuple[Device, Path], deep
     assert (run.status, "new certificate" in run.err) == (0, True)
 
 
+def edited(pem_text: bytes, old: bytes, new: bytes, key: Any) -> bytes:
+    """A certificate with other bytes of the same length in what is signed, signed anew by `key` (RSA, SHA-256)."""
+    loaded = x509.load_pem_x509_certificate(pem_text)
+    signed = loaded.tbs_certificate_bytes
+    assert signed.count(old) >= 1 and len(old) == len(new)
+    signed = signed.replace(old, new)
+    der = loaded.public_bytes(serialization.Encoding.DER)
+    signature = key.sign(signed, padding.PKCS1v15(), loaded.signature_hash_algorithm)
+    der = der.replace(loaded.tbs_certificate_bytes, signed).replace(loaded.signature, signature)
+    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
+
+
+def test_an_intermediate_that_ends_first_is_the_end(rooted: tuple[Device, Path], deep: Authority) -> None:
+    """`until` has it. So has a file of 2.0.0, whose seal is good and whose `until` is the certificate's own end."""
+    device, pem = rooted
+    end = now() + hours(2)
+    above = Intermediate(deep, "Short", not_after=end)
+    leaf = above.sign(device.request, not_before=now() - hours(1), not_after=now() + hours(48))
+    assert answered(device, pem, leaf + above.pem).status == 0
+    assert line(device)["until"] == f"{end:%Y-%m-%dT%H:%M:%SZ}"
+    ended = Intermediate(deep, "Ended", not_before=now() - hours(50), not_after=now() - hours(2))
+    request = device.request
+    leaf = ended.sign(request, not_before=now() - hours(3))
+    content = (
+        (device.block("PRIVATE KEY") or b"") + leaf + ended.pem + (device.block("NEW CERTIFICATE REQUEST") or b"")
+    )
+    device.has(world.sealed(content, deep.pem, ID))
+    run = answered(device, pem, leaf + ended.pem)
+    assert (run.status, "unchanged" in run.err) == (127, False), run.err
+    assert not device.asked[0].client_certificate and not device.asked[0].if_modified_since  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("place", ["behind", "between"])
+def test_what_cannot_be_read_and_nobody_needs_is_left_out(
+    rooted: tuple[Device, Path], deep: Authority, place: str
+) -> None:
+    device, pem = rooted
+    leaf, chain = chained(deep, device.request, 1)
+    odd = edited(
+        deep.issue(world.new_key().public_key(), [("CN", "Oddity")]), b"Oddity", b"Odd\xff\xfe\xfd", deep.key
+    )
+    rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    parts = [leaf, *chain, odd, rubbish] if place == "behind" else [leaf, odd, rubbish, *chain]
+    run = answered(device, pem, b"".join(parts))
+    assert run.status == 0, run.err
+    assert [block for label, block in device.blocks() if label == "CERTIFICATE"] == [leaf, *chain]
+
+
+def test_new_with_old_is_no_root(tmp_path: Path) -> None:
+    """A CA has a new key; by a self-issued certificate the old one vouches for it (RFC 4210, 4.4). The device knows
+    the old root alone, and the server's certificate is still by that."""
+    old = Authority(tmp_path / "old")
+    device = Device(tmp_path / "device", None, old.certificate_file, ID)
+    device.has(old.identity(ID, certified=False))
+    new = Authority(tmp_path / "new")
+    assert new.certificate.subject == old.certificate.subject
+    builder = (
+        x509.CertificateBuilder(
+            old.certificate.subject, old.certificate.subject, new.key.public_key(), x509.random_serial_number()
+        )
+        .not_valid_before(now() - hours(1))
+        .not_valid_after(now() + hours(100))
+        .add_extension(x509.BasicConstraints(True, 0), True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(new.key.public_key()), False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(old.key.public_key()), False)
+    )
+    new_with_old = builder.sign(old.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    leaf = new.sign(device.request, not_before=now() - hours(1))
+    run = answered(device, old.server(), leaf + new_with_old + new.pem)
+    assert run.status == 0, run.err
+    assert [block for label, block in device.blocks() if label == "CERTIFICATE"] == [leaf, new_with_old]
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_of_two_roots_with_one_name_each_is_tried(
+    tmp_path: Path, authority: Authority, pem: Path, order: str
+) -> None:
+    """Neither they nor what they sign have key identifiers: only the signature tells."""
+    roots = []
+    for number in range(2):
+        key, name = world.new_key(), world.name_of([("C", "US"), ("O", "Twins"), ("CN", "Twin")])
+        root = (
+            x509.CertificateBuilder(name, name, key.public_key(), number + 1)
+            .not_valid_before(now() - hours(24))
+            .not_valid_after(now() + hours(24 * 365))
+            .add_extension(x509.BasicConstraints(True, None), True)
+            .sign(key, hashes.SHA256())
+        )
+        roots.append((key, root))
+    ca = tmp_path / "twins.pem"
+    ca.write_bytes(b"".join(root.public_bytes(serialization.Encoding.PEM) for _, root in roots))
+    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
+    options = ("--identity-ca", str(ca))
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
+        device.server = server.address
+        assert device.run(*options).status == 69
+    key, root = roots[order == "second"]
+    request = x509.load_pem_x509_csr(device.request)
+    leaf = (
+        x509.CertificateBuilder(root.subject, request.subject, request.public_key(), 7)
+        .not_valid_before(now() - hours(1))
+        .not_valid_after(now() + hours(48))
+        .sign(key, hashes.SHA256())
+    )
+    run = answered(device, pem, leaf.public_bytes(serialization.Encoding.PEM), *options)
+    assert run.status == 0, run.err
+
+
+@pytest.mark.parametrize("what", ["a name in Latin-1", "half an authority key identifier"])
+def test_what_openssl_takes_for_a_ca_is_one(tmp_path: Path, what: str) -> None:
+    ca = Authority(tmp_path / "ca", [("C", "SE"), ("O", "Bruecke AB"), ("CN", "Bruecke CA")])
+    if what == "a name in Latin-1":
+        # T61String with one octet for each letter, as OpenSSL read and wrote it for decades.
+        text = edited(ca.pem, b"\x0c\x0aBruecke AB", b"\x14\x0aBr\xfc\xdfcke AB", ca.key)
+    else:
+        # A serial number, and no name to it: RFC 5280, 4.2.1.1 wants both or neither.
+        half = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.35"), bytes.fromhex("3003820101"))
+        root = (
+            x509.CertificateBuilder(ca.certificate.subject, ca.certificate.subject, ca.key.public_key(), 1)
+            .not_valid_before(now() - hours(24))
+            .not_valid_after(now() + hours(1000))
+            .add_extension(x509.BasicConstraints(True, 0), True)
+            .add_extension(half, False)
+        )
+        text = root.sign(ca.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    with pytest.raises(ValueError):
+        loaded = x509.load_pem_x509_certificate(text)
+        str(loaded.issuer), list(loaded.extensions)
+    ca.certificate_file.write_bytes(text)
+    device = Device(tmp_path / "device", None, ca.certificate_file, ID)
+    pem = ca.folder / "server.pem"
+    issuer = tmp_path / "issuer.pem"
+    issuer.write_bytes(text)
+    key = tmp_path / "server.key"
+    make = (
+        f"openssl req -new -newkey rsa:2048 -nodes -keyout {key} -subj /CN=localhost 2>/dev/null | "
+        f"openssl x509 -req -CA {issuer} -CAkey {ca.private_key_file} -CAcreateserial "
+        f"-CAserial {tmp_path}/serial -days 2 -extfile {tmp_path}/names 2>/dev/null; cat {key}"
+    )
+    (tmp_path / "names").write_text("subjectAltName=DNS:localhost\n")
+    pem.write_bytes(subprocess.run(["sh", "-c", make], stdout=subprocess.PIPE, check=True).stdout)
+    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
+        device.server = server.address
+        run = device.run()
+    assert run.status == 69, run.err
+    subject = [str(one.value) for one in x509.load_pem_x509_csr(device.request).subject]
+    assert subject == ["SE", "Brüßcke AB" if what == "a name in Latin-1" else "Bruecke AB", ID]
+    (tmp_path / "request.pem").write_bytes(device.request)
+    sign = f"openssl x509 -req -in {tmp_path}/request.pem -CA {issuer} -CAkey {ca.private_key_file}"
+    sign += f" -CAcreateserial -CAserial {tmp_path}/serial -days 2"
+    leaf = subprocess.run(sign.split(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+    run = answered(device, pem, leaf)
+    assert run.status == 0, run.err
+    shown = device.run("--status")
+    assert (shown.status, "valid until" in shown.out) == (0, True), shown
+
+
 # --- Names ---
 
 
@@ -296,6 +455,18 @@ def test_a_new_key_is_of_the_type_that_was_asked_for(
     again = answered(device, pem, leaf, *option)
     assert (again.status, device.snapshot()) == (0, before)
     assert device.asked[0].client_certificate is not None  # type: ignore[attr-defined]
+
+
+def test_a_request_that_caramel_would_find_too_long_is_not_made(tmp_path: Path) -> None:
+    """413 for ever would be the answer: what to choose is said, and nothing is stored."""
+    words = [("C", "SE"), ("ST", "s" * 120), ("L", "l" * 120), ("O", "o" * 64), ("OU", "u" * 64), ("CN", "CA")]
+    long = Authority(tmp_path / "long", words)
+    device = Device(tmp_path / "device", None, long.certificate_file, "a" * 60 + ".com")
+    with Scripted(long.server(), [answers.UNKNOWN]) as server:
+        device.server = server.address
+        run = device.run("--key-type", "rsa-4096")
+    assert (run.status, "2048" in run.err, "rsa-2048" in run.err) == (127, True, True), run.err
+    assert server.requests == [] and device.labels == []
 
 
 def test_an_ec_key_is_not_kept_where_the_key_type_says_rsa(tmp_path: Path, pem: Path, authority: Authority) -> None:

@@ -16,6 +16,7 @@ EXPECTED: dict[State, dict[Event, Action]] = {
         Event.LAPSED: Action.DROP,  # a certificate that stopped being usable is dropped, its key kept
         Event.UNWANTED: Action.GET_PLAINLY,  # one more try is made without it
         Event.UNKNOWN: Action.POST,  # 404 to the first GET: posts the request
+        Event.UNFIT: Action.START_OVER,  # after the server was asked about the stored request and didn't know it
         Event.REJECTED: Action.START_OVER,  # 403 from Caramel: wipes, makes new ones, posts them once
     },
     State.POSTED: {

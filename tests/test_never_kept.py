@@ -5,6 +5,10 @@ Otherwise the key stays: nobody has to sign a second time for a device that lost
 
 from __future__ import annotations
 
+import base64
+import json
+import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +88,24 @@ def in_another_order(authority: Authority, client_id: str) -> bytes:
     return key_file_content(key, signing_request(key, wanted))
 
 
+def with_a_number_of(bits: int, authority: Authority, client_id: str) -> bytes:
+    """A key whose first prime has so many bits: whoever asks whether it is one has time."""
+    key = world.new_key()
+    numbers = key.private_numbers()
+    public, prime = numbers.public_numbers, random.Random(bits).getrandbits(bits) | 1 << bits - 1 | 1
+    # No small factor, which would show at once.
+    prime += next(step for step in range(0, 1 << 20, 2) if math.gcd(prime + step, math.factorial(1000)) == 1)
+    values = (0, public.n, public.e, 3, prime, numbers.q, 1, 1, 1)
+    inner = der(0x30, b"".join(der(2, value.to_bytes(value.bit_length() // 8 + 1, "big")) for value in values))
+    pem = b"-----BEGIN RSA PRIVATE KEY-----\n%s-----END RSA PRIVATE KEY-----\n" % base64.encodebytes(inner)
+    return pem + signing_request(key, authority.subject_for(client_id))
+
+
+def der(tag: int, content: bytes) -> bytes:
+    size = len(content).to_bytes(4, "big").lstrip(b"\0")
+    return bytes([tag]) + (size if len(content) < 128 and size else bytes([0x80 | len(size)]) + size) + content
+
+
 NEVER_KEPT: dict[str, tuple[Make, str]] = {
     "text": (lambda a, i: b"hello\n", "no private key"),
     "zeros": (lambda a, i: b"\0" * 4096, "no private key"),
@@ -98,13 +120,18 @@ NEVER_KEPT: dict[str, tuple[Make, str]] = {
     "an Ed25519 key": (edwards, "not an RSA key"),
     "1024 bits": (lambda a, i: of(world.new_key(1024), a, i), "1024 bits"),
     "3072 bits": (lambda a, i: of(world.new_key(3072), a, i), "3072 bits"),
-    "a cloned card": (lambda a, i: a.identity("cafe00000000"), "another client ID, 'cafe00000000'"),
-    "a cloned card, certified": (lambda a, i: a.identity("cafe00000000", certified=True), "another client ID"),
-    "a longer client ID": (lambda a, i: a.identity(i + "0"), "another client ID"),
-    "another case of the client ID": (lambda a, i: a.identity(i.upper()), "another client ID"),
-    "another CA's subject": (another_authoritys, "refuse the subject"),
-    "a subject without O": (without_organization, "refuse the subject"),
-    "a subject in another order": (in_another_order, "refuse the subject"),
+    "a cloned card": (lambda a, i: a.identity("cafe00000000", certified=False), "another client ID, 'cafe00000000'"),
+    "a cloned card that has ended": (
+        lambda a, i: a.identity("cafe00000000", not_after=now() - hours(1)),
+        "another client ID",
+    ),
+    "a longer client ID": (lambda a, i: a.identity(i + "0", certified=False), "another client ID"),
+    "another case of the client ID": (lambda a, i: a.identity(i.upper(), certified=False), "another client ID"),
+    "another CA's subject": (another_authoritys, "refuse its subject"),
+    "a subject without O": (without_organization, "refuse its subject"),
+    "a subject in another order": (in_another_order, "refuse its subject"),
+    "a key of 20000 bits": (lambda a, i: with_a_number_of(20000, a, i), "longer than any"),
+    "a key of 4104 bits": (lambda a, i: with_a_number_of(4104, a, i), "longer than any"),
 }
 
 
@@ -117,6 +144,7 @@ def test_a_device_starts_over_with_what_it_cannot_keep(
     old = device.key_file.read_bytes()
     run = device.run(timeout=30)
     assert (run.status, run.out, run.err.count("\n")) == (69, "", 1), run
+    assert run.seconds < 10
     assert reason in run.err and "starting over with a new key" in run.err
     assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
     for _, block in device.blocks():
@@ -126,6 +154,74 @@ def test_a_device_starts_over_with_what_it_cannot_keep(
     before = device.snapshot()
     assert device.run().status == 69
     assert device.snapshot() == before
+
+
+# --- Another's good identity ---
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_client_id_given_by_hand_costs_no_good_identity(
+    device: Device, caramel: Caramel, authority: Authority, sealed: bool
+) -> None:
+    device.has(authority.identity("cafe00000000", line=sealed))
+    before = device.snapshot()
+    run = device.run("--hook", f"touch {device.folder}/called")
+    assert (run.status, run.err.count("\n")) == (127, 1), run.err
+    assert "cafe00000000" in run.err and f" {device.client_id}" in run.err and "--replace" in run.err
+    shown = device.run("--status", "--json")
+    values = json.loads(shown.out)
+    assert (shown.status, values["next"].startswith("nothing: "), "--replace" in values["next"]) == (127, True, True)
+    assert device.snapshot() == before and caramel.requests(str(device.client_id)) == []
+    assert not (device.folder / "called").exists()
+    replaced = device.run("--replace")
+    assert (replaced.status, "starting over with a new key" in replaced.err) == (69, True)
+    assert [row.sha256 for row in caramel.requests(str(device.client_id))] == [device.request_hash()]
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_a_client_id_from_elsewhere_is_believed(
+    device: Device, caramel: Caramel, authority: Authority, source: str
+) -> None:
+    device.has(authority.identity("cafe00000000"))
+    client_id, device.client_id = str(device.client_id), None
+    if source == "file":
+        assert device.config
+        device.config.write_text(f"CARAMEL_CN={client_id}\n")
+    run = device.run(env={"CARAMEL_CN": client_id} if source == "environment" else {})
+    assert (run.status, "starting over" in run.err) == (69, True), run.err
+    assert [row.sha256 for row in caramel.requests(client_id)] == [device.request_hash()]
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_host_name_in_another_case_is_the_same_one(device: Device, authority: Authority, sealed: bool) -> None:
+    """The stored form stays, on the line, in the request and in what the server hears."""
+    stored = "Meter-7.Devices.Example.com"
+    device.has(authority.identity(stored, line=sealed))
+    content, device.client_id = world.unsealed(device.key_file.read_bytes()), stored.lower()
+    with Scripted(authority.server(), [answers.NOT_MODIFIED]) as server:
+        device.server = server.address
+        run = device.run()
+    assert (run.status, f"({stored})" in server.requests[0].user_agent) == (0, True), run.err
+    assert device.key_file.read_bytes() == world.sealed(content, authority.pem, stored)
+
+
+def test_a_wrong_ca_of_the_identity_costs_none(
+    device: Device, caramel: Caramel, authority: Authority, tmp_path: Path
+) -> None:
+    """Not at the run that has it, and not at the one that has the right one again; pending or certified."""
+    other = Authority(tmp_path / "other", [("C", "US"), ("O", "Public"), ("CN", "Public Root")])
+    wrong = ("--identity-ca", str(other.certificate_file))
+    assert device.run().status == 69
+    first = device.request
+    run = device.run(*wrong)
+    assert (run.status, "starting over" in run.err, device.request) == (69, False, first), run.err
+    caramel.sign(str(device.client_id))
+    assert device.run().status == 0
+    before = device.snapshot()
+    run = device.run(*wrong)
+    assert (run.status, "not by the trusted CA" in run.err) == (127, True), run.err
+    assert device.snapshot() == before
+    assert device.run().status == 0 and device.snapshot() == before
 
 
 @pytest.mark.parametrize("content", [b"", "absent"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from needs import needs
@@ -197,3 +199,108 @@ def test_a_relative_path_means_the_current_folder(device: Device, authority: Aut
     device.ca = Path("ca.crt")
     assert device.run().status == 69
     assert (device.folder / "relative.pem").is_file()
+
+
+# --- As it comes from a person's hands ---
+
+
+@pytest.fixture
+def named(tmp_path: Path, authority: Authority) -> Device:
+    named = Device(tmp_path / "device", "localhost:9", authority.certificate_file, None)
+    named.has(authority.identity("by-pipe"))
+    return named
+
+
+def shown(named: Device, *options: str, **how: Any) -> Any:
+    run = named.run("--status", "--json", *options, **how)
+    return json.loads(run.out) if run.status == 0 else run.err
+
+
+@pytest.mark.parametrize("how", ["at once", "in pieces", "late", "a FIFO"])
+def test_a_configuration_that_comes_through_a_pipe_is_read_to_its_end(
+    named: Device, tmp_path: Path, how: str
+) -> None:
+    writer = {
+        "at once": "printf 'CARAMEL_CN=by-pipe\\n'",
+        "in pieces": "printf 'CARAMEL_CN=by-'; sleep 0.5; printf 'pipe\\n'; sleep 0.3; echo '#'",
+        "late": "sleep 1; echo CARAMEL_CN=by-pipe",
+        "a FIFO": "echo CARAMEL_CN=by-pipe",
+    }[how]
+    if how == "a FIFO":
+        os.mkfifo(tmp_path / "fifo")
+        named.config = tmp_path / "fifo"
+        script = f'({writer}) >{named.config} & "$@"'
+    else:
+        named.config = Path("/dev/fd/3")
+        script = f'exec 4>&1; {{ {writer}; }} | "$@" 3<&0 1>&4'
+    found = shown(named, before=("sh", "-c", script, "sh"))
+    assert (found["client_id"], found["client_id_source"]) == ("by-pipe", str(named.config)), found
+
+
+@pytest.mark.parametrize("how", ["nobody comes", "nobody ends"])
+def test_a_pipe_that_nobody_writes_to_is_no_empty_configuration(named: Device, tmp_path: Path, how: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    named.config = tmp_path / "fifo"
+    script = '"$@"' if how == "nobody comes" else f'{{ echo CARAMEL_CN=x; sleep 8; }} >{named.config} & "$@"'
+    run = named.run(before=("sh", "-c", script, "sh"))
+    assert (run.status, "pipe" in run.err, str(named.config) in run.err) == (127, True, True), run.err
+    assert run.seconds < 15
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_text_as_notepad_saves_it_is_read(named: Device, authority: Authority, coding: str) -> None:
+    assert named.config and named.ca
+    mark = "\ufeff" if coding == "utf-16-be" else ""
+    named.config.write_bytes(f"{mark}CARAMEL_CN=by-pipe\r\n".encode(coding))
+    good = named.key_file.read_bytes()
+    found = shown(named)
+    assert (found["client_id"], found["state"], found["remarks"]) == ("by-pipe", "certified", [])
+    named.ca = named.folder / "ca.pem"
+    named.ca.write_bytes((mark + authority.pem.decode().replace("\n", "\r\n")).encode(coding))
+    found = shown(named)
+    assert (found["state"], found["certificate"]["usable"], named.key_file.read_bytes()) == ("certified", True, good)
+
+
+@pytest.mark.parametrize("value", ["1_0", "٣", "1e1", "+5", " 5", "0x5", ".", ""])
+def test_a_time_limit_is_digits(value: str) -> None:
+    with pytest.raises(UsageError):
+        module.VALUES["CARAMEL_TIMEOUT"](value)
+    assert [module.VALUES["CARAMEL_TIMEOUT"](good) for good in ("5", "0.5", ".5", "86400")] == [5, 0.5, 0.5, 86400]
+
+
+@pytest.mark.parametrize("name", ["CARAMEL_KEY_FILE", "CARAMEL_CA_CERT", "CARAMEL_CONFIG"])
+@pytest.mark.parametrize("value", ["dir/", "/a/dir/", "/", ".", "a/..", "a/."])
+def test_the_path_of_a_folder_is_no_files(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match="folder"):
+        module.VALUES[name](value)
+
+
+@needs("mounts")
+def test_an_instance_is_what_the_unit_of_that_name_is(named: Device, tmp_path: Path) -> None:
+    """Its file, its client ID and its key file; what is common to all counts before."""
+    for folder in ("etc/caramel-embedded", "lib/web"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "etc/caramel-embedded/web.conf").write_text("CARAMEL_KEY_TYPE=ec-p256\n")
+    assert named.config
+    named.config.write_text("CARAMEL_CN=the-machine\nCARAMEL_KEY_TYPE=rsa-4096\nCARAMEL_KEY_FILE=/nowhere/x.pem\n")
+    mounts = f"mkdir -p /var/lib/caramel && mount --bind {tmp_path}/lib /var/lib/caramel"
+    script = f'{mounts} && mount --rbind {tmp_path}/etc /etc && exec "$@"'
+    before = ("unshare", "-m", "sh", "-c", script, "sh")
+    line = [*named.command, "--config", str(named.config), "--server", "localhost:9", "--ca-cert", str(named.ca)]
+    named.command = [*before, *line]
+    run = named.run("--instance", "web", bare=True)
+    assert (run.status, ": web: " in run.err, "can't be reached" in run.err) == (127, True, True), run.err
+    made = (tmp_path / "lib/web/identity.pem").read_text()
+    assert made.startswith("# caramel-embedded/1 id=web ")
+    told = json.loads(named.run("--instance", "web", "--status", "--json", bare=True).out)
+    assert (told["client_id"], told["key"]["type"]) == ("web", "EC")
+    assert told["key_file"] == "/var/lib/caramel/web/identity.pem"
+    assert named.run("--instance", "../web", bare=True).status == 127
+    # Tried by hand with the machine's own key file, it costs that file nothing.
+    (tmp_path / "etc/caramel-embedded/web.conf").write_text("CARAMEL_CN=web.example.com\n")
+    (tmp_path / "lib/identity.pem").write_bytes(named.key_file.read_bytes())
+    named.command[named.command.index(str(named.config))] = "/etc/caramel-embedded/web.conf"
+    run = named.run(bare=True)
+    assert (run.status, "by-pipe" in run.err, "web.example.com" in run.err) == (127, True, True), run.err
+    assert "--instance" in run.err and (tmp_path / "lib/identity.pem").read_bytes() == named.key_file.read_bytes()
+    assert named.run("--instance", "..", bare=True).status == 127

@@ -182,7 +182,7 @@ def test_a_damaged_certificate(device: Device, authority: Authority, key: world.
 def test_a_file_that_is_not_kept(
     device: Device, authority: Authority, key: world.PrivateKey, what: str, why: str
 ) -> None:
-    device.has(authority.identity("another", key=key) if what == "another device's" else b"hello\n")
+    device.has(authority.identity("another", key=key, certified=False) if what == "another device's" else b"hello\n")
     code, values, text = status(device)
     assert (code, values["state"], values["key"], values["certificate"]) == (127, "none", None, None)
     (remark,) = values["remarks"]
@@ -263,6 +263,40 @@ def test_a_client_id_of_the_hardware(device: Device, authority: Authority, monke
     given = {"CARAMEL_CA_CERT": str(authority.certificate_file), "CARAMEL_KEY_FILE": str(device.key_file)}
     text, _ = module.report(settings.Settings.read({**given, "CARAMEL_INTERFACES": "eth7"}, {}), False)
     assert line(text, "client ID") == "eth7, from the serial number in /sys/it"
+
+
+@needs("mounts")
+def test_a_good_file_needs_no_id_from_outside(
+    device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
+) -> None:
+    """On a machine that has no ID of its own, and for a user who may not read it."""
+    (tmp_path / "empty").mkdir()
+    hidden = (*("unshare", "-m", "sh", "-c"), f'mount --rbind {tmp_path}/empty /sys && exec "$@"', "sh")
+    device.client_id = None
+    device.command = [world.PLAIN]
+    assert device.run("--status", before=hidden).status == 127
+    device.has(authority.identity(ID, key=key))
+    code, values, _ = status(device, before=hidden)
+    assert (code, values["state"], values["client_id"], values["client_id_source"]) == (
+        0,
+        "certified",
+        ID,
+        "the key file",
+    )
+    (remark,) = values["remarks"]
+    assert "give a client ID" in remark and values["next"] == "nothing: " + remark
+    assert device.run(before=hidden).status == 127, "a check wants to know"
+
+
+def test_a_setting_that_is_spelt_wrong_is_no_secret(device: Device, authority: Authority) -> None:
+    assert device.config
+    device.config.write_text("CARAMEL_TIMOUT=5\nCARMEL_HOOK=true\nEDITOR=vi\ncaramel_ca=x\n")
+    _, values, text = status(
+        device, env={"CARAMEL_MODUS": "640", "CARAMEL_MODE": "600", "LC_ALL": "C", "CARGO_HOME": "x"}
+    )
+    names = [remark.partition(" ")[0] for remark in values["remarks"]]
+    assert names == ["CARAMEL_MODUS", "CARAMEL_TIMOUT", "CARMEL_HOOK", "caramel_ca"]
+    assert "remark           CARAMEL_TIMOUT is no setting" in text
 
 
 @needs("faketime")

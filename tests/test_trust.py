@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 import shutil
 import ssl
@@ -320,6 +321,46 @@ def test_in_1970_a_new_certificate_that_ended_before_the_floor_is_refused(
         run = old.run(before=clock(FIRST_BOOT))
     assert run.status == 127 and "ended at" in run.err
     assert old.snapshot() == before
+
+
+def test_a_ca_that_was_ahead_once_costs_nobody_the_certificates_that_follow(
+    pending: Device, authority: Authority
+) -> None:
+    """Its clock was a year ahead for a day; the server's own certificate lasts longer than that."""
+    years = authority.server(not_after=now() + hours(5 * 8766), file="years.pem")
+    ahead = authority.sign(pending.request, not_before=now() + hours(8766), not_after=now() + hours(8766 + 48))
+    good = authority.sign(pending.request, not_before=now() - hours(1), not_after=now() + hours(47))
+    hook = ("--hook", f"touch {pending.folder}/called")
+    with Scripted(years, [answers.certificate(ahead)]) as server:
+        pending.server = server.address
+        assert pending.run().status == 0
+    values = json.loads(pending.run("--status", "--json").out)
+    assert values["clock"]["believed"] is True and any("was ahead" in remark for remark in values["remarks"])
+    with Scripted(years, [answers.certificate(good)]) as server:
+        pending.server = server.address
+        run = pending.run(*hook)
+        assert (run.status, "new certificate" in run.err) == (0, True), run.err
+        assert not server.requests[0].if_modified_since, "a date that lies ahead would get a 304 for ever"
+        assert pending.block("CERTIFICATE") == good and (pending.folder / "called").exists()
+        before = pending.snapshot()
+        assert pending.run(*hook).status == 0 and pending.snapshot() == before
+    assert json.loads(pending.run("--status", "--json").out)["remarks"] == []
+
+
+def test_a_clock_that_is_behind_the_firmware_forgets_nothing(
+    pending: Device, authority: Authority, pem: Path
+) -> None:
+    """The other side of it: with such a clock an old certificate is no news."""
+    baked(pending, now() - hours(2))
+    newer = authority.sign(pending.request, not_before=now() - hours(1))
+    older = authority.sign(pending.request, not_before=now() - hours(20), not_after=now() - hours(3))
+    with Scripted(pem, [answers.certificate(newer), answers.certificate(older)]) as server:
+        pending.server = server.address
+        assert pending.run().status == 0
+        before = pending.snapshot()
+        run = pending.run(before=clock(now() - hours(10)))
+    assert (run.status, "ended at" in run.err) == (127, True), run.err
+    assert pending.snapshot() == before
 
 
 def test_a_believed_clock_takes_what_is_not_valid_yet_and_refuses_what_has_ended(
