@@ -135,7 +135,8 @@ def good_identity_of_another(settings: Settings, stored: Stored) -> Optional[str
     if not usable(Stored(stored.data, other, trust).identity, trust):
         return None
     return (
-        "%s holds a good identity of %s, and not of %s: give --replace to start over as %s, or --instance or --key-file for another file"
+        "%s holds a good identity of %s, and not of %s: give --replace to start over as %s, or another file with "
+        "--instance or --key-file"
         % (
             settings.key_file,
             other,

@@ -32,11 +32,11 @@ _caramel_embedded() {
         --groups)
             mapfile -t COMPREPLY < <(compgen -W 'small default' -- "$word")
             ;;
-        --client-id | --domain | --timeout) ;;
+        --client-id | --domain | --instance | --timeout) ;;
         *)
             mapfile -t COMPREPLY < <(compgen -W '
                 --server --ca-cert --identity-ca --key-file --client-id --interfaces --domain --key-type --key-command
-                --openssl-conf --groups --owner --group --mode --timeout --hook --config --status --json --syslog --verbose --quiet --version --help -v -q -h
+                --openssl-conf --groups --owner --group --mode --timeout --hook --config --instance --replace --status --json --syslog --verbose --quiet --version --help -v -q -h
             ' -- "$word")
             ;;
     esac
