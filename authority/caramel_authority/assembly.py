@@ -6,6 +6,7 @@ answers asks another one to sign, the one that signs has no network, the worker 
 from __future__ import annotations
 
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .errors import WrongUsage
 from .orders import OrderSigner, Worker
 from .registry import Registry, Signer
 from .signer import Child, RemoteCa
-from .store import Store
+from .store import Store, logged_since
 from .zone import Zone
 
 
@@ -59,8 +60,19 @@ class Parts:
     def worker(self) -> Worker:
         """What does the slow work. It alone reads the account's key and the one for DNS."""
         zone = Zone(self.configuration.dns) if self.configuration.can_set_names else None
+        if self.configuration.signer == "acme":
+            self._say_if_the_account_is_gone(Path(self.configuration.acme.account_key))
         acme = AcmeCa(self.configuration.acme, zone) if zone and self.configuration.signer == "acme" else None
         return Worker(self.store, self.configuration, acme, zone)
+
+    def _say_if_the_account_is_gone(self, key: Path) -> None:
+        with self.store.reading() as db:
+            if not key.exists() and logged_since(db, "ordered", 0):
+                print(
+                    f"acme.account_key: {key} is gone, and with it the account that made all orders so far, and its "
+                    "limits at the CA. A new one is made. If you have a copy: stop all workers, put it there, start.",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
     def _signer_at(self, connect: signer.Connect) -> Signer:
         if self.configuration.signer == "ca":

@@ -249,6 +249,8 @@ def show_log(parts: Parts, options: argparse.Namespace) -> None:
 
 
 def minimum(parts: Parts, options: argparse.Namespace) -> None:
+    if parts.configuration.signer == "acme":
+        raise WrongUsage("minimum-serial: an ACME CA's serial numbers don't count up; reject the devices instead")
     if options.now:
         parts.registry().raise_minimum(who())
     with parts.store.reading() as db:

@@ -6,18 +6,25 @@ The file's example, `caramel-authority.toml`, says what each one means.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import dns.exception
+import dns.name
+import dns.tsig
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from .errors import WrongUsage
+from .signing_request import HOST_NAME
 
 PATH = "/etc/caramel-authority.toml"
+#: Of TSIG, as dnspython knows them (RFC 8945, 6); that of GSS-API (RFC 3645) has no key in a file.
+ALGORITHMS = [one for one in dns.tsig.mac_sizes if one != dns.tsig.GSS_TSIG]
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,11 @@ class Acme:
     contact: str = ""
     terms_agreed: bool = False
     roots: str = ""
+    usages: tuple[str, ...] = ("client",)
+    eab_key_id: str = ""
+    eab_key_file: str = ""
     orders_per_hour: int = 20
+    renewal_share: float = 0.25
     lease_seconds: int = 600
 
 
@@ -60,7 +71,9 @@ class Dns:
     key_file: str = ""
     key_algorithm: str = "hmac-sha256"
     command: str = ""
+    command_seconds: int = 20
     ttl: int = 60
+    name_servers: tuple[str, ...] = ()
     propagation_seconds: int = 0
     addresses: str = "off"
 
@@ -110,6 +123,28 @@ class Configuration:
             (not (self.dns.server and self.dns.command), "dns has a server or a command"),
             (not self.dns.server or (self.dns.key_name and self.dns.key_file), "dns.server needs a key"),
             (
+                not self.dns.server
+                or _is_address(self.dns.server)
+                or HOST_NAME.fullmatch(self.dns.server.rstrip(".")),
+                "dns.server is an address or a host name",
+            ),
+            (
+                all(_is_address(one.partition("@")[0]) for one in self.dns.name_servers)
+                and all(one.partition("@")[2].isdigit() for one in self.dns.name_servers if "@" in one),
+                "dns.name_servers are addresses, and ADDRESS@PORT where the port is not 53",
+            ),
+            (
+                _name(self.dns.key_algorithm) in ALGORITHMS,
+                "dns.key_algorithm is one of " + ", ".join(one.to_text(True) for one in ALGORITHMS),
+            ),
+            (not self.dns.key_name or _name(self.dns.key_name), "dns.key_name is a name"),
+            (HOST_NAME.fullmatch(self.dns.zone.strip(".") or "none"), "dns.zone is a host name"),
+            (0 < self.dns.port < 65536, "dns.port is between 1 and 65535"),
+            (
+                self.dns.command_seconds > 0 and self.dns.propagation_seconds >= 0 and self.dns.ttl >= 0,
+                "dns.command_seconds is positive, propagation_seconds and ttl are not negative",
+            ),
+            (
                 self.dns.addresses == "off" or self.can_set_names,
                 "dns.addresses needs a zone, and a server or a command",
             ),
@@ -120,7 +155,16 @@ class Configuration:
                 (bool(self.acme.roots), "acme.roots names the CA's roots"),
                 (self.acme.terms_agreed, "acme.terms_agreed has to be true: read the CA's terms first"),
                 (self.acme.orders_per_hour > 0, "acme.orders_per_hour is positive"),
-                (self.acme.lease_seconds >= 10, "acme.lease_seconds is 10 or more"),
+                (0 <= self.acme.renewal_share < 1, "acme.renewal_share is at least 0.0 and less than 1.0"),
+                (set(self.acme.usages) <= {"client", "server"}, 'acme.usages are "client" and "server"'),
+                (
+                    bool(self.acme.eab_key_id) == bool(self.acme.eab_key_file),
+                    "acme.eab_key_id and acme.eab_key_file belong together",
+                ),
+                (
+                    self.acme.lease_seconds >= self.shortest_lease,
+                    f"acme.lease_seconds is {self.shortest_lease} or more with these settings of dns",
+                ),
                 (self.can_set_names, "the signer acme needs dns.zone, and dns.server or dns.command"),
             ]
         for true, what in wants:
@@ -134,6 +178,11 @@ class Configuration:
         return str(Path(url.database or "").absolute()) if url.get_backend_name() == "sqlite" else str(url)
 
     @property
+    def shortest_lease(self) -> int:
+        """Seconds: a worker changes the zone thrice in a lease, and needs as long for everything else."""
+        return 2 * (3 * (self.dns.command_seconds if self.dns.command else 20) + self.dns.propagation_seconds)
+
+    @property
     def can_set_names(self) -> bool:
         return bool(self.dns.zone and (self.dns.server or self.dns.command))
 
@@ -143,6 +192,21 @@ def url_of(database: str) -> URL:
         return make_url(database)
     except ArgumentError:
         raise WrongUsage("database is no address like sqlite:////PATH or postgresql+psycopg://HOST/NAME") from None
+
+
+def _name(text: str) -> dns.name.Name | None:
+    try:
+        return dns.name.from_text(text)
+    except (dns.exception.DNSException, ValueError):
+        return None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _filled(kind: Any, content: dict[str, Any], where: str = "") -> Any:

@@ -330,25 +330,40 @@ ZONE = "devices.example.com"
 
 
 class Knot:
-    """A real name server with the devices' zone, which takes updates that are signed with its key."""
+    """A real name server with the devices' zone, which takes updates that are signed with its key.
 
-    def __init__(self, folder: Path, zone: str = ZONE) -> None:
+    With `primary` it takes the zone from there instead, and is told nothing of changes: it looks every three seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        zone: str = ZONE,
+        records: str = "",
+        primary: Optional[Knot] = None,
+        at: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.zone = zone
-        self.port = 0
+        self.zone, self.primary, self.address = zone, primary, at
+        self._fixed = self.port = port
         self.key_file = self.folder / "tsig.key"
         self._secret = base64.b64encode(os.urandom(32)).decode()
         self.key_file.write_text(f"{self._secret}\n")
         (self.folder / "zone").write_text(
-            f"$ORIGIN {zone}.\n@ 60 SOA ns.{zone}. admin.{zone}. 1 60 60 600 1\n@ 60 NS ns\nns 60 A 127.0.0.1\n"
+            f"$ORIGIN {zone}.\n@ 60 SOA ns admin 1 3 3 600 1\n@ 60 NS ns\nns 60 A 127.0.0.1\n{records}"
         )
         self._daemon = Daemon([self.program("knotd"), "-c", self.folder / "knot.conf"], self.folder / "knot.log")
 
     def _configure(self, control: str) -> None:
+        remote, source = "", "file: zone\n    acl: [updates, transfers]"
+        if self.primary:
+            remote = f"remote:\n  - id: primary\n    address: 127.0.0.1@{self.primary.port}\n"
+            source = "master: primary\n    refresh-max-interval: 3"
         (self.folder / "knot.conf").write_text(f"""server:
     rundir: "{control}"
-    listen: 127.0.0.1@{self.port}
+    listen: {self.address}@{self.port}
     udp-workers: 1
     tcp-workers: 1
     background-workers: 1
@@ -362,11 +377,13 @@ acl:
   - id: updates
     key: authority
     action: update
-zone:
+  - id: transfers
+    address: 127.0.0.0/8
+    action: transfer
+{remote}zone:
   - domain: {self.zone}
     storage: "{self.folder}"
-    file: zone
-    acl: updates
+    {source}
 """)
 
     @staticmethod
@@ -393,7 +410,7 @@ zone:
                 return
             except AssertionError:
                 self._daemon.stop()
-                self.port = 0
+                self.port = self._fixed
                 if last:
                     raise AssertionError(self._daemon.text()[-2000:]) from None
 
@@ -410,7 +427,7 @@ zone:
 
     def look_up(self, name: str, kind: str) -> list[str]:
         """What the server says, one line a record."""
-        command = ["kdig", "+short", "+timeout=2", "+retry=0", "@127.0.0.1", "-p", str(self.port), name, kind]
+        command = ["kdig", "+short", "+timeout=2", "+retry=0", f"@{self.address}", "-p", str(self.port), name, kind]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         return sorted(line for line in done.stdout.splitlines() if not line.startswith(";"))
 
@@ -418,17 +435,19 @@ zone:
 class Pebble:
     """The ACME CA that Let's Encrypt's people made for tests. It validates: every name is looked up at `knot`."""
 
-    def __init__(self, folder: Path, knot: Knot, *, validity: int = 7776000, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, knot: Knot, *, validity: int = 7776000, more: Mapping[str, Any] = {}, **environment: str
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.https = world.Authority(self.folder / "https")
         self._certificate = self.https.server(["localhost"])
-        self._validity = validity
+        self._validity, self._more = validity, dict(more)
         self.port, self._management = world.free_port(), world.free_port()
         # Pebble waits up to 15 s before it validates, to remind us that CAs take their time; and it takes half of the
         # authorizations for a second order, where each test wants its name validated.
         env = world.environment(**{"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_AUTHZREUSE": "0", **environment})
-        command = ["pebble", "-config", f"{folder}/pebble.json", "-dnsserver", f"127.0.0.1:{knot.port}"]
+        command = ["pebble", "-config", f"{folder}/pebble.json", "-dnsserver", f"{knot.address}:{knot.port}"]
         self.daemon = Daemon(command, self.folder / "pebble.log", env)
 
     def _configure(self) -> None:
@@ -440,6 +459,7 @@ class Pebble:
             "httpPort": 1,
             "tlsPort": 1,
             "certificateValidityPeriod": self._validity,
+            **self._more,
         }
         (self.folder / "pebble.json").write_text(json.dumps({"pebble": settings}))
 

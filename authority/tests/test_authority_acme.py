@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
+import email.utils
 import json
 import re
 import sqlite3
@@ -13,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Optional
@@ -35,12 +38,15 @@ from authority_world import (
     sha256,
 )
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from needs import needs, require, slow
 from world import until
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = [needs("authority", "faketime", "openssl"), slow]
 
+#: Status, headers, body.
+Said = tuple[int, dict[str, str], bytes]
 RULES = f'[rules]\nzone = "{ZONE}"\n'
 
 
@@ -56,7 +62,9 @@ def request_for(client_id: str, key: Any = None) -> bytes:
 @pytest.fixture(scope="module")
 def knot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knot]:
     require("knotd", "kdig", "knsupdate", "pebble")
-    with Knot(tmp_path_factory.mktemp("knot")) as started:
+    aliases = "_acme-challenge.fffbeec0ffa0 60 CNAME challenges\n"
+    aliases += "_acme-challenge.fffbeec0ffa1 60 CNAME elsewhere.example.net.\n"
+    with Knot(tmp_path_factory.mktemp("knot"), records=aliases) as started:
         yield started
 
 
@@ -91,7 +99,7 @@ def later(authority: RegistrationAuthority) -> None:
     """
     with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
         database.execute("UPDATE orders SET due = 0, leased = min(leased, 1)")
-        database.execute("UPDATE numbers SET value = 0 WHERE name = 'paused'")
+        database.execute("DELETE FROM limits")
 
 
 def by_command(authority: RegistrationAuthority, knot: Knot) -> Path:
@@ -134,7 +142,9 @@ def test_enrolled(authority: RegistrationAuthority, pebble: Pebble, knot: Knot, 
         waits = server.enroll(request)
         assert (waits.status, waits.headers["retry-after"]) == (202, "30")
         assert server.get(sha256(request)).headers["retry-after"] == "30"
-        assert work(authority) == ""
+        # The account is new, which whoever has lost its key wants to know.
+        account = rf"the ACME CA has a new account for us: https://localhost:{pebble.port}/my-account/\w+\n"
+        assert re.fullmatch(account, work(authority))
         reply = server.get(sha256(request))
         assert reply.status == 200
         assert reply.certificate.public_key() == x509.load_pem_x509_csr(request).public_key()
@@ -204,9 +214,11 @@ def test_the_account_is_made_once(authority: RegistrationAuthority, pebble: Pebb
         work(authority)
         before = accounts()
         server.enroll(requests[1])
-        work(authority)
+        assert work(authority) == ""
         assert server.get(sha256(requests[1])).status == 200
     assert accounts() == before
+    (authority.folder / "account.key").unlink()
+    assert "account.key is gone, and with it the account that made all orders so far" in work(authority)
 
 
 def test_nonces_that_the_ca_does_not_like(tmp_path: Path, knot: Knot) -> None:
@@ -276,10 +288,11 @@ def test_validation_is_real(authority: RegistrationAuthority, knot: Knot) -> Non
         assert re.search("unauthorized|dns", work(authority))
         (due, attempts, resource, problem) = authority.rows("SELECT due, attempts, resource, problem FROM orders")[0]
         assert (attempts, resource) == (1, None)
-        assert 30 < due - time.time() < 90
-        assert problem.startswith("urn:ietf:params:acme:error:")
+        # Twice that, and twice again: never five times in an hour, which is one too many for Let's Encrypt.
+        assert 880 < due - time.time() < 1510
+        assert problem.startswith("the ACME CA: urn:ietf:params:acme:error:")
         assert problem[:40] in authority.command("list")
-        assert 30 <= int(server.get(sha256(request)).headers["retry-after"]) <= 90
+        assert 870 <= int(server.get(sha256(request)).headers["retry-after"]) <= 1510
         assert work(authority) == ""  # not yet due
         later(authority)
         work(authority)
@@ -323,17 +336,18 @@ def test_a_key_that_the_name_server_does_not_know(
 def test_the_ca_is_away(tmp_path: Path, knot: Knot) -> None:
     with Pebble(tmp_path / "pebble", knot) as pebble:
         authority = made(tmp_path / "authority", pebble, knot)
-    request = request_for(name())
+    requests = [request_for(name(number)) for number in range(5)]
     with authority.serving() as server:
-        server.enroll(request)
-        assert "the ACME CA: " in work(authority)
-        assert server.get(sha256(request)).status == 202
+        for request in requests:
+            server.enroll(request)
+        # Not one question for each order.
+        assert work(authority).count("the ACME CA: ConnectionError") == 1
+        assert {server.get(sha256(request)).status for request in requests} == {202}
+        assert authority.rows("SELECT max(due) < strftime('%s', 'now') + 100 FROM orders") == [(1,)]
         with pebble:
-            config = authority.config.read_text()
-            assert str(pebble.roots) in config
             later(authority)
             work(authority)
-            assert server.get(sha256(request)).status == 200
+            assert {server.get(sha256(request)).status for request in requests} == {200}
 
 
 def test_the_ca_that_is_not_the_one(authority: RegistrationAuthority, tmp_path: Path) -> None:
@@ -354,13 +368,17 @@ def test_a_command_of_the_makers(authority: RegistrationAuthority, knot: Knot) -
     request, second = request_for(name()), request_for(name(1))
     with authority.serving() as server:
         server.enroll(request)
-        assert work(authority) == ""
+        assert "dns.command" not in work(authority)
         assert server.get(sha256(request)).status == 200
         assert (authority.folder / "called").read_text() == "set TXT\ndelete TXT\n"
-        script.write_text("#!/bin/sh\nexit 1\n")
+        authority.config.write_text(authority.config.read_text() + "command_seconds = 1\n")
         server.enroll(second)
-        assert "dns.command: " in work(authority)
+        for text, said in (("exit 1", "non-zero exit status 1"), ("exec sleep 3", "timed out after 1 seconds")):
+            script.write_text(f"#!/bin/sh\n{text}\n")
+            assert re.search(f"dns.command: .*{said}", work(authority))
+            later(authority)
         assert server.get(sha256(second)).status == 202
+    assert len(authority.log("ordered")) == 2
 
 
 # --- Limits ---
@@ -386,30 +404,41 @@ def test_a_limit_per_hour(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
 
 
 class Proxy:
-    """In front of Pebble, for what Pebble lacks: refusals for want of a rate limit, and renewal information."""
+    """In front of Pebble, for the answers that Pebble never gives.
+
+    `window` is renewal information, which Pebble lacks; `chain` what becomes of a chain that is no alternate.
+    """
 
     def __init__(self, pebble: Pebble) -> None:
         self.pebble = pebble
-        self.limited = False
         self.window: Optional[tuple[str, str]] = None
+        self.info_after = "7200"
+        self.chain: Callable[[list[x509.Certificate]], list[x509.Certificate]] = list
         self.asked: list[str] = []
+        #: What was said in requests for new orders.
+        self.orders: list[dict[str, Any]] = []
+        self._says: list[tuple[str, Said]] = []
         outer = self
         trust = ssl.create_default_context(cafile=str(pebble.https.certificate_file))
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.asked.append(self.path)
-                if self.path.startswith("/renewal-info/") and outer.window:
-                    window = {"start": outer.window[0], "end": outer.window[1]}
-                    self.say(200, {"Retry-After": "7200"}, json.dumps({"suggestedWindow": window}).encode())
-                    return
-                if self.path == "/order-plz" and outer.limited:
-                    problem = {"type": "urn:ietf:params:acme:error:rateLimited", "detail": "too many", "status": 429}
-                    headers = {"Retry-After": "1800", "Content-Type": "application/problem+json"}
-                    self.say(429, {**headers, "Replay-Nonce": "AAAA"}, json.dumps(problem).encode())
-                    return
                 length = int(self.headers.get("Content-Length", 0))
                 body = self.rfile.read(length) if length else None
+                if self.path == "/order-plz" and body:
+                    payload = json.loads(body)["payload"]
+                    outer.orders.append(json.loads(base64.urlsafe_b64decode(payload + "==")))
+                for one in outer._says:
+                    if self.path.startswith(one[0]):
+                        outer._says.remove(one)
+                        self.say(*one[1])
+                        return
+                if self.path.startswith("/renewal-info/") and outer.window:
+                    window = {"start": outer.window[0], "end": outer.window[1]}
+                    content = json.dumps({"suggestedWindow": window}).encode()
+                    self.say(200, {"Retry-After": outer.info_after}, content)
+                    return
                 address = f"https://localhost:{pebble.port}{self.path}"
                 forward = urllib.request.Request(address, body, dict(self.headers), method=self.command)
                 try:
@@ -422,6 +451,9 @@ class Proxy:
                         content = json.dumps(
                             {**json.loads(content), "renewalInfo": f"https://localhost:{outer.port}/renewal-info"}
                         ).encode()
+                    if answer.status == 200 and re.fullmatch(r"/certZ/\w+", self.path):
+                        chain = outer.chain(x509.load_pem_x509_certificates(content))
+                        content = b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain)
                     kept = {"Replay-Nonce", "Location", "Link", "Content-Type", "Retry-After"}
                     self.say(answer.status, {k: v for k, v in answer.headers.items() if k in kept}, content)
 
@@ -445,6 +477,20 @@ class Proxy:
         self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
 
+    def says(self, path: str, status: int, content: Any, times: int = 1, **headers: str) -> None:
+        """The next `times` that a path begins so, the answer is this one: JSON, or bytes as they are."""
+        problem = status >= 400 and isinstance(content, dict)
+        if problem and isinstance(content.get("type"), str):
+            content = {**content, "type": "urn:ietf:params:acme:error:" + content["type"]}
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        kind = "application/problem+json" if problem else "application/json"
+        said = {name.replace("_", "-"): value for name, value in headers.items()}
+        self._says += [(path, (status, {"Content-Type": kind, "Replay-Nonce": "AAAA", **said}, body))] * times
+
+    def silent(self) -> None:
+        """Pebble answers everything again, and nothing was asked."""
+        self._says, self.asked = [], []
+
     def __enter__(self) -> Proxy:
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
         self._thread.start()
@@ -456,51 +502,350 @@ class Proxy:
         self.server.server_close()
 
 
-def test_the_ca_wants_to_be_left_alone(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
-    """All new orders wait as long as the CA says, not only the one that it refused."""
-    with Proxy(pebble) as proxy:
-        authority = made(tmp_path / "authority", pebble, knot, directory=f"https://localhost:{proxy.port}/dir")
+@pytest.fixture
+def proxy(pebble: Pebble) -> Iterator[Proxy]:
+    with Proxy(pebble) as started:
+        yield started
+
+
+@pytest.fixture
+def proxied(tmp_path: Path, pebble: Pebble, knot: Knot, proxy: Proxy) -> RegistrationAuthority:
+    """An authority that talks to Pebble through the proxy."""
+    return made(tmp_path / "authority", pebble, knot, directory=f"https://localhost:{proxy.port}/dir")
+
+
+def sql(authority: RegistrationAuthority, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
+        database.execute(statement)
+
+
+def said_wait(server: Server, request: bytes) -> int:
+    return int(server.get(sha256(request)).headers["retry-after"])
+
+
+def test_the_ca_wants_to_be_left_alone(proxied: RegistrationAuthority, proxy: Proxy) -> None:
+    """A limit of the account: all first orders wait as long as the CA says; a renewal may be exempt from it."""
+    first, second, has_one = (request_for(name(number)) for number in (1, 2, 3))
+    with proxied.serving() as server:
+        server.enroll(has_one)
+        work(proxied)
+        server.enroll(first)
+        limit = {"type": "rateLimited", "detail": "too many new orders (300) from this account in the last 3h0m0s"}
+        proxy.says("/order-plz", 429, limit, Retry_After="1800")
+        assert "rateLimited" in work(proxied)
+        server.enroll(second)
+        asked = len(proxy.asked)
+        work(proxied)
+        assert len(proxy.asked) == asked
+        for request in (first, second):
+            assert 1790 <= said_wait(server, request) <= 1800
+        old = server.get(sha256(has_one))
+        sql(proxied, "UPDATE certificates SET renew_after = 0")
+        server.get(sha256(has_one))
+        work(proxied)
+        assert server.get(sha256(has_one)).body != old.body
+        later(proxied)
+        work(proxied)
+        assert [server.get(sha256(request)).status for request in (first, second)] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [f'too many failed authorizations (5) for "{name(1)}"', "already issued for this exact set of identifiers"],
+)
+def test_a_limit_for_one_name(proxied: RegistrationAuthority, proxy: Proxy, detail: str) -> None:
+    """It is that device's only, also with another key; and the next trouble doesn't last as long."""
+    limited, other, third = (request_for(name(number)) for number in (1, 2, 3))
+    again = request_for(name(1))
+    with proxied.serving() as server:
+        for number, request in enumerate((limited, other, third)):
+            server.enroll(request)
+            sql(proxied, f"UPDATE orders SET due = due - {9 - number} WHERE sha256 = '{sha256(request)}'")
+        proxy.says("/order-plz", 429, {"type": "rateLimited", "detail": detail}, Retry_After="122400")
+        proxy.says("/order-plz", 500, {"type": "serverInternal", "detail": "sorry"})
+        work(proxied)
+        # Nobody waits for longer than a day, whatever the CA says.
+        assert 86300 <= said_wait(server, limited) <= 86400
+        assert 30 <= said_wait(server, other) <= 80
+        assert server.get(sha256(third)).status == 200
+        server.enroll(again)
+        proxied.command("authorize", sha256(again))
+        server.get(sha256(again))
+        assert 86300 <= said_wait(server, again) <= 86400
+
+
+def test_renewals_are_first_and_have_a_share_of_the_hour(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
+    """Four orders an hour, one of them kept: strangers get the other three, and the device that has one its next."""
+    authority = made(tmp_path / "authority", pebble, knot, orders_per_hour=4)
+    has_one, *strangers = (request_for(name(number)) for number in range(7))
+    with authority.serving() as server:
+        server.enroll(has_one)
+        work(authority)
+        for request in strangers[:5]:
+            server.enroll(request)
+        sql(authority, "UPDATE orders SET due = due - 9")
+        work(authority)
+        statuses = [server.get(sha256(request)).status for request in strangers[:5]]
+        assert sorted(statuses) == [200, 200, 202, 202, 202]
+        sql(authority, "UPDATE certificates SET renew_after = 0")
+        old = server.get(sha256(has_one))
+        server.enroll(strangers[5])
+        # A place in the queue counts by what the hour has for first orders.
+        assert said_wait(server, strangers[5]) == 3 * 3600 // 3
+        work(authority)
+        assert server.get(sha256(has_one)).body != old.body
+    assert [row[-1] for row in authority.log("ordered")] == ["first", "first", "first", "renewal"]
+
+
+NONE_OF_IT = b"<html>We'll be back soon</html>"
+
+
+@pytest.mark.parametrize(
+    "path, status, content, headers",
+    [
+        ("/dir", 200, [1], {}),
+        ("/nonce-plz", 503, NONE_OF_IT, {"Retry_After": "99999999999999"}),
+        ("/sign-me-up", 200, {"hello": 1}, {}),
+        ("/order-plz", 200, [{"status": 1}], {}),
+        ("/order-plz", 403, {"type": 5, "detail": "\0\33[31m"}, {}),
+        ("/order-plz", 400, {"type": "unheardOf", "detail": "really"}, {}),
+        ("/authZ/", 404, {"type": "malformed", "detail": "not here yet"}, {}),
+        ("/authZ/", 200, {"status": "expired", "identifier": {"type": "dns", "value": name()}}, {}),
+        ("/chalZ/", 200, {"status": "pending"}, {}),
+        ("/my-order/", 200, {"status": "half-done"}, {}),
+        ("/my-order/", 404, NONE_OF_IT, {}),
+        ("/finalize-order/", 403, {"type": "orderNotReady", "detail": "ask again"}, {}),
+        ("/finalize-order/", 500, NONE_OF_IT, {"Retry_After": "Fri, 99 Foo 2099"}),
+        ("/certZ/", 200, b"none", {}),
+    ],
+)  # fmt: skip
+def test_whatever_the_ca_answers(
+    proxied: RegistrationAuthority,
+    pebble: Pebble,
+    proxy: Proxy,
+    path: str,
+    status: int,
+    content: Any,
+    headers: Any,
+) -> None:
+    """No answer ends a worker. The order is asked about again, not made again, and there is a reason to read."""
+    before = pebble.daemon.text().count("Added order")
+    request = request_for(name())
+    with proxied.serving() as server:
+        server.enroll(request)
+        proxy.says(path, status, content, **headers)
+        said = work(proxied)
+        assert re.search(rf"{name()}: the ACME CA: .*\w{{3}}", said)
+        ((leased, problem, due),) = proxied.rows("SELECT leased, problem, due FROM orders")
+        assert leased == 0 and problem in said and problem.isprintable()
+        assert 30 <= due - time.time() <= 3600
+        assert problem[:60] in proxied.command("list")
+        later(proxied)
+        work(proxied)
+        assert server.get(sha256(request)).status == 200
+    assert pebble.daemon.text().count("Added order") == before + 1
+
+
+def test_dates_of_http_are_utc(proxied: RegistrationAuthority, proxy: Proxy) -> None:
+    """And a CA that isn't ready yet is asked when it says, and not later than it can matter."""
+    with proxied.serving() as server:
+        server.enroll(request_for(name()))
+        date = email.utils.formatdate(time.time() + 60, usegmt=True)
+        for after in (date, "99999999999999"):
+            proxy.silent()
+            proxy.says("/my-order/", 200, {"status": "processing"}, 99, Retry_After=after)
+            later(proxied)
+            with proxied.working(before=["env", "TZ=Asia/Tokyo"]) as worker:
+                until("the order is asked about", lambda: [one for one in proxy.asked if "/my-order/" in one])
+                time.sleep(4)
+                assert worker.alive, worker.text()
+            assert len([one for one in proxy.asked if "/my-order/" in one]) == 1
+
+
+def test_a_ca_that_has_lost_its_accounts(tmp_path: Path, knot: Knot) -> None:
+    """Pebble forgets everything when it ends. The worker that goes on makes a new account, and says so."""
+    pebble = Pebble(tmp_path / "pebble", knot)
+    with pebble:
+        authority = made(tmp_path / "authority", pebble, knot)
         first, second = request_for(name(1)), request_for(name(2))
+        stack = contextlib.ExitStack()
+        server = stack.enter_context(authority.serving())
+        worker = stack.enter_context(authority.working())
+        server.enroll(first)
+        until("it is signed", lambda: server.get(sha256(first)).status == 200, 30)
+    with stack, pebble:
+        server.enroll(second)
+        until("it is said", lambda: "has lost our account and its orders: it is registered again" in worker.text())
+        later(authority)
+        until("it is signed", lambda: server.get(sha256(second)).status == 200, 30)
+        assert worker.text().count("has a new account for us") == 2
+
+
+def test_external_account_binding(tmp_path: Path, knot: Knot) -> None:
+    """A CA whose accounts belong to customers."""
+    key = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
+    more = {"externalAccountBindingRequired": True, "externalAccountMACKeys": {"kid-1": key}}
+    (tmp_path / "eab.key").write_text(key + "\n")
+    with Pebble(tmp_path / "pebble", knot, more=more) as pebble:
+        request = request_for(name())
+        authority = made(tmp_path / "authority", pebble, knot)
         with authority.serving() as server:
-            server.enroll(first)
-            proxy.limited = True
-            assert "rateLimited" in work(authority)
-            server.enroll(second)
-            proxy.limited = False
-            asked = len(proxy.asked)
-            work(authority)
-            assert len(proxy.asked) == asked
-            for request in (first, second):
-                assert 1790 <= int(server.get(sha256(request)).headers["retry-after"]) <= 1800
+            server.enroll(request)
+            assert "externalAccountRequired" in work(authority)
+            binding = f'eab_key_id = "kid-1"\neab_key_file = "{tmp_path}/eab.key"\n[dns]'
+            authority.config.write_text(authority.config.read_text().replace("[dns]", binding))
             later(authority)
             work(authority)
-            assert [server.get(sha256(request)).status for request in (first, second)] == [200, 200]
+            assert server.get(sha256(request)).status == 200
 
 
-def test_renewal_information(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
-    """The CA wants a certificate renewed long before a third of its life is left: at the next question it is."""
-    with Proxy(pebble) as proxy:
-        proxy.window = ("2060-01-01T00:00:00Z", "2060-01-02T00:00:00Z")
+def test_a_certificate_that_is_not_for_clients(proxied: RegistrationAuthority, proxy: Proxy, tmp_path: Path) -> None:
+    """As public CAs make them now. It is kept from the device until the configuration wants it, and then not made
+    again.
+    """
+    public = world.Authority(tmp_path / "public")
+    request = request_for(name())
+    server_only = public.sign(request, usage=[world.SERVER_AUTH])
+    proxy.chain = lambda _: x509.load_pem_x509_certificates(server_only)
+    config = re.sub('roots = ".*"', f'roots = "{public.certificate_file}"', proxied.config.read_text())
+    proxied.config.write_text(config)
+    with proxied.serving() as server:
+        server.enroll(request)
+        assert "not for clients, which acme.usages asks for" in work(proxied)
+        assert server.get(sha256(request)).status == 202
+        assert "not for clients" in proxied.command("list")
+        proxied.config.write_text(config.replace("[acme]", '[acme]\nusages = ["server"]'))
+        later(proxied)
+        work(proxied)
+        assert server.get(sha256(request)).certificate == x509.load_pem_x509_certificate(server_only)
+    assert len(proxy.orders) == 1
+
+
+def test_a_root_that_an_older_one_has_signed(
+    proxied: RegistrationAuthority, proxy: Proxy, pebble: Pebble, tmp_path: Path
+) -> None:
+    """The CA's only chain ends with the new root as the older one has signed it; the devices have it as its own."""
+    older = world.Authority(tmp_path / "older")
+    root = x509.load_pem_x509_certificate(pebble.roots.read_bytes())
+    cross = older.issue(root.public_key(), root.subject, ca=True, usage=())
+    proxy.chain = lambda chain: [*chain, x509.load_pem_x509_certificate(cross)]
+    request = request_for(name())
+    with proxied.serving() as server:
+        server.enroll(request)
+        work(proxied)
+        reply = server.get(sha256(request))
+        assert len(reply.chain) == 3
+        openssl_verifies(tmp_path, pebble.roots, reply)
+
+
+def test_a_chain_that_has_ended(tmp_path: Path, knot: Knot) -> None:
+    """Its signatures are good, and no device follows it: the CA's other chain is taken."""
+    with Pebble(tmp_path / "pebble", knot, PEBBLE_ALTERNATE_ROOTS="1") as pebble, Proxy(pebble) as proxy:
+        old = world.Authority(tmp_path / "old")
+        yesterday = world.now() - world.hours(24)
+
+        def ended(chain: list[x509.Certificate]) -> list[x509.Certificate]:
+            key, subject = chain[1].public_key(), chain[1].subject
+            other = old.issue(key, subject, ca=True, usage=(), not_after=yesterday)
+            return [chain[0], x509.load_pem_x509_certificate(other)]
+
+        proxy.chain = ended
+        pebble.roots.write_bytes(old.certificate_file.read_bytes() + pebble.get("/roots/1"))
         authority = made(tmp_path / "authority", pebble, knot, directory=f"https://localhost:{proxy.port}/dir")
         request = request_for(name())
         with authority.serving() as server:
             server.enroll(request)
             work(authority)
-            first = server.get(sha256(request))
-            (path,) = [path for path in proxy.asked if path.startswith("/renewal-info/")]
-            assert len(path.removeprefix("/renewal-info/").split(".")) == 2
-            (renew, ask_again) = authority.rows("SELECT renew_after, ask_renewal_info FROM certificates")[0]
-            assert 2840140800 <= renew <= 2840140800 + 86400
-            assert abs(ask_again - time.time() - 7200) < 60
+            openssl_verifies(tmp_path, pebble.roots, server.get(sha256(request)))
+
+
+def test_renewal_information(proxied: RegistrationAuthority, proxy: Proxy) -> None:
+    """The CA wants a certificate renewed long before a third of its life is left: at the next question it is.
+
+    And says in the order which certificate the new one replaces, which CAs don't count; unless the CA doesn't like
+    that.
+    """
+
+    def moment(days: float) -> str:
+        return f"{world.now() + datetime.timedelta(days=days):%FT%TZ}"
+
+    def known() -> tuple[float, float]:
+        """In days from now: when it is renewed, when the CA is asked again."""
+        ((renew, ask_again),) = proxied.rows(
+            "SELECT renew_after, ask_renewal_info FROM certificates ORDER BY id DESC LIMIT 1"
+        )
+        return (renew - time.time()) / 86400, (ask_again - time.time()) / 86400
+
+    proxy.window = (moment(20), moment(21))
+    request = request_for(name())
+    with proxied.serving() as server:
+        server.enroll(request)
+        work(proxied)
+        first = server.get(sha256(request))
+        (path,) = [path for path in proxy.asked if path.startswith("/renewal-info/")]
+        assert len(path.removeprefix("/renewal-info/").split(".")) == 2
+        assert 19.9 <= known()[0] <= 21 and known()[1] == pytest.approx(7200 / 86400, abs=0.001)
+        for window, after, renew, ask_again in (
+            ((moment(70), moment(80)), "0", 60, 60 / 86400),  # a third is left on the 60th day
+            ((moment(200), moment(201)), "99999999999999", 60, 1),  # after its end
+            ((moment(30), moment(29)), "7200", 60, 1 / 24),  # makes no sense
+            ((moment(-2000), moment(-1999)), "7200", 60, 1 / 24),  # nor does this
+        ):
+            proxy.window, proxy.info_after = window, after
+            sql(proxied, "UPDATE certificates SET ask_renewal_info = 0, renew_after = not_before + 60 * 86400")
+            work(proxied)
+            assert known() == pytest.approx((renew, ask_again), abs=0.001), window
+        assert proxied.rows("SELECT count(*) FROM orders") == [(0,)]
+        # Something has happened at the CA.
+        proxy.window = (moment(-0.03), moment(-0.02))
+        sql(proxied, "UPDATE certificates SET ask_renewal_info = 0")
+        work(proxied)
+        assert server.get(sha256(request)).body == first.body
+        proxy.says("/order-plz", 409, {"type": "alreadyReplaced", "detail": "it has been"})
+        work(proxied)
+        assert server.get(sha256(request)).body != first.body
+        assert [one.get("replaces") for one in proxy.orders] == [None, path.removeprefix("/renewal-info/"), None]
+
+
+# --- The zone ---
+
+
+def test_a_name_server_by_its_name_and_an_alias(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
+    """The challenge's name leads elsewhere in the zone; or out of it, which the CA is not bothered with."""
+    settings = knot.settings.replace('server = "127.0.0.1"', 'server = "localhost"\nkey_algorithm = "HMAC-SHA256."')
+    authority = made(tmp_path / "authority", pebble, knot, dns=settings)
+    inside, outside = request_for(name(0xA0)), request_for(name(0xA1))
+    with authority.serving() as server:
+        for request in (inside, outside):
+            server.enroll(request)
+        said = work(authority)
+        assert f"_acme-challenge.{name(0xA1)} is an alias of elsewhere.example.net., which is outside" in said
+        assert [server.get(sha256(request)).status for request in (inside, outside)] == [200, 202]
+    assert knot.look_up(f"challenges.{ZONE}", "TXT") == []
+    assert "incorrect" not in said and authority.rows("SELECT attempts, resource IS NULL FROM orders") == [(1, 0)]
+
+
+@pytest.mark.parametrize("found", ["records", "settings"])
+def test_a_name_server_that_lags(tmp_path: Path, found: str) -> None:
+    """A CA that looks at the zone's second name server, which has the answer some seconds later."""
+    require("root") if found == "records" else None
+    at, port = ("127.53.53.53", 53) if found == "records" else ("127.0.0.1", 0)
+    records = f"@ 60 NS ns2\nns2 60 A {at}\n" if found == "records" else ""
+    with (
+        Knot(tmp_path / "first", records=records) as first,
+        Knot(tmp_path / "second", primary=first, at=at, port=port) as second,
+        Pebble(tmp_path / "pebble", second) as pebble,
+    ):
+        named = f'name_servers = ["127.0.0.1@{second.port}"]\n' if found == "settings" else ""
+        authority = made(tmp_path / "authority", pebble, first, dns=first.settings + named)
+        request = request_for(name())
+        with authority.serving() as server:
+            server.enroll(request)
             work(authority)
-            assert authority.rows("SELECT count(*) FROM orders") == [(0,)]
-            # Something has happened at the CA.
-            proxy.window = ("2020-01-01T00:00:00Z", "2020-01-02T00:00:00Z")
-            work(authority, 0.1)
-            assert len([path for path in proxy.asked if path.startswith("/renewal-info/")]) == 2
-            assert server.get(sha256(request)).body == first.body
-            work(authority)
-            assert server.get(sha256(request)).body != first.body
+            assert server.get(sha256(request)).status == 200
+    assert authority.rows("SELECT name FROM zone_names ORDER BY name") == (
+        [(f"ns.{ZONE}",), (f"ns2.{ZONE}",)] if found == "records" else [(f"ns.{ZONE}",)]
+    )
 
 
 # --- Several workers, and killed ones ---
@@ -600,6 +945,22 @@ def test_the_devices_address(authority: RegistrationAuthority, knot: Knot) -> No
             assert knot.look_up(name(40), kind) == [address]
 
 
+def test_no_device_blocks_the_others(tmp_path: Path, knot: Knot) -> None:
+    """Names outside of the zone, and what is no address, get no record; it is said once. IPv4 is IPv4."""
+    authority = RegistrationAuthority(tmp_path / "authority", knot.settings + 'addresses = "post"\n')
+    authority.create_ca()
+    addresses = {f"aa{ZONE}": "192.0.2.1", name(43): "unix:", name(44): "fe80::1%eth0", name(45): "::ffff:192.0.2.9"}
+    authority.command("allow", *addresses)
+    with authority.serving():
+        for device, address in addresses.items():
+            sql(authority, f"UPDATE devices SET address = '{address}' WHERE client_id = '{device}'")
+        said = work(authority)
+    assert f"aa{ZONE} is not in the zone {ZONE}" in said
+    assert "'unix:' is no address" in said and "has a meaning on one link only" in said
+    assert (knot.look_up(name(45), "A"), knot.look_up(name(45), "AAAA")) == (["192.0.2.9"], [])
+    assert work(authority) == ""
+
+
 def test_the_address_at_every_check(authority: RegistrationAuthority, knot: Knot) -> None:
     authority.config.write_text(authority.config.read_text() + 'addresses = "check"\n')
     request = request_for(name(41))
@@ -633,15 +994,27 @@ def test_addresses_are_nobodys_business_by_default(authority: RegistrationAuthor
         ('key_file = ".*"', "", "dns.server needs a key"),
         (f'zone = "{ZONE}"\nserver', "server", "the signer acme needs dns.zone"),
         ("orders_per_hour = 1000", "orders_per_hour = 0", "acme.orders_per_hour is positive"),
+        ("orders_per_hour = 1000", 'usages = ["clients"]', 'acme.usages are "client" and "server"'),
+        ("orders_per_hour = 1000", "renewal_share = 1.0", "acme.renewal_share is at least 0.0 and less than 1.0"),
+        ("orders_per_hour = 1000", 'eab_key_id = "kid"', "acme.eab_key_id and acme.eab_key_file belong together"),
+        ("orders_per_hour = 1000", "lease_seconds = 100", "acme.lease_seconds is 120 or more"),
+        ('server = ".*"', 'server = "127.0.0.1:53"', "dns.server is an address or a host name"),
+        ('server = ".*"', 'command = "/x"\ncommand_seconds = 200', "acme.lease_seconds is 1200 or more"),
+        ("key_name", 'key_algorithm = "sha256"\nkey_name', "dns.key_algorithm is one of hmac-sha1, "),
+        ("key_name", 'name_servers = ["ns2"]\nkey_name', "dns.name_servers are addresses"),
+        (f'zone = "{ZONE}"\nserver', f'zone = ".{ZONE}/"\nserver', "dns.zone is a host name"),
     ],
 )
 def test_a_wrong_configuration_is_said(authority: RegistrationAuthority, old: str, new: str, said: str) -> None:
     config = authority.config.read_text()
     changed = re.sub(old, new, config)
     assert changed != config
+    authority.init()
     authority.config.write_text(changed)
-    assert said in authority.command("list", status=1)
+    assert said in authority.command("serve", "--listen", "unix:/nowhere/at/all", status=1)
 
 
 def test_own_ca_commands_say_that_there_is_none(authority: RegistrationAuthority) -> None:
+    authority.init()
     assert 'the signer is not "ca"' in authority.command("ca-renew", status=1)
+    assert "serial numbers don't count up" in authority.command("minimum-serial", "--now", status=1)
