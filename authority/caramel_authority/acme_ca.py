@@ -390,7 +390,7 @@ def _reason(error: Exception, answer: requests.Response | None) -> str:
             text = "it takes too long"
     except Exception:  # the CA's problem may have anything in the place of a text
         text = ""
-    named = isinstance(error, messages.Error) and error.detail
+    named = text and isinstance(error, messages.Error) and error.detail
     kind = "" if named or (text and isinstance(error, errors.ValidationError)) else f"{type(error).__name__} "
     status = "" if named or answer is None else f" (HTTP status {answer.status_code})"
     return f"{kind}{text}{status}".strip()

@@ -373,7 +373,7 @@ def test_a_command_of_the_makers(authority: RegistrationAuthority, knot: Knot) -
         assert (authority.folder / "called").read_text() == "set TXT\ndelete TXT\n"
         authority.config.write_text(authority.config.read_text() + "command_seconds = 1\n")
         server.enroll(second)
-        for text, said in (("exit 1", "non-zero exit status 1"), ("exec sleep 3", "timed out after 1 seconds")):
+        for text, said in (("exit 1", "non-zero exit status 1"), ("exec sleep 3", "timed out after ")):
             script.write_text(f"#!/bin/sh\n{text}\n")
             assert re.search(f"dns.command: .*{said}", work(authority))
             later(authority)
