@@ -186,8 +186,8 @@ log = Table(
     Index("ix_log_client_id", "client_id"),
 )
 
-#: `serial` was used last; nothing below `minimum` is accepted; `paused` is locked by whoever takes an order;
-#: `refusals` is the last line of that file which is known here; `front` is when the certificate of the TLS front ends.
+#: `serial` was used last; nothing below `minimum` is accepted; `paused` is locked by who takes an order; `refusals`
+#: is the last line of that file known here; `front` is when the certificate of the TLS front ends.
 NUMBERS = ("serial", "minimum", "paused", "refusals", "front")
 
 for _what in ("UPDATE", "DELETE"):
