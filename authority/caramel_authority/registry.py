@@ -270,9 +270,7 @@ class Registry:
         most = self._configuration.pending_limit
         if db.execute(pending).scalar_one() > most:
             raise TryLater(f"{most} requests wait for a decision: no more are taken", self._retry_after)
-        # Counted here: SQLite would count by the state, all of those that wait.
-        of_one = select(requests.c.state).where(requests.c.device == device)
-        if db.execute(of_one).scalars().all().count(PENDING) > PENDING_OF_ONE:
+        if db.execute(pending.where(requests.c.device == device)).scalar_one() > PENDING_OF_ONE:
             raise TryLater(f"{PENDING_OF_ONE} requests of this client ID wait for a decision", self._retry_after)
 
     # --- Who decides ---
@@ -285,10 +283,8 @@ class Registry:
         request or key the device has, rules admit no other.
         """
         listed = db.execute(select(devices).where(devices.c.client_id == request.device)).first()
-        rejected = select(requests.c.sha256).where(
-            requests.c.key_sha256 == request.key_sha256, requests.c.state == REJECTED
-        )
-        if db.execute(rejected).first():
+        with_this_key = select(requests.c.state).where(requests.c.key_sha256 == request.key_sha256)
+        if REJECTED in db.execute(with_this_key).scalars().all():
             return None
         expected = listed.expected if listed else None
         if expected and expected not in (request.sha256, request.key_sha256):

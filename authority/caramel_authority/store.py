@@ -62,11 +62,13 @@ requests = Table(
     Column("sha256", String(64), primary_key=True),
     Column("pem", Text, nullable=False),
     Column("client_id", String(64), nullable=False, index=True),
-    Column("device", String(64), nullable=False, server_default="", index=True),
+    Column("device", String(64), nullable=False, server_default=""),
     Column("key_sha256", String(64), nullable=False, index=True),
     Column("posted", BigInteger, nullable=False),
     Column("state", String(10), nullable=False, default=PENDING),
     Column("address", String(45)),
+    # With the state in it, because SQLite would else look for a device among all that have that state.
+    Index("ix_requests_device", "device", "state"),
     Index("ix_requests_state", "state", "posted"),
 )
 #: Whose a key is. Two processes that take it for two devices at once meet here.

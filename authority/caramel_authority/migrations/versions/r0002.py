@@ -14,7 +14,7 @@ def upgrade() -> None:
     op.add_column("requests", sa.Column("device", sa.String(64), nullable=False, server_default=""))
     # 2.0.0 took ASCII only.
     op.execute("UPDATE requests SET device = rtrim(lower(client_id), '.')")
-    op.create_index("ix_requests_device", "requests", ["device"])
+    op.create_index("ix_requests_device", "requests", ["device", "state"])
     op.create_index("ix_requests_state", "requests", ["state", "posted"])
 
     op.create_table(
