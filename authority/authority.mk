@@ -25,6 +25,6 @@ $(BUILD)/authority/installed: $(AUTHORITY_SOURCES)
 	@cp -r $(addprefix $(AUTHORITY)/,pyproject.toml README.md caramel_authority) $(@D)-source
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		$(PYTHON) -m venv $(@D) && \
-		$(@D)/bin/python $(PIP_INSTALL) mypy types-waitress types-requests '$(@D)-source[postgresql]'; \
+		$(@D)/bin/python $(PIP_INSTALL) gunicorn mypy types-waitress types-requests '$(@D)-source[postgresql]'; \
 	else echo "the registration authority is left out: it needs Python 3.11"; fi
 	@touch $@

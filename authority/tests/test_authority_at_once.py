@@ -7,10 +7,13 @@ A signature is made once whoever asks, a serial number is used once, and what a 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import http.client
 import itertools
+import os
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +23,7 @@ from typing import Union
 
 import pytest
 import world
-from authority_world import COMMAND, Postgres, RegistrationAuthority, Server, ask, at, csr, ec_key, sha256
+from authority_world import BIN, COMMAND, Knot, Postgres, RegistrationAuthority, Server, ask, at, csr, ec_key, sha256
 from needs import needs, require, slow
 from world import Daemon, until
 
@@ -224,13 +227,21 @@ def test_several_start_at_once_on_a_new_database(tmp_path: Path) -> None:
 
 
 def test_killed_at_random_moments(authority: RegistrationAuthority, request: pytest.FixtureRequest) -> None:
-    """Two processes serve and are killed again and again while devices enroll; each device gets one certificate."""
+    """Two processes serve and are killed again and again while devices enroll, some of them are
+    suspended and barred, and one CA follows another; each device gets one certificate.
+    """
     mine = ids(request, 40)
     authority.command("allow", "--file", "-", given="\n".join(mine))
     over = threading.Event()
     dice = random.Random(1)
     kills = 0
+    barred = f"{mine[0]}-barred"
+    deeds = [["ca-next"], ["suspend", *mine[-9:]], ["bar", barred], ["ca-next", "--switch"], ["resume", *mine[-9:]]]
     with authority.serving() as one, authority.serving() as two:
+
+        def administrator() -> None:
+            for deed in [*deeds, ["ca-next", "--finish"]]:
+                authority.command(*deed)
 
         def device(number: int) -> int:
             body = csr(mine[number])
@@ -247,10 +258,11 @@ def test_killed_at_random_moments(authority: RegistrationAuthority, request: pyt
                 time.sleep(0.02)
                 assert not over.is_set()
 
-        with ThreadPoolExecutor(6) as pool:
+        with ThreadPoolExecutor(6) as pool, ThreadPoolExecutor(1) as others:
             work = [pool.submit(device, number) for number in range(len(mine))]
-            end = time.monotonic() + 60
-            while not all(one.done() for one in work) and time.monotonic() < end:
+            decided = others.submit(administrator)
+            end = time.monotonic() + 120
+            while not all(one.done() for one in [*work, decided]) and time.monotonic() < end:
                 time.sleep(dice.uniform(0.02, 0.25))
                 victim = dice.choice((one, two))
                 victim.kill()
@@ -259,6 +271,9 @@ def test_killed_at_random_moments(authority: RegistrationAuthority, request: pyt
             if not all(one.done() for one in work):
                 over.set()
             serials = [one.result() for one in work]
+            decided.result()
+            refused = one.post(csr(barred))
+            assert refused.status == 400 and b"barred" in refused.body
     assert kills > 3
     assert len(set(serials)) == len(mine)
     assert sorted(client_id for client_id, _ in signed(authority, mine)) == mine
@@ -321,3 +336,70 @@ def attached(process: int) -> None:
             return
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# --- PostgreSQL behind others, and servers that fork ---
+
+
+@needs("pgbouncer")
+def test_behind_pgbouncer(postgres: Postgres, tmp_path: Path) -> None:
+    """Each transaction has another connection of the server's: nothing is left behind in one."""
+    port = world.free_port()
+    (tmp_path / "users").write_text('"authority" ""\n')
+    (tmp_path / "pgbouncer.ini").write_text(
+        f"[databases]\npostgres = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {tmp_path}/users\n"
+        "pool_mode = transaction\ndefault_pool_size = 3\n"
+    )
+    for path in (tmp_path, *tmp_path.parents):  # pytest's folders belong to one user only, and it refuses to be root
+        if path.owner() == getpass.getuser() and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o711)
+    user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
+    with Daemon([*user, str(Knot.program("pgbouncer")), str(tmp_path / "pgbouncer.ini")], tmp_path / "pgbouncer.log"):
+        url = f"postgresql+psycopg://authority@127.0.0.1:{port}/postgres"
+        world.until("PgBouncer answers", lambda: listens(port))
+        authority = RegistrationAuthority(tmp_path / "authority", database=url)
+        authority.create_ca()
+        names = [f"bouncer-{number:02}" for number in range(12)]
+        authority.command("allow", *names)
+        with authority.serving() as one, authority.serving() as two, ThreadPoolExecutor(8) as pool:
+
+            def life(name: str) -> list[int]:
+                body = csr(name)
+                return [one.post(body).status, *(server.get(sha256(body)).status for server in (one, two) * 8)]
+
+            assert list(pool.map(life, names)) == [[202] + 16 * [200]] * len(names)
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    return False
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["each", "preload"])
+def test_gunicorn(authority: RegistrationAuthority, request: pytest.FixtureRequest, preload: list[str]) -> None:
+    """A server that forks after it has read the database shares no connection with what it forks."""
+    mine = ids(request, 12)
+    authority.command("allow", *mine)
+    port = world.free_port()
+    factory = "caramel_authority.application:from_environment()"
+    command = [str(BIN / "gunicorn"), *preload, "-w", "3", "-b", f"127.0.0.1:{port}", "--threads", "4", factory]
+    env = world.environment(CARAMEL_AUTHORITY_CONFIG=str(authority.config))
+    with (
+        Daemon(
+            [*command, "caramel_authority.application:from_environment()"], authority.folder / "gunicorn.log", env
+        ),
+        ThreadPoolExecutor(8) as pool,
+    ):
+        world.until("gunicorn answers", lambda: listens(port))
+
+        def life(name: str) -> list[int]:
+            body = csr(name)
+            said = [ask(port, "POST", f"/{sha256(body)}", body)]
+            said += [ask(port, "GET", f"/{sha256(body)}") for _ in range(12)]
+            return [reply.status for reply in said]
+
+        assert list(pool.map(life, mine)) == [[202] + 12 * [200]] * len(mine)
+    assert sorted(client_id for client_id, _ in signed(authority, mine)) == mine

@@ -49,7 +49,7 @@ def behind(authority: RegistrationAuthority, configuration: str) -> Iterator[Fro
         text = (world.ROOT / "server" / "nginx-metered.conf").read_text()
         for old, new in {
             "server_name localhost": "server_name ca.example.com",
-            "/etc/caramel/server.pem": "/var/lib/caramel-authority/front.pem",
+            "/etc/caramel/server.pem": "/var/lib/caramel-authority-signer/front.pem",
             "/etc/caramel/ca.crt": str(authority.ca),
             "127.0.0.1:6543": "127.0.0.1:8080",
         }.items():

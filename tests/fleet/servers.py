@@ -524,7 +524,7 @@ def authority_front(folder: Path, backend: RegistrationAuthority, certificate: O
     """What stands in front of the registration authority: its own configuration."""
     replace = {
         "server_name ca.example.com": "server_name localhost",
-        "/var/lib/caramel-authority/front.pem": str(certificate or backend.folder / "front.pem"),
+        "/var/lib/caramel-authority-signer/front.pem": str(certificate or backend.folder / "front.pem"),
         "http://127.0.0.1:8080": "http://backend",
     }
     return Front(folder, backend, (SERVER / "authority/deploy/nginx.conf").read_text(), replace)
