@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 from . import signals
@@ -36,7 +36,6 @@ def run(
     import subprocess  # most runs start no program
 
     _adopt_orphans()
-    others = set(_children(os.getpid()))  # of what this process was before it became this program
     out_to = subprocess.PIPE if output is None else output
     try:
         process = subprocess.Popen(
@@ -58,7 +57,7 @@ def run(
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
-            _end_descendants(others)
+            _end_descendants(process.pid)
             process.wait()
     if process.returncode < 0:
         raise Failed("was ended by signal %d" % -process.returncode)
@@ -75,40 +74,40 @@ def _adopt_orphans() -> None:
         pass  # then what has no parent any more is out of reach
 
 
-def _end_descendants(others: set[int]) -> None:
-    """Ends all that this process has started, but for `others`; again, because what is ended may just have forked."""
+def _end_descendants(first: int) -> None:
+    """Ends all that this process has started since its child `first`; again, for what is ended may just have forked.
+
+    What is older is a child of what this process was before it became this program.
+    """
+    since = _processes().get(first, (b"", 0, 0))[2]
     for _ in range(100):
-        found = [process for child in _children(os.getpid()) if child not in others for process in _tree(child)]
-        for process in found:
+        processes, found, generation = _processes(), set(), {os.getpid()}
+        while generation:
+            generation = {
+                number
+                for number, (_, parent, start) in processes.items()
+                if parent in generation and start >= since and number not in found
+            }
+            found |= generation
+        living = [number for number in found if processes[number][0] != b"Z"]
+        for number in living:
             try:
-                os.kill(process, signal.SIGKILL)
+                os.kill(number, signal.SIGKILL)
             except OSError:
                 pass  # it has gone meanwhile, or has become another user
-        if not found:
+        if not living:
             return
         time.sleep(0.01)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
 
 
-def _tree(process: int) -> Iterator[int]:
-    yield process
-    for child in _children(process):
-        yield from _tree(child)
-
-
-def _children(parent: int) -> list[int]:
-    """The process IDs of its children; none where the system doesn't tell."""
-    found = []
+def _processes() -> dict[int, tuple[bytes, int, int]]:
+    """State, parent and start of all that the system tells of, by process ID; see proc_pid_stat(5)."""
+    found = {}
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
         try:
             with open("/proc/%s/stat" % name, "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()  # the name before it may hold anything, proc(5)
+                fields = file.read().rpartition(b")")[2].split()  # the name before it may hold anything
         except OSError:
             continue
-        if fields[0] != b"Z" and int(fields[1]) == parent:
-            found.append(int(name))
+        found[int(name)] = (fields[0], int(fields[1]), int(fields[19]))
     return found

@@ -352,7 +352,7 @@ class Fleet:
 
     @staticmethod
     def _exposed(dut: DeviceUnderTest) -> list[str]:
-        """Files with a secret in them, or in the key file's place, that somebody else might read."""
+        """Files with a secret in them, or a key file that isn't empty, that somebody else might read."""
         wrong = []
         folder = dut.device.key_file.parent
         for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -361,8 +361,9 @@ class Fleet:
                 continue
             found = (state.st_uid, state.st_gid, stat.S_IMODE(state.st_mode))
             wanted = (dut.owner, dut.group, dut.mode)
-            secret = b"PRIVATE KEY" in Path(entry.path).read_bytes()
-            named = entry.path == str(dut.device.key_file)
+            content = Path(entry.path).read_bytes()
+            secret = b"PRIVATE KEY" in content
+            named = content and entry.path == str(dut.device.key_file)
             if (secret or named) and found != wanted and not (entry.name.endswith(".new") and found[2] == 0o600):
                 wrong.append("%s has owner %d:%d, mode %04o" % (entry.name, *found))
         return wrong
