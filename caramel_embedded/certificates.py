@@ -68,7 +68,7 @@ class Anchors:
     OpenSSL alone reads them: `cryptography` refuses names in Latin-1 and key identifiers of half a form.
 
     Attributes: certificates; subjects: for each, what the subject of a request begins with; begins: a time that has
-    certainly passed, seconds since 1970, UTC.
+    certainly passed; ends: from when on none of them is good; both seconds since 1970, UTC.
     """
 
     def __init__(self, text: bytes) -> None:
@@ -79,6 +79,7 @@ class Anchors:
             described = list(map(_described, found))
             # Of several the oldest one's time has certainly passed; a new one may be handed out before it begins.
             self.begins = min(map(_begin_of, self.certificates), default=0.0)
+            self.ends = max(map(_end_of, self.certificates), default=0.0)
         except (crypto.Error, ssl.SSLError, ValueError) as error:
             raise UsageError("a certificate of the CA can't be read: %s" % error) from None
         if not found:

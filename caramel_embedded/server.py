@@ -25,6 +25,7 @@ from urllib3.util import SKIP_HEADER
 from . import __version__
 from .errors import CaramelError, Refused, Unreachable, Untrusted, printable
 from .identity import Identity, utc
+from .settings import host_and_port
 from .tls import POST_QUANTUM, Limits, Tcp, Tls, client_context, directly, show
 from .trust import Trust
 
@@ -114,7 +115,7 @@ class Server:
         `groups`: the key exchanges to offer, as in the settings.
         """
         self.address = address
-        self.name = ("[%s]:%d" if ":" in address[0] else "%s:%d") % address
+        self.name = host_and_port(address)
         self.trust = trust
         self.say = say
         self._limits = Limits(timeout)

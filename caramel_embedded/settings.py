@@ -115,6 +115,11 @@ def server(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def host_and_port(address: tuple[str, int]) -> str:
+    """What `server` reads as `address`."""
+    return ("[%s]:%d" if ":" in address[0] else "%s:%d") % address
+
+
 def _is_label(label: str) -> bool:
     """Whether `label` can be one label of a host name (RFC 1123, 2.1; underscores are seen in the field)."""
     return 0 < len(label) <= 63 and not label.startswith("-") and not label.endswith("-")

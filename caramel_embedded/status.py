@@ -15,7 +15,7 @@ from .errors import EXIT_CERTIFIED, EXIT_FAILED, EXIT_PENDING, UsageError
 from .identity import Identity, utc
 from .keyfile import peek
 from .log import Log
-from .settings import ClientId, Permissions, Settings
+from .settings import ClientId, Permissions, Settings, host_and_port
 from .stored import Stored, usable
 from .trust import Trust
 
@@ -73,7 +73,7 @@ def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
         "exit_status": {"certified": EXIT_CERTIFIED, "pending": EXIT_PENDING}.get(state, EXIT_FAILED),
         "client_id": client_id.text,
         "client_id_source": client_id.source if settings.client_id else "the " + client_id.source,
-        "server": "%s:%d" % settings.server if settings.server else None,
+        "server": host_and_port(settings.server) if settings.server else None,
         "key_file": settings.key_file if status is None else os.path.realpath(settings.key_file),
         "file": status
         and {
@@ -86,7 +86,10 @@ def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
         "request_sha256": identity.request_hash if identity else None,
         "certificate": _certificate(stored),
         "hook_owed": _hook_is_owed(stored, settings),
-        "remarks": [*keyfile.remarks(settings.key_file), *stored.notes, *problems, *map(_misspelt, settings.unknown)],
+        "remarks": [
+            *(*keyfile.remarks(settings.key_file), *stored.notes, *problems),
+            *(*map(_misspelt, settings.unknown), *_clock(trust)),
+        ],
         "clock": {
             "now": int(time.time()),
             "floor": int(trust.floor),
@@ -148,6 +151,15 @@ def _group(number: int) -> str:
         return grp.getgrgid(number).gr_name
     except KeyError:
         return str(number)
+
+
+def _clock(trust: Trust) -> list[str]:
+    end = max(certificates.anchors(trust).ends, certificates.anchors(trust, of_server=True).ends)
+    if time.time() <= end:
+        return []
+    return [
+        "the clock is after the end of the trusted CA, %s: it is far ahead, or the device needs another CA" % utc(end)
+    ]
 
 
 def _next(stored: Stored, status: Optional[os.stat_result], settings: Settings) -> str:

@@ -192,4 +192,7 @@ def test_a_clock_that_is_after_the_cas_end_is_named(device: Device, pem: Path, a
             run.err
         )
         assert device.snapshot() == before
+        status = device.run("--status", before=clock("2080-01-01 00:00:00"))
+        assert "the clock is after the end of the trusted CA" in status.out, status.out
         assert device.run().status == 69
+    assert "the clock is" not in device.run("--status").out

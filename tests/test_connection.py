@@ -195,6 +195,7 @@ def test_an_address_in_an_error_line_has_the_form_that_the_option_takes(new: Dev
     new.server = server
     run = new.run()
     assert (run.status, server in run.err) == (127, True), run.err
+    assert f" {server}\n" in new.run("--status").out
 
 
 def test_an_address_that_swallows_everything_costs_its_time_once(
