@@ -570,6 +570,7 @@ def test_make_install_puts_the_right_files_into_an_image(tmp_path: Path, words: 
     # What somebody has made of it stays.
     (target / "etc/caramel-embedded.conf").parent.mkdir(exist_ok=True)
     (target / "etc/caramel-embedded.conf").touch()
+    assert make_install(target, goal="install-keys-tpm").returncode == 0
     assert make_install(target, goal="uninstall").returncode == 0
     assert [path.name for path in target.rglob("*") if not path.is_dir()] == ["caramel-embedded.conf"]
 
@@ -769,7 +770,7 @@ def test_a_release_is_the_same_bits_twice_and_all_of_it_works(tmp_path: Path) ->
     assert run("git", "clone", "--quiet", ROOT, clone, env=surroundings(**kept)).returncode == 0
     made = []
     for place, umask, zone in ((ROOT, 0o022, "UTC"), (clone, 0o077, "Asia/Tokyo")):
-        out = tmp_path / f"out {umask}"
+        out = tmp_path / f"out-{umask}"
         words = ["make", "-s", "release", f"PYTHON={sys.executable}", f"BUILD={out}"]
         env = surroundings(**kept, TZ=zone)
         old = os.umask(umask)

@@ -35,6 +35,7 @@ BR2_PACKAGE_CARAMEL_EMBEDDED = y
 HOST_DIR = {folder}/host
 TARGET_DIR = {folder}/target
 INSTALL = install
+SED = sed -i -e
 {options}
 include {root}/buildroot/package/caramel-embedded/caramel-embedded.mk
 {folder}/build/built:
@@ -43,6 +44,7 @@ include {root}/buildroot/package/caramel-embedded/caramel-embedded.mk
 \t$(CARAMEL_EMBEDDED_INSTALL_INIT_SYSV)
 \t$(CARAMEL_EMBEDDED_INSTALL_INIT_SYSTEMD)
 \t$(CARAMEL_EMBEDDED_INSTALL_KEYS)
+\t$(CARAMEL_EMBEDDED_STARTER_FOR_SH)
 """
 
 
@@ -146,7 +148,7 @@ def test_the_config_keeps_to_buildroots_format() -> None:
 
 @needs("make")
 class TestBuildroot:
-    def build(self, folder: Path, target: str, **options: str) -> subprocess.CompletedProcess[str]:
+    def build(self, folder: Path, target: str, more: str = "", **options: str) -> subprocess.CompletedProcess[str]:
         (folder / "host/bin").mkdir(parents=True, exist_ok=True)
         python = folder / "host/bin/python3"
         if not python.exists():
@@ -157,7 +159,7 @@ class TestBuildroot:
             # Buildroot has rsynced the sources there.
             for name in ("packaging", "buildroot", "caramel_embedded"):
                 shutil.copytree(ROOT / name, folder / "build" / name)
-        lines = "".join(f"BR2_PACKAGE_CARAMEL_EMBEDDED_{name} = {value}\n" for name, value in options.items())
+        lines = more + "".join(f"BR2_PACKAGE_CARAMEL_EMBEDDED_{name} = {value}\n" for name, value in options.items())
         (folder / "Makefile").write_text(BUILDROOT.format(root=ROOT, folder=folder, options=lines))
         return subprocess.run(
             ["make", "-s", "-C", str(folder), f"{folder}/build/{target}"],
@@ -228,6 +230,17 @@ class TestBuildroot:
         found = {str(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*")}
         assert files <= found
         assert bool(files) == bool(found)
+
+    @pytest.mark.parametrize(("sh", "more"), [("BASH", " -p"), ("DASH", " -p"), ("BUSYBOX", "")])
+    def test_the_scripts_are_for_the_shell_of_the_image(self, tmp_path: Path, sh: str, more: str) -> None:
+        starter = tmp_path / "target/usr/bin/caramel-embedded"  # which Buildroot has installed of the wheel
+        starter.parent.mkdir(parents=True)
+        shutil.copy(ROOT / "packaging/starter/caramel-embedded", starter)
+        options = {"SERVER": '"a.example"', "CA_CERT": '"/x"', "START_INIT_SCRIPT": "y"}
+        done = self.build(tmp_path, "installed", more=f"BR2_SYSTEM_BIN_SH_{sh} = y\n", **options)
+        assert done.returncode == 0, done.stderr
+        for name in ("usr/bin/caramel-embedded", "etc/init.d/S95caramel-embedded", f"{LIBEXEC}/until-enrolled"):
+            assert (tmp_path / "target" / name).read_text().splitlines()[0] == f"#!/bin/sh{more}", name
 
 
 def test_the_recipe_of_yocto_fetches_what_is_there_and_all_that_is_installed() -> None:
