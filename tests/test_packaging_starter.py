@@ -427,6 +427,8 @@ def test_what_has_not_ended_after_a_signal_is_killed(shell: list[str], bin: Path
     for name in ("TERM", "HUP", "INT", "TERM"):
         (os.killpg if group else os.kill)(process.pid, getattr(signal, "SIG" + name))
         time.sleep(0.05)
+    lines = [path.read_bytes() for path in Path("/proc").glob(f"{process.pid}/task/*/children")]
+    assert sum(len(line.split()) for line in lines) == 2, "Python, and one that waits, not one for each signal"
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (127, b"")
     assert err.splitlines()[-1] == b"caramel-embedded: ended by a signal"
