@@ -283,6 +283,21 @@ def test_a_key_that_counts_as_attacked_is_not_given_up(
     assert ours.run().status == 0 and ours.snapshot() == kept
 
 
+@both
+def test_a_chip_that_was_away_longer_than_a_certificate_lives(
+    certified: Device, chip: Chip, caramel: Caramel, authority: Authority
+) -> None:
+    key, _, request = (block for _, block in certified.blocks())
+    certified.has(key + authority.sign(certified.request, not_after=world.now() - world.hours(1)) + request)
+    chip.away()
+    run = certified.run()
+    assert run.status == 127 and "ended" in run.err and "new certificate" in run.err, run
+    chip.back()
+    assert certified.run().status == 0
+    assert certified.block(chip.label) == key
+    assert certified.block("CERTIFICATE") == caramel.certificates(certified.request_hash())[-1]
+
+
 def test_a_tpm_that_hangs_ends_the_run_at_its_time_limit(certified: Device, chip: Tpm) -> None:
     kept = certified.snapshot()
     chip.hang()
