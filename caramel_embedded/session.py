@@ -6,6 +6,7 @@ global state. The command is a thin skin over it (``cli``), and so is every appl
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -337,6 +338,10 @@ class Check:
 
         self._prepare()
         self._say("making a key and a certificate request")
+        if self._shown and self._key_command is not None:
+            self._shown = False
+            self._server.connect(None)
+            gc.collect()  # the chip may have room for few keys at a time, and the connection has one
         with self._server.pause(), signals.unhurried():
             anchors = certificates.anchors(self._trust)
             identity = certificates.make(
@@ -351,6 +356,8 @@ class Check:
             return None
         if not new and (not self._shown or self._server.shows_certificate):
             return None
+        self._server.close()
+        gc.collect()  # a TPM without a resource manager has room for three keys, and the connection has one of them
         from . import held
 
         reason = held.why_not(self.kept)
