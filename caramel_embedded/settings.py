@@ -146,7 +146,7 @@ def _owner(text: str) -> int:
 
     try:
         return _number(text) if text.isdigit() else pwd.getpwnam(text).pw_uid
-    except KeyError:
+    except (KeyError, ValueError):  # a NUL in it, say
         raise UsageError("there is no user %r" % text) from None
 
 
@@ -155,7 +155,7 @@ def _group(text: str) -> int:
 
     try:
         return _number(text) if text.isdigit() else grp.getgrnam(text).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):
         raise UsageError("there is no group %r" % text) from None
 
 

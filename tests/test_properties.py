@@ -170,6 +170,8 @@ def test_a_configuration_in_quotes_means_the_same_to_a_shell(tmp_path: Path, val
 @example("CARAMEL_CA", "[::1]:443")
 @example("CARAMEL_CA", "a:٣")
 @example("CARAMEL_OWNER", "²")
+@example("CARAMEL_GROUP", "\0")
+@example("CARAMEL_OWNER", "\0")
 @example("CARAMEL_TIMEOUT", "nan")
 @example("CARAMEL_TIMEOUT", "1_0")
 @example("CARAMEL_HOOK", "'")
