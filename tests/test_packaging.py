@@ -766,20 +766,21 @@ def test_a_release_is_the_same_bits_twice_and_all_of_it_works(tmp_path: Path) ->
     if sys.version_info[:2] != (3, 11):
         return  # the authority, for its SBOM, and the list of what it is made with
     kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
-    clone = tmp_path / "a clone"
-    assert run("git", "clone", "--quiet", ROOT, clone, env=surroundings(**kept)).returncode == 0
-    made = []
-    for place, umask, zone in ((ROOT, 0o022, "UTC"), (clone, 0o077, "Asia/Tokyo")):
-        out = tmp_path / f"out-{umask}"
-        words = ["make", "-s", "release", f"PYTHON={sys.executable}", f"BUILD={out}"]
-        env = surroundings(**kept, TZ=zone)
+    tools = ROOT / "build/release-tools"
+    words = ["make", "-s", f"PYTHON={sys.executable}", f"{tools.relative_to(ROOT)}/installed"]
+    done = run(*words, env=surroundings(**kept))
+    assert done.returncode == 0, done.stderr
+    made: list[Path] = []
+    for name, umask, zone in (("one", 0o022, "UTC"), ("another", 0o077, "Asia/Tokyo")):
+        clone = tmp_path / name
+        assert run("git", "clone", "--quiet", tmp_path / "one" if made else ROOT, clone).returncode == 0
         old = os.umask(umask)
         try:
-            done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=900)
+            done = run(tools / "bin/python", "packaging/release.py", env=surroundings(**kept, TZ=zone), cwd=clone)
         finally:
             os.umask(old)
         assert done.returncode == 0, done.stderr
-        made.append(out / "release")
+        made.append(clone / "build/release")
     one, other = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in made)
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
