@@ -259,11 +259,14 @@ def _signable_key(data: bytes, elliptic: bool, request: Optional[bytes]) -> Priv
     if block is None and chips is None:
         raise InvalidIdentity("there is no private key in the file")
     key: PrivateKey
-    if max(map(len, filter(None, (block, chips)))) > MAXIMUM_KEY or (block and _longest_number(block) > 513):
-        # Whoever looks at numbers of thousands of bits, whether they are prime, does so for minutes.
-        raise InvalidIdentity("the private key is longer than any that can be signed")
+    too_long = InvalidIdentity("the private key is longer than any that can be signed")
+    if max(map(len, filter(None, (block, chips)))) > MAXIMUM_KEY:
+        raise too_long
     if block is not None:
         try:
+            # Whoever looks at numbers of thousands of bits, whether they are prime, does so for minutes.
+            if _longest_number(block) > 513:
+                raise too_long
             key = serialization.load_pem_private_key(block, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm):  # its text may quote what it read
             raise InvalidIdentity("the private key can't be read") from None
@@ -285,7 +288,7 @@ def _signable_key(data: bytes, elliptic: bool, request: Optional[bytes]) -> Priv
 
 
 def _longest_number(block: bytes) -> int:
-    """The bytes of the longest INTEGER in a private key, PEM, as far as it is DER."""
+    """The bytes of the longest INTEGER in a private key, PEM, as far as it is DER. Raises ValueError."""
     lines = block.splitlines()[1:-1]
     data = binascii.a2b_base64(b"".join(line for line in lines if b":" not in line) + b"===")
     at = longest = 0

@@ -96,7 +96,7 @@ def test_no_server_name(device: Device) -> None:
 )
 def test_a_malformed_server_name(certified: Device, name: str) -> None:
     certified.server = None
-    refused(nothing_lost(certified, f"--server={name}"), "CARAMEL_CA")
+    refused(nothing_lost(certified, f"--server={name}"), "--server")
 
 
 def test_an_empty_server_name(device: Device) -> None:
@@ -195,22 +195,22 @@ def test_no_hardware_id(device: Device) -> None:
         ("--owner", "nobody-of-that-name", "nobody-of-that-name"),
         ("--group", "nogroup-of-that-name", "nogroup-of-that-name"),
         ("--owner", "4294967295", "4294967295"),
-        ("--owner", "-1", "CARAMEL_OWNER"),
-        ("--owner", "٣", "CARAMEL_OWNER"),
+        ("--owner", "-1", "--owner"),
+        ("--owner", "٣", "--owner"),
         ("--mode", "0888", "octal"),
         ("--mode", "rw-r-----", "octal"),
         ("--mode", "01777", "octal"),
         ("--mode", "4755", "octal"),
         ("--mode", "-600", "octal"),
         ("--mode", "0o600", "octal"),
-        ("--timeout", "0", "CARAMEL_TIMEOUT"),
-        ("--timeout", "-1", "CARAMEL_TIMEOUT"),
-        ("--timeout", "nan", "CARAMEL_TIMEOUT"),
-        ("--timeout", "inf", "CARAMEL_TIMEOUT"),
-        ("--timeout", "soon", "CARAMEL_TIMEOUT"),
-        ("--interfaces", "eth0,,eth1", "CARAMEL_INTERFACES"),
-        ("--interfaces", "../../../etc", "CARAMEL_INTERFACES"),
-        ("--hook", "'unclosed", "CARAMEL_HOOK"),
+        ("--timeout", "0", "--timeout"),
+        ("--timeout", "-1", "--timeout"),
+        ("--timeout", "nan", "--timeout"),
+        ("--timeout", "inf", "--timeout"),
+        ("--timeout", "soon", "--timeout"),
+        ("--interfaces", "eth0,,eth1", "--interfaces"),
+        ("--interfaces", "../../../etc", "--interfaces"),
+        ("--hook", "'unclosed", "--hook"),
         ("--config", "nowhere.conf", "nowhere.conf"),
     ],
 )

@@ -140,7 +140,7 @@ def test_wrong_settings_are_logged_as_well(logged: Logged) -> None:
     run = logged.run("--mode", "999")
     assert (run.status, run.err) == (127, "")
     ((priority, message),) = logged.messages()
-    assert priority == ERROR and "CARAMEL_MODE" in message
+    assert priority == ERROR and "--mode" in message
 
 
 def test_steps_are_for_debugging(logged: Logged) -> None:
