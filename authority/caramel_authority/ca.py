@@ -93,6 +93,17 @@ def end_of(chain: Sequence[x509.Certificate]) -> int:
     return min(int(one.not_valid_after_utc.timestamp()) for one in chain)
 
 
+def check_dates(chain: Chain) -> None:
+    """Raises TryLater where a CA with this chain can't sign today. A clock that has gone back behind the CA's begin
+    would make certificates that are not handed out, at each question another one.
+    """
+    now, begin = store.now(), int(chain[0].not_valid_before_utc.timestamp())
+    if end_of(chain) <= now:
+        raise TryLater("the CA's certificate has ended; caramel-authority ca-renew makes a new one", 3600)
+    if begin > now:
+        raise TryLater("the CA's certificate begins later: is the clock right?", min(3600, begin - now))
+
+
 def is_self_signed(certificate: x509.Certificate) -> bool:
     """Issuer and subject alone don't say it: a CA's new certificate by its old key has one name twice (RFC 4210,
     4.4).
@@ -217,8 +228,7 @@ class Certificates:
         return end_of(self.known().chain)
 
     def look(self) -> None:
-        if end_of(self.known().chain) <= store.now():
-            raise TryLater("the CA's certificate has ended", 3600)
+        check_dates(self.known().chain)
 
     def refuses(self, request: SigningRequest) -> str | None:
         return None
@@ -297,11 +307,9 @@ class CertificateAuthority(Certificates):
         outlives the CA.
         """
         ca, ca_key = chain[0], self.key_of(chain[0])
-        now = store.now()
-        not_before = max(now - self.settings.backdate_seconds, int(ca.not_valid_before_utc.timestamp()))
+        check_dates(chain)
+        not_before = max(store.now() - self.settings.backdate_seconds, int(ca.not_valid_before_utc.timestamp()))
         not_after = min(not_before + hours * 3600, end_of(chain))
-        if not_after <= now:
-            raise TryLater("the CA's certificate has ended; caramel-authority ca-renew makes a new one", 3600)
         serial = store.next_serial(db)
         builder = (
             x509.CertificateBuilder(ca.subject, subject, key, serial)

@@ -108,9 +108,13 @@ def test_serial_numbers_are_never_used_again(authority: RegistrationAuthority, t
         numbers.append(server.enroll(csr("two")).certificate.serial_number)
     authority.command("ca-renew")
     numbers.append(serial_of(authority.ca))
-    with authority.serving(before=at(-300)) as server:
+    with authority.serving(before=at(-0.02)) as server:  # as far as certificates begin earlier, and less
         numbers.append(server.enroll(csr("three")).certificate.serial_number)
     assert numbers == sorted(set(numbers))
+    with authority.serving(before=at(-300)) as server:
+        # There is no CA yet: nothing is signed that nobody could use, at each question another one.
+        assert server.enroll(csr("four")).status == server.get("/health").status == 503
+    assert len(authority.log("signed")) == 3
     for path in authority.folder.glob("state.db*"):  # its journal, too, in which the later transactions are
         path.unlink()
     for name, content in old.items():
