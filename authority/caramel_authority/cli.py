@@ -166,9 +166,9 @@ def show(parts: Parts, options: argparse.Namespace) -> None:
 def _request(row: dict[str, Any]) -> str:
     until = f"until {row['until']}" if row["until"] else "no certificate"
     seen = f"  seen {row['seen']}" if row["seen"] else ""
-    problem = f"  {row['problem']}" if row["problem"] else ""
+    problems = "".join(f"  {row[name]}" for name in ("problem", "publish_problem") if row[name])
     about = f"{row['sha256'][:16]}  {row['state']:<10}  {row['client_id']}"
-    return f"{about}  posted {row['posted']}  {until}{seen}{problem}"
+    return f"{about}  posted {row['posted']}  {until}{seen}{problems}"
 
 
 def _waiting(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What was refused, in a small file beside the CA's key (or the ACME account's): a database that comes back from an
-older copy is told of it again, so that no copy lets in again who was kept out.
+"""What was refused, in a small file of its own: a database that comes back from an older copy is told of it again, so
+that no copy lets in again who was kept out. `refusals` of the configuration says where it is; by default that is
+beside the CA's folder, or the ACME account's key.
 
 One line of JSON for each decision, written before the database's transaction ends. `n` counts them; the number
 `refusals` in the database says up to which one it knows them. The lines of requests have the request itself: an older
@@ -38,6 +39,10 @@ class Refusals:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
             try:
                 size = os.fstat(handle).st_size
+                if not size:
+                    # Whoever may write to the folder may decide, as with SQLite's file: the signer's user as well.
+                    with contextlib.suppress(PermissionError):
+                        os.fchmod(handle, self.path.parent.stat().st_mode & 0o660)
                 if os.write(handle, line.encode()) < len(line.encode()):
                     os.ftruncate(handle, size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

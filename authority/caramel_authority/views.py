@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from sqlalchemy import ColumnElement, Connection, Select, String, case, func, select
 
-from .store import AUTHORIZED, PENDING, REJECTED, bars, certificates, log, now, orders, requests, sightings
+from .store import AUTHORIZED, PENDING, REJECTED, bars, certificates, devices, log, now, orders, requests, sightings
 
 #: Rows that are fetched at once.
 MANY = 5000
@@ -52,11 +52,14 @@ def overview(db: Connection, asked: Asked) -> Iterator[dict[str, Any]]:
             certificates.c.not_after.label("until"),
             certificates.c.usages,
             orders.c.problem,
+            devices.c.publish_problem,
         )
         .outerjoin(bars, bars.c.device == requests.c.device)
         .outerjoin(sightings, sightings.c.sha256 == requests.c.sha256)
         .outerjoin(certificates, certificates.c.id == newest.scalar_subquery())
         .outerjoin(orders, orders.c.sha256 == requests.c.sha256)
+        # The address is the device's: it stands with the request that was admitted last.
+        .outerjoin(devices, devices.c.sha256 == requests.c.sha256)
         .order_by(requests.c.posted)
     )
     if asked.state:

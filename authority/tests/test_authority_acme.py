@@ -946,16 +946,19 @@ def test_the_devices_address(authority: RegistrationAuthority, knot: Knot) -> No
 
 
 def test_no_device_blocks_the_others(tmp_path: Path, knot: Knot) -> None:
-    """Names outside of the zone, and what is no address, get no record; it is said once. IPv4 is IPv4."""
+    """Names outside of the zone, and what is no address, get no record; it is said once, and listed. IPv4 is IPv4."""
     authority = RegistrationAuthority(tmp_path / "authority", knot.settings + 'addresses = "post"\n')
     authority.create_ca()
     addresses = {f"aa{ZONE}": "192.0.2.1", name(43): "unix:", name(44): "fe80::1%eth0", name(45): "::ffff:192.0.2.9"}
     authority.command("allow", *addresses)
-    with authority.serving():
+    with authority.serving() as server:
+        server.post(csr(f"aa{ZONE}"))
         for device, address in addresses.items():
             sql(authority, f"UPDATE devices SET address = '{address}' WHERE client_id = '{device}'")
         said = work(authority)
     assert f"aa{ZONE} is not in the zone {ZONE}" in said
+    assert authority.command("list").endswith(f"  aa{ZONE} is not in the zone {ZONE}\n")
+    assert json.loads(authority.command("list", "--json"))[0]["publish_problem"] in said
     assert "'unix:' is no address" in said and "has a meaning on one link only" in said
     assert (knot.look_up(name(45), "A"), knot.look_up(name(45), "AAAA")) == (["192.0.2.9"], [])
     assert work(authority) == ""

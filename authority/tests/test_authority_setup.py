@@ -58,6 +58,10 @@ visit -o /dev/null -w '%{http_code}\\n' https://ca.example.com/accepted
 curl -sS -o /dev/null -w '%{http_code}\\n' http://127.0.0.1:8080/health
 curl -sS http://127.0.0.1:9464/metrics | grep '^caramel_authority_requests{'
 authority log --verify | cut -d : -f 1
+ca minimum-serial --now >minimum
+authority reject fffbeec0ffee | cut -d ' ' -f 3-
+stat -c '%G %a' /var/lib/caramel-authority/refusals
+wc -l </var/lib/caramel-authority/refusals
 """
 
 SAYS = """--- the units
@@ -90,6 +94,9 @@ caramel_authority_requests{state="pending"} 0.0
 caramel_authority_requests{state="authorized"} 1.0
 caramel_authority_requests{state="rejected"} 0.0
 4 entries, each follows from those before it
+rejected  fffbeec0ffee
+caramel-authority 660
+2
 """
 
 
