@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 import pytest
+import world
 from cryptography.hazmat.primitives import serialization
 from needs import needs, require, slow
 from world import (
@@ -35,6 +36,8 @@ from world import (
     signing_request,
 )
 from world.answers import NOT_MODIFIED
+
+import caramel_embedded
 
 Done = subprocess.CompletedProcess[str]
 
@@ -757,6 +760,28 @@ def test_the_debian_package(tmp_path: Path, ca: Authority) -> None:
     assert enabled in postinst(package)
     tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, check=True).stdout
     assert ca.pem in tar
+
+
+@slow
+@needs("trixie")
+def test_the_debian_package_on_debian_13(tmp_path: Path) -> None:
+    """Built there, installed there, and run from there."""
+    tree = world.in_tree(world.trixie())
+
+    def there(line: str) -> str:
+        done = run(*tree, "sh", "-euc", f"cd {ROOT}; {line}", env=surroundings())
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    there(f"make -s -f packaging/packaging.mk deb BUILD={tmp_path}")
+    (package,) = tmp_path.glob("*.deb")
+    try:
+        there(f"dpkg --install {package}")
+        assert there("/usr/bin/caramel-embedded --version") == f"caramel-embedded {caramel_embedded.__version__}\n"
+        assert there("dpkg-query --show --showformat '${db:Status-Status}' caramel-embedded") == "installed"
+    finally:
+        there("dpkg --purge caramel-embedded")
+    assert there("find /etc /var/lib/caramel* /usr/lib/python3 -name '*caramel*' | wc -l") == "0\n"
 
 
 @slow
