@@ -341,8 +341,9 @@ def test_a_signer_and_what_it_is_for_end_together(authority: RegistrationAuthori
 def test_process_1_ends_at_sigterm(authority: RegistrationAuthority) -> None:
     require("mounts")
     alone = ["unshare", "--pid", "--fork", "--mount-proc"]
-    for verb in ("serve", "work"):
-        with Daemon([*alone, COMMAND, "--config", authority.config, verb], authority.folder / "alone.log") as outer:
+    log = authority.folder / "alone.log"
+    for command in (["serve", "--listen", f"127.0.0.1:{world.free_port()}"], ["work"]):
+        with Daemon([*alone, COMMAND, "--config", authority.config, *command], log) as outer:
             assert outer.process
             of_outer = Path(f"/proc/{outer.process.pid}/task/{outer.process.pid}/children")
             world.until("it runs", of_outer.read_text)
