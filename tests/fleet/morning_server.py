@@ -299,8 +299,9 @@ def storm(
         path.write_text(RUN.format(pipe=pipe, check=check.format(program=world.PLAIN, **names)))
         path.chmod(0o755)
     chance = random.Random(seed)
-    script = folder / UNTIL_ENROLLED.name  # a copy, which nobody changes meanwhile
+    script = folder / UNTIL_ENROLLED.name  # a copy, which nobody changes meanwhile; and what it reads
     shutil.copy(UNTIL_ENROLLED, script)
+    shutil.copy(UNTIL_ENROLLED.with_name("chance"), folder)
     boots = sorted((chance.uniform(0, boots_within), number) for number in range(devices))
     programs = 0
     running: dict[int, subprocess.Popen[bytes]] = {}
