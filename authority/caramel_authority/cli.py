@@ -430,7 +430,8 @@ def main() -> int:
     options = parser().parse_args()
     os.umask(0o027)
     # Process 1 of a container ends at no signal that it has not asked for (pid_namespaces(7)).
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, end)
     try:
         configuration = Configuration.read(options.config)
         if options.makes:
@@ -442,7 +443,17 @@ def main() -> int:
         print(f"caramel-authority: the database: {error.orig}", file=sys.stderr)
         if re.search("disk is full|No space left", str(error.orig)):
             print(f"nothing was changed: free some of the disk that has {configuration.where}", file=sys.stderr)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return 1
+
+
+def end(*_: object) -> None:
+    """Ends the process. Python ignores an exception inside of a callback of its own (those of fork and of imports are
+    some): so it is raised once more, later than waitress waits for the answers that are being given.
+    """
+    signal.setitimer(signal.ITIMER_REAL, 6)
+    sys.exit(0)
 
 
 def _assembled(configuration: Configuration, options: argparse.Namespace) -> Parts:

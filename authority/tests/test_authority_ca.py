@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import world
-from authority_world import COMMAND, SUBJECT, RegistrationAuthority, at, csr, rsa_key, sha256
+from authority_world import BIN, COMMAND, SUBJECT, RegistrationAuthority, at, csr, rsa_key, sha256
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -351,6 +351,22 @@ def test_process_1_ends_at_sigterm(authority: RegistrationAuthority) -> None:
             world.until("it has asked for signals", functools.partial(caught, first, signal.SIGTERM))
             os.kill(first, signal.SIGTERM)
             assert outer.process.wait(30) == 0
+
+
+def test_a_signal_inside_of_a_callback_ends_it_too() -> None:
+    """Python ignores what is raised there, as in the callbacks of fork."""
+    program = """if True:
+        import os, signal, time
+        from caramel_authority import cli
+
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, cli.end)
+        os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM) or sum(range(9)))
+        os.fork() or os._exit(0)
+        time.sleep(60)
+    """
+    done = subprocess.run([BIN / "python", "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "Exception ignored" in done.stderr
 
 
 def caught(process: int, number: int) -> bool:
