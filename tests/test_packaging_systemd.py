@@ -328,7 +328,12 @@ def user_of(machine: Machine, service: str) -> int:
 @needs("nspawn")
 @pytest.mark.parametrize(
     ("instance", "hook"),
-    [("fails", "false"), ("hangs", "sleep 1000003"), ("again", "/opt/bin/caramel-embedded -v")],
+    [
+        ("fails", "false"),
+        ("hangs", "sleep 1000003"),
+        # Inside of a hook the environment's client ID and key file are no settings.
+        ("again", "/opt/bin/caramel-embedded --client-id again --key-file /var/lib/caramel/again/identity.pem"),
+    ],
 )
 def test_whatever_the_hook_does_the_unit_that_needs_the_certificate_starts(
     machine: Machine, caramel: Caramel, instance: str, hook: str
