@@ -287,6 +287,8 @@ def _read(path: str, what: str) -> bytes:
 
     Raises FileNotFoundError, `UsageError`.
     """
+    if path in _STANDARD_INPUT:
+        raise UsageError("%s can't be read from standard input: name a file, or a FIFO" % what)
     try:
         # Nothing that stands in the place of a file, a FIFO say, may make a run wait for long.
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -304,6 +306,8 @@ def _read(path: str, what: str) -> bytes:
 
 
 _TOO_LONG = 1 << 20
+#: A shell starts what it waits for in the background with /dev/null there (POSIX, 2.9.3.1): it would count as empty.
+_STANDARD_INPUT = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 def _pieces(pipe: Any) -> Iterator[bytes]:

@@ -247,6 +247,13 @@ def test_a_pipe_that_nobody_writes_to_is_no_empty_configuration(named: Device, t
     assert run.seconds < 15
 
 
+@pytest.mark.parametrize("path", ["/dev/stdin", "/dev/fd/0"])
+def test_standard_input_is_no_empty_configuration(named: Device, path: str) -> None:
+    named.config = Path(path)
+    run = named.run("--status", before=("sh", "-c", 'echo CARAMEL_CN=by-pipe | "$@"', "sh"))
+    assert (run.status, run.out, "standard input" in run.err, run.err.count("\n")) == (127, "", True, 1), run
+
+
 @pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-be"])
 def test_a_text_as_notepad_saves_it_is_read(named: Device, authority: Authority, coding: str) -> None:
     assert named.config and named.ca
