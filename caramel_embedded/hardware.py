@@ -207,6 +207,8 @@ _NEXT = frozenset([*zip(_ORDER, _ORDER[1:]), ("9", "0")])
 def is_real_serial(text: str) -> bool:
     """Whether `text` can be a device's own serial number and a client ID."""
     significant = "".join(filter(str.isalnum, text)).lower()
+    if significant.startswith("0x"):
+        significant = significant[2:]
     return is_client_id(text) and len(significant) >= 4 and not _is_filler(significant)
 
 
