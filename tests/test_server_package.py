@@ -438,7 +438,7 @@ def test_the_page_for_server_administrators_on_a_new_debian(
     out = (tmp_path / "control/out").read_text()
     assert out[out.index("--- the database") :] == expected
     assert "\naccesslog: 2500 rows deleted that were older than 30 days\n" in out
-    assert said.count(": new certificate, ") == (4 if database == "sqlite" else 2)
+    assert said.count(" new certificate, ") == (4 if database == "sqlite" else 2)
     assert (tmp_path / "control/readable").read_text() == ""
     assert (tmp_path / "control/spied").read_text() == "watching\n/tmp/canary\n"
 

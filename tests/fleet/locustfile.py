@@ -52,6 +52,7 @@ class Device:
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.options &= ~TLSEXT_PADDING
         self.context.set_ciphers(CIPHERS)
+        self.context.post_handshake_auth = True
         self.context.verify_flags |= PARTIAL_CHAIN
         self.context.load_verify_locations(cadata=ca)
         self.context.load_cert_chain(identity)
