@@ -408,8 +408,10 @@ class Settings(NamedTuple):
         data = baked("baked.conf")
         base = parse(_text(data, "the baked-in settings"), "the baked-in settings") if data else {}
         build_time = base.pop("BUILD_TIME", "0")
-        # A hook has them of its own: a run that it starts with another configuration is about another identity.
-        names = [name for name in VALUES if not environment.get("CARAMEL_IN_HOOK") or name not in OF_A_HOOK]
+        # A hook has them of its own: a run that it starts with another configuration is about another identity. So is
+        # one of an instance, whose own file may say otherwise; options win over the environment.
+        others = environment.get("CARAMEL_IN_HOOK") or instance is not None
+        names = [name for name in VALUES if not others or name not in OF_A_HOOK]
         layers: list[tuple[str, Mapping[str, str]]] = [
             (COMMAND_LINE, options),
             ("the environment", {name: environment[name] for name in names if environment.get(name)}),

@@ -299,7 +299,9 @@ def test_an_instance_is_what_the_unit_of_that_name_is(named: Device, tmp_path: P
     assert (run.status, ": web: " in run.err, "can't be reached" in run.err) == (127, True, True), run.err
     made = (tmp_path / "lib/web/identity.pem").read_text()
     assert made.startswith("# caramel-embedded/1 id=web ")
-    told = json.loads(named.run("--instance", "web", "--status", "--json", bare=True).out)
+    # Whatever the environment says of another identity.
+    other = {"CARAMEL_CN": "other", "CARAMEL_KEY_FILE": f"{tmp_path}/other.pem"}
+    told = json.loads(named.run("--instance", "web", "--status", "--json", bare=True, env=other).out)
     assert (told["client_id"], told["key"]["type"]) == ("web", "EC")
     assert told["key_file"] == "/var/lib/caramel/web/identity.pem"
     assert named.run("--instance", "../web", bare=True).status == 127
