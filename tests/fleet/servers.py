@@ -527,4 +527,4 @@ def authority_front(folder: Path, backend: RegistrationAuthority, certificate: O
         "/var/lib/caramel-authority-signer/front.pem": str(certificate or backend.folder / "front.pem"),
         "http://127.0.0.1:8080": "http://backend",
     }
-    return Front(folder, backend, (SERVER / "authority/deploy/nginx.conf").read_text(), replace)
+    return Front(folder, backend, (world.ROOT / "authority/deploy/nginx.conf").read_text(), replace)

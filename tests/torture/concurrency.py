@@ -46,7 +46,8 @@ class _Readers:
                 content = None
             with self._lock:
                 self.seen[content] += 1
-                if content is not None:
+                # An empty file may be seen before it has its owner and mode; it has them before anything is in it.
+                if content:
                     self.modes[state.st_uid, state.st_gid, stat.S_IMODE(state.st_mode)] += 1
             time.sleep(0.0005)
 
