@@ -199,7 +199,7 @@ def live(machine: Machine, caramel: Caramel, front: Nginx, say: Story) -> None:
     say("signed: the init script's loop has fetched the certificate")
     crontab = machine.root / "var/spool/cron/crontabs/root"
     until("cron takes over", crontab.exists, PATIENCE)
-    asked = ["sh", "-c", '. "$1/chance"; number "$2"', "sh", ROOT / "packaging/libexec", SERIAL]
+    asked = ["sh", "-c", '. "$1/chance"; number "$2"', "sh", str(ROOT / "packaging/libexec"), SERIAL]
     number = int(subprocess.run(asked, stdout=subprocess.PIPE, check=True).stdout)
     started = "/etc/init.d/S95caramel-embedded start >/dev/null 2>&1"
     expected = f"{number % 60} * * * * {started} # caramel-embedded\n"
