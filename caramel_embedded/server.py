@@ -254,7 +254,7 @@ class Server:
         try:
             return self._handshake(address, dates, small)
         except ssl.SSLError as error:
-            if not small or not str(error.reason).endswith("ALERT_HANDSHAKE_FAILURE"):
+            if not small or not str(getattr(error, "reason", "")).endswith("ALERT_HANDSHAKE_FAILURE"):
                 raise
             try:
                 self._handshake(address, dates, small=False).close()
