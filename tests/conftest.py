@@ -32,8 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A key file in memory is said in each line. Debian 13 has its folder of temporary files there.
     with open("/proc/mounts") as mounts:
         if "TMPDIR" not in os.environ and any(line.split()[1:3] == ["/tmp", "tmpfs"] for line in mounts):
-            (world.BUILD / "tmp").mkdir(parents=True, exist_ok=True)
-            os.environ["TMPDIR"], tempfile.tempdir = str(world.BUILD / "tmp"), None
+            os.environ["TMPDIR"], tempfile.tempdir = "/var/tmp", None
     world.adopt_orphans()
 
 

@@ -343,9 +343,9 @@ def test_the_page_for_device_makers(tmp_path: Path, caramel: Caramel, front: Fro
     config = tmp_path / "device.conf"
     config.write_text(
         files[0]
+        .replace("/var", f"{tmp_path}/var")
         .replace("=ca.example.com", f"={front.address}")
         .replace("/etc/caramel-ca.pem", str(authority.certificate_file))
-        .replace("/var", f"{tmp_path}/var")
         + "CARAMEL_CN=made-by-the-page\n"
     )
     listed = f"{world.CARAMEL}/caramel_tool {caramel.ini}"
