@@ -109,9 +109,8 @@ def client_id(settings: Settings, data: bytes, trust: Trust) -> ClientId:
 
     sealed = Identity.sealed(data, trust.digest)
     known = sealed.hardware if sealed else remembered(data)
-    return hardware.identify(
-        settings.interfaces, settings.domain, stored_client_id(data, trust), known, sealed is not None
-    )
+    stored = sealed.client_id if sealed else stored_client_id(data, trust)
+    return hardware.identify(settings.interfaces, settings.domain, stored, known, sealed is not None)
 
 
 def stored_client_id(data: bytes, trust: Trust) -> Optional[str]:
