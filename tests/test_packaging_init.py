@@ -19,7 +19,7 @@ from typing import Optional, Union
 
 import pytest
 from needs import busybox_with_crond, needs, require, slow
-from world import PLAIN, ROOT, SYSTEMS, Authority, Daemon, environment, small_system, until
+from world import PLAIN, ROOT, SYSTEMS, Authority, Daemon, environment, small_system, strays, until
 
 LIBEXEC = ROOT / "packaging/libexec"
 INIT_SCRIPT = ROOT / "buildroot/package/caramel-embedded/S95caramel-embedded"
@@ -335,6 +335,28 @@ def test_it_can_be_stopped_in_a_pause_at_once(image: Image) -> None:
     process.terminate()
     assert process.wait(10) == -signal.SIGTERM
     assert time.monotonic() - started < 5
+
+
+@needs("strace")
+@pytest.mark.parametrize("script", ["until-enrolled", "keep-enrolled"])
+def test_it_can_be_stopped_in_a_pause_that_has_just_begun(image: Image, script: str) -> None:
+    """A new process of a shell has the shell's handlers until it has reset them, here each in a tenth of a second. A
+    signal that it loses meanwhile would leave it behind for an hour.
+    """
+    image.plan(69)
+    image.script("sleep", '#!/bin/sh\nexec /bin/sleep "$1"\n')
+    slowly = ["-e", "trace=rt_sigaction", "-e", "inject=rt_sigaction:delay_enter=100000"]
+    image.shell[:0] = [str(shutil.which("strace")), "-D", "-f", "-qq", "-o", "/dev/null", *slowly]
+    process = image.start(script, RETRY_MAX="5000", RETRY_FIRST="5000", stderr=subprocess.PIPE)
+    assert process.stderr
+    if script == "until-enrolled":
+        assert b"the next check is in" in process.stderr.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until("there is a child", children.read_text, 20)
+    process.stderr.close()
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
+    until("nothing is left", lambda: not strays(), 60)
 
 
 # --- until-certified ------------------------------------------------------------------------------------
