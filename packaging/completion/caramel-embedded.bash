@@ -1,4 +1,4 @@
-# bash completion for caramel-embedded(8); checked against the program's options by tests/test_packaging_man.py.
+# bash completion for caramel-embedded(8); checked against the program's options by tests/packaging/test_packaging_man.py.
 
 _caramel_embedded() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}
