@@ -103,7 +103,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 
 def test_the_settings_table_is_that_of_the_program() -> None:
-    text = (world.ROOT / "README.md").read_text()
+    text = (DOCS / "settings.md").read_text()
     table = text.partition("<!-- settings -->")[2].partition("<!-- end -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
     promised = {row[0].strip("`"): (row[1].strip("`"), row[2].strip("`")) for row in rows}
@@ -467,7 +467,7 @@ def test_the_idiom_for_an_init_script(shell: str, status: int, does: str, tmp_pa
 @needs("nginx", "curl", "openssl")
 def test_how_other_programs_use_the_file(tmp_path: Path, authority: Authority) -> None:
     """Each line of that table, as it stands there, against a server that demands a certificate."""
-    table = section(world.ROOT / "README.md", "### How other programs use the file")
+    table = section(DOCS / "recipes.md", "## How other programs use the file")
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table, re.MULTILINE))
     identity = tmp_path / "identity.pem"
     identity.write_bytes(authority.identity("fffbeec0ffee"))
@@ -510,11 +510,6 @@ def test_how_other_programs_use_the_file(tmp_path: Path, authority: Authority) -
     assert lines["mosquitto"] == f"certfile {identity}" and lines["stunnel"] == f"cert = {identity}"
 
 
-def test_the_figures_are_those_of_the_pages_that_measure() -> None:
-    done = subprocess.run([sys.executable, "-I", str(DOCS / "figures.py"), "--check"])
-    assert done.returncode == 0, "python3 docs/figures.py brings them up to date"
-
-
 def test_the_picture_is_the_state_machine() -> None:
     svg = ElementTree.parse(DOCS / "states.svg")
     drawn = {
@@ -529,9 +524,9 @@ def test_the_picture_is_the_state_machine() -> None:
     }
 
 
-def test_the_readme_claims_what_is_tried() -> None:
+def test_the_page_of_what_is_supported_claims_what_is_tried() -> None:
     """Each test that its table names is there, and its versions are those that the tests and the Makefile have."""
-    text = (world.ROOT / "README.md").read_text()
+    text = (DOCS / "supported.md").read_text()
     table = text.partition("<!-- supported -->")[2].partition("<!-- end -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
     supported = {row[0]: row[1] for row in rows}
@@ -546,7 +541,8 @@ def test_the_readme_claims_what_is_tried() -> None:
     layer = (world.ROOT / "packaging/yocto/meta-caramel-embedded/conf/layer.conf").read_text()
     assert f'"{supported["Yocto"].partition(":")[0].replace(", ", " ")}"' in layer
     version = caramel_embedded.__version__
-    assert f"This is version {version}," in text and f"/caramel-embedded_{version}_all.deb" in text
+    assert f"This is version {version}," in (world.ROOT / "README.md").read_text()
+    assert f"/caramel-embedded_{version}_all.deb" in (DOCS / "into-an-image.md").read_text()
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

@@ -8,7 +8,6 @@ bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/install
 		$(BUILD)/bench/urllib3/installed $(BUILD)/bench/client/installed $(BUILD)/bench/before/installed \
 		$(BUILD)/authority/installed ## what one check costs, side by side with what people use today
 	cd tests && BENCH_ROUNDS="$(BENCH_ROUNDS)" $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.measure
-	$(BUILD)/tests/bin/python -I docs/figures.py
 
 bench-link: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## bytes of a check with the OpenSSL of Debian 12 and 13 (root, 3 min)
 	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.link
@@ -16,7 +15,6 @@ bench-link: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/ins
 # From the figures of the last run: for whoever changes what the pages say.
 bench-again: $(BUILD)/tests/installed ## the pages of the benchmark once more, from its last figures
 	cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.measure --again
-	$(BUILD)/tests/bin/python -I docs/figures.py
 
 # The floor: the newest urllib3, and nothing else.
 $(BUILD)/bench/urllib3/installed:

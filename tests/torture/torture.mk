@@ -5,4 +5,3 @@
 
 torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## power cuts, faults, clocks, networks: what survives (20 min)
 	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m torture
-	@$(BUILD)/tests/bin/python -I docs/figures.py
