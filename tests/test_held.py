@@ -410,7 +410,9 @@ def test_a_block_that_is_damaged_is_no_key(certified: Device, chip: Tpm) -> None
 def test_programs_that_read_the_file(
     certified: Device, chip: Chip, caramel: Caramel, authority: Authority, tmp_path: Path
 ) -> None:
-    """nginx and mosquitto as servers; curl, openssl(1) and Python as clients: the configuration is their own."""
+    """nginx, mosquitto, stunnel and HAProxy as servers; curl, openssl(1), Python and Node.js as clients: the
+    configuration is their own. GnuTLS refuses it.
+    """
     file, ca = certified.key_file, authority.certificate_file
     client_ca = tmp_path / "ca.crt"
     shutil.copy(ca, client_ca)
@@ -427,6 +429,27 @@ def test_programs_that_read_the_file(
         client = f"openssl s_client -quiet -connect {strict.address} -CAfile {client_ca} -cert {file} -key {file}"
         got = chip.run("sh", "-c", f"printf 'GET /root.crt HTTP/1.0\\r\\n\\r\\n' | {client}", env=env)
         assert authority.pem.decode() in got.stdout
+        script = (
+            "const pem = fs.readFileSync(process.argv[1]), ca = fs.readFileSync(process.argv[2]);"
+            "https.get(process.argv[3], {ca: ca, cert: pem, key: pem}, answer => answer.pipe(process.stdout));"
+        )
+        node = ["node", "--openssl-shared-config", "-e", script, str(file), str(client_ca), url]
+        assert chip.run(*node, env=env).stdout == authority.pem.decode()
+        # Without the option it reads another section of the configuration.
+        done = chip.run(*(word for word in node if word != "--openssl-shared-config"), env=env, check=False)
+        assert done.returncode != 0 and "unsupported" in done.stderr, done
+
+        # GnuTLS gets to the server with a key of its own kind, and doesn't begin with this one.
+        software = authority.server(file="gnutls.pem")
+        host, _, number = strict.address.partition(":")
+        for pem, works in ((software, True), (file, False)):
+            shutil.copy(pem, tmp_path / "copy.pem")
+            client = f"gnutls-cli --port {number} --x509cafile {client_ca} --logfile /dev/null {host}"
+            client += " --x509certfile copy.pem --x509keyfile copy.pem"
+            asks = f"cd {tmp_path}; printf 'GET /root.crt HTTP/1.0\\r\\n\\r\\n' | {client}"
+            done = chip.run("sh", "-c", asks, env=env, check=False)
+            assert ("-----END CERTIFICATE-----" in done.stdout) is works, done
+            assert ("Error importing key" in done.stderr + done.stdout) is not works, done
 
     port = world.free_port()
     (tmp_path / "mosquitto.conf").write_text(
@@ -440,7 +463,20 @@ def test_programs_that_read_the_file(
         f"server {{ listen 127.0.0.1:{port} ssl; return 204;\n"
         f"ssl_certificate {file}; ssl_certificate_key {file}; }} }}\n"
     )
-    for server in (["nginx", "-c", f"{tmp_path}/nginx.conf"], ["mosquitto", "-c", f"{tmp_path}/mosquitto.conf"]):
+    (tmp_path / "stunnel.conf").write_text(
+        f"foreground = yes\npid =\n[x]\naccept = 127.0.0.1:{port}\nconnect = 127.0.0.1:1\ncert = {file}\n"
+    )
+    (tmp_path / "haproxy.cfg").write_text(
+        "defaults\n  mode http\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s\n"
+        f"frontend x\n  bind 127.0.0.1:{port} ssl crt {file}\n  http-request return status 204\n"
+    )
+    for server in (
+        ["nginx", "-c", f"{tmp_path}/nginx.conf"],
+        ["mosquitto", "-c", f"{tmp_path}/mosquitto.conf"],
+        ["stunnel4", f"{tmp_path}/stunnel.conf"],
+        # With SoftHSM, HAProxy 3.0 of Debian 13 ends as it starts ("double free").
+        *([["haproxy", "-f", f"{tmp_path}/haproxy.cfg"]] if chip.kind == "tpm" else []),
+    ):
         line = [*world.in_tree(world.trixie()), *server]
         log = tmp_path / f"{server[0]}.log"
         with Daemon(line, log, world.environment(**env)) as daemon:

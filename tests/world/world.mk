@@ -4,7 +4,7 @@
 # programs that use such a key, and what plays the TPM and the token.
 TRIXIE := python3 python3-venv python3-cryptography python3-fasteners python3-openssl python3-urllib3 openssl \
 	tpm2-openssl tpm2-tools libtss2-tcti-device0t64 libtss2-tcti-swtpm0t64 swtpm pkcs11-provider softhsm2 opensc \
-	curl mosquitto mosquitto-clients nginx-light strace make dpkg-dev debhelper dh-python
+	curl gnutls-bin haproxy mosquitto mosquitto-clients nginx-light nodejs stunnel4 strace make dpkg-dev debhelper dh-python
 EMPTY :=
 COMMA := ,
 
