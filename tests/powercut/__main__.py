@@ -26,10 +26,6 @@ LOADS = {
 #: A run takes some seconds, a replace some thousandths.
 SHARE_OF_RUNS = 4
 
-#: What `make torture` has found stands there as well.
-PAGE = ROOT / "docs" / "torture.md"
-SECTION = "\n## Power cuts under real file systems\n"
-
 
 def main() -> int:
     options = argparse.ArgumentParser(prog="powercut", description=__doc__)
@@ -78,8 +74,6 @@ def main() -> int:
     print(f"\n{text}\n{minutes:.0f} minutes")
     if any(row.failed for rows in tables.values() for row in rows):
         return 1
-    if names == list(stores.STORES) and loads == list(LOADS) and chosen.program == ROOT:
-        write(text, minutes)
     return 0
 
 
@@ -102,27 +96,6 @@ def tell(load: str, row: Row) -> None:
     print(f"{load}, {row.store.name}: {row.cuts} cuts, {words}; {row.seconds:.0f} s", flush=True)
     for line in row.lines[:40]:
         print(f"    {line}", file=sys.stderr, flush=True)
-
-
-def write(text: str, minutes: float) -> None:
-    """Puts the figures at the end of what was found by `make torture`."""
-    before = PAGE.read_text().partition(SECTION)[0]
-    lost = "; ".join(store.name for store in stores.STORES.values() if not store.promised)
-    PAGE.write_text(
-        f"""{before}{SECTION}
-Made by `make powercut`: a machine (QEMU, Debian 12's kernel) loses its power at a random instant, and a random part
-of what its disk had not flushed; the next start looks at the key file, before and after what a system checks at boot.
-It took {minutes:.0f} minutes. *old* and *new*: the whole content that was acknowledged last, or one that was under
-way. *absent*: there was none yet. *lost*: older than what was acknowledged, empty, or gone. *stuck*: the next run
-didn't end as if nothing had happened, or a hook that was owed was not called. *litter*: cuts that have left a draft,
-which the next run removes. *had to be checked*: cuts after which the kernel refused to mount it before the check at
-boot. What that check saves as pieces (`FSCK0000.REC`, `lost+found`) may be key material.
-
-{text}
-Not promised, and counted all the same: {lost}. See [device makers](device-makers.md#the-file-system).
-"""
-    )
-    print(f"written: {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,8 +18,6 @@ from world import ROOT
 from torture import clocks, concurrency, disk, folders, hardware, judged, machine, network, power, report, simulation
 from torture.fleet import Fleet
 from torture.report import Case, Row, tried
-
-PAGE = ROOT / "docs" / "torture.md"
 
 
 def fuzzed(target: str, seconds: int, folder: Path) -> Row:
@@ -140,32 +137,9 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
         yield from both
 
 
-def page(found: list[Row], seconds: float) -> str:
-    """docs/torture.md."""
-    where = f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}"
-    return f"""# What was done to it, and what was lost
-
-Made by `make torture`, which does all of this again, writes this page, and fails where anything is lost. It needs
-root, strace, faketime, nginx, e2fsprogs and iproute2, and took {seconds / 60:.0f} minutes ({where},
-Python {platform.python_version()}). `make test` runs a sample of it.
-
-A case has *survived* where, at the instant of the misfortune, the key file held nothing, the whole old or the whole
-new content with the right owner and mode; where the exit status was one of the four; where no key was lost whose
-request the server had, and the server had one request; and where the next, undisturbed run ended as if nothing had
-happened, with no litter beside the file.
-
-{report.table(found)}
-Not among these: a shell that can't start at all (fewer than 12 file descriptors, less than 3 MB of address space).
-The exit status is the shell's then, not the program's; the key file is unharmed. Until the shell has read the
-starter's first lines, a signal ends it as it would any other.
-"""
-
-
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument(
-        "--only", default="", metavar="REGEX", help="the parts to run; docs/torture.md is not written then"
-    )
+    options.add_argument("--only", default="", metavar="REGEX", help="the parts to run")
     only = options.parse_args().only
     started = time.monotonic()
     found = []
@@ -177,12 +151,6 @@ def main() -> int:
     seconds = time.monotonic() - started
     print(f"\n{report.table(found)}\n{seconds / 60:.1f} minutes")
     lost = any(row.lost for row in found)
-    if not only and not lost:
-        PAGE.parent.mkdir(exist_ok=True)
-        # What stands under a heading of its own is from elsewhere: make powercut.
-        kept = "".join(PAGE.read_text().partition("\n## ")[1:]) if PAGE.exists() else ""
-        PAGE.write_text(page(found, seconds) + kept)
-        print(f"written: {PAGE.relative_to(ROOT)}")
     return 1 if lost else 0
 
 
