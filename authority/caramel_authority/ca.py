@@ -99,7 +99,7 @@ def check_dates(chain: Chain) -> None:
     """
     now, begin = store.now(), int(chain[0].not_valid_before_utc.timestamp())
     if end_of(chain) <= now:
-        raise TryLater("the CA's certificate has ended; caramel-authority ca-renew makes a new one", 3600)
+        raise TryLater("the CA's certificate has ended; caramel-authority ca-status says what helps", 3600)
     if begin > now:
         raise TryLater("the CA's certificate begins later: is the clock right?", min(3600, begin - now))
 
@@ -333,7 +333,8 @@ class CertificateAuthority(Certificates):
 
     def server_certificate(self, db: Connection, names: Sequence[str], path: Path, days: int, who: str) -> bool:
         """Key and certificate for the TLS front, in one file, made anew only where a third of its life or less is
-        left; by the old CA as long as there is one, because the front is what every device has to believe.
+        left; by the old CA as long as there is one, because the front is what every device has to believe. Who knows
+        only an old one that ends within a day is lost anyway, and all others still need a front.
 
         Whether it was.
         """
@@ -341,7 +342,7 @@ class CertificateAuthority(Certificates):
             if not HOST_NAME.fullmatch(name):
                 raise WrongUsage(f"{name!r} is no host name")
         known = self.known()
-        chain = known.old or known.chain
+        chain = known.old if known.old and end_of(known.old) > store.now() + 86400 else known.chain
         with contextlib.suppress(FileNotFoundError, ValueError):
             pem = re.sub(rb"(?s)-----BEGIN PRIVATE.*?\n-----END.*?\n", b"", path.read_bytes())
             old, *between = x509.load_pem_x509_certificates(pem)

@@ -70,6 +70,9 @@ def calendar(certificates: Certificates) -> list[tuple[int, str]]:
         return [(end - life // SWITCH, "ca-next --switch, when the next CA is in the firmware")]
     if not is_self_signed(known.chain[0]):
         return [(end - life // NEXT, "ca-request and ca-install, before the intermediate or one above it ends")]
+    if end <= store.now():
+        # Those who know it know the renewed one: it has the same key and name.
+        return [(end, "ca-renew, and a firmware that has the renewed certificate")]
     return [(end - life // NEXT, "ca-next, and a firmware that knows both")]
 
 
@@ -127,6 +130,8 @@ class Rollover:
         self._nothing_under_way()
         if not is_self_signed(present):
             raise WrongUsage("this CA is another one's intermediate: use ca-request --replace and ca-install")
+        if end_of([present]) <= store.now():
+            raise WrongUsage("this CA has ended, and nobody believes it about the next one: ca-renew comes first")
         old, new, name = self._ca.key_of(present), new_key(key_type), present.subject
         chain = (self._certificate(db, new, name, new, name, days),)
         until = min(end_of([present]), end_of(chain))

@@ -156,6 +156,44 @@ def test_one_ca_follows_another(tmp_path: Path) -> None:
     assert keys == {name: fleet.devices[name].block("PRIVATE KEY") for name in keys}
 
 
+def test_the_calendar_was_forgotten(tmp_path: Path) -> None:
+    """Nobody said `--switch` in time, and nobody `--finish`: who knows the next CA goes on all the same."""
+    authority = RegistrationAuthority(tmp_path / "authority")
+    authority.create_ca("--days", str(LIFE))
+    fleet = Fleet(tmp_path, authority)
+    old = authority.ca.read_bytes()
+    authority.command("ca-next", "--days", "900", before=at(NEXT))
+    with fleet.day(LIFE - 3):
+        assert by(fleet.shown[0], x509.load_pem_x509_certificate(old))
+        fleet.knows("device", fleet.root)
+    fleet.check(LIFE - 3)
+    new = fleet.root.removeprefix(old)
+    authority.command("ca-next", "--switch", before=at(LIFE + 1))
+    fleet.check(LIFE + 1)
+    assert fleet.issued_by(new) == {"device"}
+    assert "LATE: before" in fleet.status(LIFE + 1) and "--finish" in fleet.status(LIFE + 1)
+    # The front didn't wait for that.
+    assert by(fleet.shown[0], x509.load_pem_x509_certificate(new))
+
+
+def test_a_ca_that_has_ended(tmp_path: Path) -> None:
+    """No next CA, and too late for one: what helps is said, and helps."""
+    authority = RegistrationAuthority(tmp_path / "authority")
+    authority.create_ca("--days", "10")
+    fleet = Fleet(tmp_path, authority)
+    fleet.knows("device", authority.ca.read_bytes())
+    fleet.check(0)
+    assert "ca-status says what helps" in authority.command(
+        "server-certificate", "localhost", "--out", str(tmp_path / "front.pem"), status=1, before=at(11)
+    )
+    assert "LATE: before" in fleet.status(11) and "ca-renew" in fleet.status(11)
+    assert "ca-renew comes first" in authority.command("ca-next", status=1, before=at(11))
+    authority.command("ca-renew", "--days", "100", before=at(11))
+    fleet.knows("device", authority.ca.read_bytes())
+    fleet.check(11)
+    authority.command("ca-next", "--days", "100", before=at(11.5))
+
+
 @pytest.mark.parametrize("root", ["the same root", "another root"])
 def test_an_intermediate_follows_another(tmp_path: Path, root: str) -> None:
     """Under somebody else's CA: the present intermediate signs until the next one is installed. Under another root
