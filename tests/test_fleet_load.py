@@ -17,7 +17,7 @@ import pytest
 import world
 from bench.proxy import DelayingProxy
 from cryptography import x509
-from fleet import devices, report, usage
+from fleet import devices, usage
 from fleet.load import Crowd, Load, Sample, percentile
 from fleet.measure import CONFIGURATIONS, Books, figures
 from fleet.servers import Caramel, Front, Sqlite, caramel_front
@@ -217,12 +217,6 @@ def test_processor_time_is_that_of_a_process_and_of_its_children_dead_or_alive()
 
 
 # --- The page -----------------------------------------------------------------------------------------------
-
-
-def test_the_page_and_its_pictures_are_made_of_the_figures() -> None:
-    docs = ROOT / "docs"
-    for name, text in report.contents(json.loads((docs / "fleet.json").read_text())).items():
-        assert (docs / name).read_text() == text, f"docs/{name}: make fleet, or python -m fleet.measure --again"
 
 
 def test_every_configuration_is_in_the_figures_and_every_check_was_counted() -> None:
