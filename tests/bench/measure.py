@@ -849,12 +849,11 @@ def main() -> None:
         seen["seconds"] = round(time.monotonic() - started)
         figures.write_text(json.dumps(seen, indent=1))
     seen = json.loads(figures.read_text())
-    docs = world.ROOT / "docs"
-    docs.mkdir(exist_ok=True)
-    (docs / "bench.md").write_text(report.page(seen))
-    (docs / "bench.svg").write_text(report.picture(seen))
+    page, picture = figures.parent / "bench.md", figures.parent / "bench.svg"
+    page.write_text(report.page(seen))
+    picture.write_text(report.picture(seen))
     print(report.targets(seen))
-    print(f"\nWritten: docs/bench.md, docs/bench.svg (from {figures.relative_to(world.ROOT)})")
+    print(f"\nWritten: {page}, {picture} (from {figures})")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _state(seen: Figures, state: str) -> str:
 
 
 def page(seen: Figures) -> str:
-    """docs/bench.md."""
+    """The figures as a page, in build/bench/; docs/bench.md is a report of them."""
     machine = "; ".join(f"{name} {value}" for name, value in seen["machine"].items())
     words = {True: "reached", False: "**missed**", None: ""}
     aims = table(["run", "to reach", "figure", ""], [[r, a, f, words[g]] for r, a, f, g in reached(seen)])
