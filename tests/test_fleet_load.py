@@ -1,39 +1,25 @@
-"""`make fleet`: its devices are those of the program, it counts right, and its page says what was measured."""
+"""`make fleet`: its devices are those of the program, and it counts right."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import world
+from bench.filtered import FilteredCaramel, MeteredNginx
 from bench.proxy import DelayingProxy
 from cryptography import x509
-from fleet import devices, usage
-from fleet.load import Crowd, Load, Sample, percentile
-from fleet.measure import CONFIGURATIONS, Books, figures
-from fleet.servers import Caramel, Front, Sqlite, caramel_front
+from fleet import devices, measure, usage
+from fleet.load import Load, Sample, percentile
+from fleet.measure import Books, figures
 from needs import needs, slow
 from world import PLAIN, ROOT, Authority
-
-#: All that nginx can say of a check: the greeting, the certificate that was shown, the request.
-LOG = "\t".join(
-    f"${name}"
-    for name in (
-        "request", "status", "ssl_protocol", "ssl_cipher", "ssl_ciphers", "ssl_curves", "ssl_server_name",
-        "ssl_client_verify", "ssl_client_serial", "ssl_session_reused", "connection_requests", "request_length",
-    )
-)  # fmt: skip
-PATH = re.compile("/[0-9a-f]{64}")
-
 
 # --- The devices --------------------------------------------------------------------------------------------
 
@@ -45,79 +31,46 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authority, list[dev
     return authority, devices.make(authority, keys)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "suggested"])
-def front(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    known: tuple[Authority, list[devices.Device]],
-) -> Iterator[Front]:
-    """Caramel behind nginx, as `make fleet` sets them up; nginx also writes down every header that it gets."""
-    authority, fleet = known
-    folder = tmp_path_factory.mktemp("fleet")
-    backend = Caramel(folder / "caramel", Sqlite(folder / "caramel.sqlite"), 2, authority, request.param)
-    backend.prepare()
-    backend.load(fleet)
-    with backend:
-        options = {"log": LOG, "error_log": "headers.log debug"}
-        with caramel_front(folder / "front", backend, authority.server(), **options) as front:
-            yield front
-
-
-def headers(front: Front) -> list[tuple[str, ...]]:
-    """The header lines of each check, as nginx got them, in their order: its own log for those who debug it."""
-    found: dict[str, list[str]] = {}
-    for line in (front.folder / "headers.log").read_text(errors="replace").splitlines():
-        match = re.search(r" \*(\d+) http (header: \"|request line: \"GET /[0-9a-f]{64} )(.*)\"$", line)
-        if match:
-            found.setdefault(match[1], []).append(match[3])
-    return [tuple(lines) for lines in found.values() if lines[0] == "HTTP/1.1"]
-
-
 @slow
 @needs("nginx", "locust")
 def test_a_user_of_the_load_sends_what_the_program_sends(
-    front: Front, known: tuple[Authority, list[devices.Device]], tmp_path: Path
+    known: tuple[Authority, list[devices.Device]], tmp_path: Path
 ) -> None:
     authority, fleet = known
     one = fleet[0]
-    assert isinstance(front.backend, Caramel)
-    since = one.modified if front.backend.filtered else one.not_before
-    with DelayingProxy(front.port, 0.0) as proxy:
-        device = world.Device(tmp_path, proxy.address, authority.certificate_file, one.client_id, command=(PLAIN,))
-        content = one.key + one.certificate + one.request.replace(b" CERT", b" NEW CERT")
-        device.has(world.sealed(content, authority.pem, one.client_id))
-        os.utime(device.key_file, (since, since))
-        run = device.run()
-        assert run.status == 0, run.err
-        traffic = proxy.wait()
-        assert traffic.connections == 1
-        proxy.reset()
-        line = one.line(tmp_path, since)
-        # Two devices, because there are two workers; they are the same one.
-        port = int(proxy.address.rpartition(":")[2])
-        with Load(tmp_path / "load", port, authority.certificate_file, [line, line], Crowd(1)) as load:
-            world.until("some checks", lambda: load.begun() and len(front.seen()) > 3, 60)
-            load.finish()
-        again = proxy.wait()
-        checks = len(load.samples())
-    first, *others = map(" ".join, front.seen())
+    with (
+        FilteredCaramel(tmp_path / "caramel", authority) as caramel,
+        MeteredNginx(tmp_path / "front", caramel, authority.server()) as front,
+    ):
+        measure.store(caramel, fleet)
+        with DelayingProxy(front.port, 0.0) as proxy:
+            device = world.Device(
+                tmp_path / "device", proxy.address, authority.certificate_file, one.client_id, command=(PLAIN,)
+            )
+            content = one.key + one.certificate + one.request.replace(b" CERT", b" NEW CERT")
+            device.has(world.sealed(content, authority.pem, one.client_id))
+            os.utime(device.key_file, (one.modified, one.modified))
+            run = device.run()
+            assert run.status == 0, run.err
+            traffic = proxy.wait()
+            assert traffic.connections == 1
+            proxy.reset()
+            line = one.line(tmp_path, one.modified)
+            # Two devices, because there are two workers; they are the same one.
+            port = int(proxy.address.rpartition(":")[2])
+            with Load(tmp_path / "load", port, authority.certificate_file, [line, line], 1) as load:
+                world.until("some checks", lambda: load.begun() and len(front.seen()) > 3, 60)
+                load.finish()
+            again = proxy.wait()
+            checks = len(load.samples())
+        first, *others = front.seen()
     assert len(others) == checks == load.counted() == again.connections
-    assert set(others) == {first}
-    status = "304" if front.backend.filtered else "200"
-    serial = f"{one.serial:X}"
-    request, got, tls, *_, verify, shown, reused, which, _ = first.split("\t")
-    assert (request, got, tls) == (f"GET /{one.sha256} HTTP/1.1", status, "TLSv1.3")
-    assert (verify, shown.lstrip("0"), reused, which) == ("SUCCESS", serial, ".", "1")
-    sent, *also = headers(front)
-    assert len(also) == checks
-    assert set(also) == {sent}
-    assert f"User-Agent: caramel-embedded/{load_version()} ({one.client_id})" in sent
+    assert (first.method, first.path, first.status, first.tls) == ("GET", f"/{one.sha256}", 304, "TLSv1.3")
+    assert first.verify == "SUCCESS" and one.client_id in str(first.subject)
+    for other in others:
+        assert dataclasses.replace(other, connection=first.connection, sent=first.sent) == first
     # All of TLS as well, to the byte.
     assert again.up == traffic.up * checks
-
-
-def load_version() -> str:
-    return subprocess.run([PLAIN, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
 
 
 @slow
@@ -148,39 +101,25 @@ def test_a_prepared_certificate_is_what_caramel_would_have_signed(
 
 
 @slow
-@needs("nginx", "locust", "postgresql", "authority")
-@pytest.mark.parametrize(
-    ("name", "status"),
-    [
-        ("Caramel, PostgreSQL, 2, suggested, P-256", "304"),
-        ("registration authority, SQLite, 1, P-256", "304"),
-    ],
-)
-def test_a_short_run_counts_every_check_and_leaves_nothing(name: str, status: str, tmp_path: Path) -> None:
-    # A folder for temporary files that PostgreSQL's user gets into, unlike pytest's.
-    with tempfile.TemporaryDirectory(prefix="fleet-test-") as temporary:
-        Path(temporary).chmod(0o711)
-        env = world.environment(FLEET_SECONDS="1", FLEET_DEVICES="8", TMPDIR=temporary)
-        command = [sys.executable, "-Es", "-m", "fleet.measure", "--only", name, "--no-sizes"]
-        done = subprocess.run(
-            command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=300, check=False,
-            preexec_fn=world.die_with_parent,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert list(Path(temporary).iterdir()) == []
-    (seen,) = json.loads(done.stdout)["configurations"]
-    assert seen["configuration"]["name"] == name
-    for load in (seen["saturation"], seen["below"]):
-        assert set(load["statuses"]) == {status}
-        assert load["errors"] == 0
+@needs("nginx", "locust")
+def test_a_short_run_counts_every_check_and_leaves_nothing(tmp_path: Path) -> None:
+    env = world.environment(FLEET_SECONDS="1", FLEET_DEVICES="8", FLEET_SIZES="50", TMPDIR=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-Es", "-m", "fleet.measure"], cwd=ROOT / "tests", env=env, capture_output=True, text=True,
+        timeout=300, check=False, preexec_fn=world.die_with_parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    seen = json.loads(done.stdout)
+    assert [(load["devices"], load["users"], load["index"]) for load in seen] == [
+        (8, 32, False), (8, 4, False), (50, 4, False), (50, 4, True),
+    ]  # fmt: skip
+    for load in seen:
+        assert set(load["statuses"]) == {"304"} and load["errors"] == 0
         assert load["counts"]["locust"] == load["counts"]["samples"] == load["counts"]["nginx"] > 0
-        shown = "SUCCESS" if name.startswith("Caramel") else "NONE"
-        assert set(load["tls"]) == {f"TLSv1.3 {shown} 1"}
-        parts = {"nginx", "server", "load", *(["database"] if "PostgreSQL" in name else [])}
-        assert set(load["cost"]) == set(load["memory"]) == parts
+        assert set(load["tls"]) == {"TLSv1.3 SUCCESS"}
+        assert set(load["cost"]) == set(load["memory"]) == {"nginx", "server", "load"}
         assert min(load["cost"].values()) > 0
-    assert seen["growth"]["rows"] == (seen["growth"]["checks"] if name.startswith("Caramel") else 0)
-    assert seen["wire"]["connections"] == 1
 
 
 # --- Arithmetic ---------------------------------------------------------------------------------------------
@@ -214,16 +153,3 @@ def test_processor_time_is_that_of_a_process_and_of_its_children_dead_or_alive()
         process.stdin.close()
     assert spent >= 0.55  # two times 0.3, counted in hundredths
     assert held > 2**20
-
-
-# --- The page -----------------------------------------------------------------------------------------------
-
-
-def test_every_configuration_is_in_the_figures_and_every_check_was_counted() -> None:
-    seen: dict[str, Any] = json.loads((ROOT / "docs/fleet.json").read_text())
-    assert [entry["configuration"]["name"] for entry in seen["configurations"]] == [
-        one.name for one in CONFIGURATIONS
-    ]
-    for entry in seen["configurations"]:
-        for load in (entry["saturation"], entry["below"]):
-            assert len(set(load["counts"].values())) == 1, entry["configuration"]["name"]

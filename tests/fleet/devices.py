@@ -23,10 +23,8 @@ from typing import Any
 import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from world import Authority
 
-RSA, P256 = "RSA", "P-256"
 #: Hours that a certificate lives, as Caramel's own setting for those that are signed by hand.
 LIFE = 48
 #: Seconds for which the certificates are already there: long enough for the filter to give them a date.
@@ -47,7 +45,6 @@ class Device:
     key: bytes
     request: bytes
     certificate: bytes
-    key_sha256: str
     serial: int
     not_before: int
     not_after: int
@@ -74,10 +71,8 @@ class Device:
         return [self.client_id, self.sha256, formatdate(since, usegmt=True), str(self.write(folder))]
 
 
-def keys(kind: str, count: int, kept: Path, progress: Callable[[str], None] = lambda _: None) -> list[bytes]:
+def keys(count: int, kept: Path, progress: Callable[[str], None] = lambda _: None) -> list[bytes]:
     """So many keys in PEM; those of `kept` first, and then new ones, which are added to it."""
-    if kind == P256:
-        return [world.private_pem(ec.generate_private_key(ec.SECP256R1())) for _ in range(count)]
     found = _KEY.findall(kept.read_bytes()) if kept.exists() else []
     if count <= FEW:
         return (found + [_rsa(number) for number in range(count - len(found))])[:count]
@@ -143,13 +138,11 @@ def _signed(authority: Authority, client_id: str, key_pem: bytes) -> Device:
         )
         .sign(authority.key, hashes.SHA256())
     )
-    spki = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return Device(
         client_id,
         key_pem,
         request,
         certificate.public_bytes(PEM),
-        hashlib.sha256(spki).hexdigest(),
         serial,
         signed,
         int(end.timestamp()),

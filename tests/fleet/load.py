@@ -33,21 +33,15 @@ class Sample:
         return self.began + self.seconds
 
 
-@dataclass(frozen=True)
-class Crowd:
-    """Who checks: so many users; `pace`: seconds between the checks of each, 0: one check after the other."""
-
-    users: int
-    pace: float = 0.0
-
-
 class Load(Service):
-    """Devices that check, from the beginning of the block to its end. `lines` is what `Device.line` says of each."""
+    """Devices that check, from the beginning of the block to its end: so many users at a time, each of which is one
+    device after the other. `lines` is what `Device.line` says of each.
+    """
 
-    def __init__(self, folder: Path, port: int, ca: Path, lines: Sequence[Sequence[str]], crowd: Crowd) -> None:
+    def __init__(self, folder: Path, port: int, ca: Path, lines: Sequence[Sequence[str]], users: int) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.crowd = crowd
+        self.users = users
         self._settings, self._end = self.folder / "load.json", self.folder / "end"
         settings = {
             "port": port,
@@ -55,7 +49,6 @@ class Load(Service):
             "agent": agent(),
             "devices": [list(line) for line in lines],
             "end": str(self._end),
-            "pace": crowd.pace,
         }
         self._settings.write_text(json.dumps(settings))
         self._master: Optional[Daemon] = None
@@ -67,7 +60,7 @@ class Load(Service):
         # A user is spawned as soon as it can be; the run is bounded, even if nobody ends it.
         master = ["--master", "--headless", "--only-summary", "--master-bind-host", "127.0.0.1"]
         master += ["--master-bind-port", port, "--expect-workers", str(WORKERS), "--expect-workers-max-wait", "60"]
-        master += ["--users", str(self.crowd.users), "--spawn-rate", str(self.crowd.users), "--run-time", "900s"]
+        master += ["--users", str(self.users), "--spawn-rate", str(self.users), "--run-time", "900s"]
         master += ["--stop-timeout", str(LAST_CHECKS), "--json-file", str(self.folder / "locust")]
         env = {"HOME": str(self.folder), "FLEET_LOAD": str(self._settings)}
         self._master = Daemon([*common, *master], self.folder / "master.log", environment(**env))

@@ -8,10 +8,9 @@ are measured.
 
 `FLEET_LOAD` names a JSON file: `port`; `ca`, a path; `agent`, what the User-Agent begins with; `devices`, for each
 the client ID, the request's hash, the If-Modified-Since, and the path of key and certificate; `end`, the path of a
-file: once that is there, no check begins any more; `pace`, seconds between the checks of a device (0: none, the next
-device's check follows at once). `FLEET_SHARE` is "which/of how many" workers. `FLEET_SAMPLES` is the file for what
-was seen: a line a check, with the second at which it began (CLOCK_MONOTONIC), how long it took, and the status, 0
-where none came.
+file: once that is there, no check begins any more. `FLEET_SHARE` is "which/of how many" workers. `FLEET_SAMPLES` is
+the file for what was seen: a line a check, with the second at which it began (CLOCK_MONOTONIC), how long it took, and
+the status, 0 where none came.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import socket
 import ssl
 import time
@@ -108,33 +106,15 @@ samples = open(os.environ.get("FLEET_SAMPLES", os.devnull), "a")  # noqa: SIM115
 
 
 class Check(User):
-    """Without a pace, a user is one device after the other, and as many checks are under way as there are users. With
-    one, a user is one device, whose checks begin a pace apart, from a moment on that is random.
-    """
-
-    def __init__(self, environment: Any) -> None:
-        super().__init__(environment)
-        self.device = next(devices)
-        self.next = 0.0
-
-    def wait_time(self) -> float:
-        if not LOAD["pace"]:
-            return 0.0
-        now = time.monotonic()
-        self.next = max(now, self.next + LOAD["pace"]) if self.next else now + random.random() * LOAD["pace"]
-        return self.next - now
+    """One device after the other, without a pause: as many checks are under way as there are users."""
 
     @task
     def check(self) -> None:
-        if LOAD["pace"]:
-            if not self.next:
-                return  # the random wait comes first
-        else:
-            self.device = next(devices)
+        device = next(devices)
         began, status, length = time.monotonic(), 0, 0
         problem: Optional[Exception] = None
         try:
-            status, length = self.device.check()
+            status, length = device.check()
             if status not in (200, 304):
                 problem = NotAnswered(f"status {status}")
         except (OSError, NotAnswered, ValueError, IndexError) as error:
