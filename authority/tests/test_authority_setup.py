@@ -9,11 +9,13 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import world
-from authority_world import BIN, DEPLOY
-from needs import needs, require
+from authority_world import BIN, DEPLOY, Postgres, RegistrationAuthority, csr, sha256
+from needs import needs, require, slow
 
 pytest_plugins = ["authority_fixtures"]
 pytestmark = needs("authority", "faketime", "openssl")
@@ -153,3 +155,83 @@ def test_set_up_as_the_page_says(tmp_path: Path) -> None:
         journal = (control / "journal").read_text()[-5000:] if (control / "journal").exists() else machine.text()
     _, _, visited = said["out"].partition("--- the units")
     assert "--- the units" + visited == SAYS, (said, journal)
+
+
+# --- PostgreSQL ---
+
+
+@pytest.fixture
+def of_the_page(tmp_path: Path) -> Iterator[Postgres]:
+    """A PostgreSQL of its own: the page's users and databases have fixed names."""
+    require("postgresql", "psql")
+    with Postgres(tmp_path / "postgres") as started:
+        yield started
+
+
+def run_blocks(name: str, server: Postgres, folder: Path, before: str = "") -> None:
+    """The page's commands of this name, as the database's own administrator."""
+    blocks = re.findall(rf"^```sh {name}\n(.*?)^```$", README.read_text(), re.M | re.S)
+    assert blocks
+    programs = f"{BIN}:{Path(str(server.program('initdb'))).parent}:{os.environ['PATH']}"
+    env = world.environment(PATH=programs, PGHOST="127.0.0.1", PGPORT=str(server.port), PGUSER="authority")
+    done = subprocess.run(
+        ["bash", "-ec", before + "".join(blocks)], cwd=folder, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@slow
+def test_postgresql_as_the_page_says(of_the_page: Postgres, tmp_path: Path) -> None:
+    """Two users, of whom the one that serves can add to the log and not change it; a dump, and the way back."""
+    address = of_the_page.url.partition("authority@")[0]
+    owner, serving = (
+        f"{address}{user}@127.0.0.1:{of_the_page.port}/caramel" for user in ("caramel_owner", "caramel_authority")
+    )
+    (tmp_path / "deploy").symlink_to(DEPLOY)
+    (tmp_path / "owner.toml").write_text(f'database = "{owner}"\n[ca]\nfolder = "{tmp_path}/a/ca"\n')
+    run_blocks("postgresql", of_the_page, tmp_path)
+    authority = RegistrationAuthority(tmp_path / "a", database=serving)
+    authority.create_ca()
+    authority.command("allow", "kept", "rejected")
+    requests = {name: csr(name) for name in ("kept", "rejected", "other")}
+    with authority.serving() as server:
+        for name in ("kept", "rejected"):
+            assert server.enroll(requests[name]).status == 200
+        assert "caramel_authority has no right to change any" in authority.command("log", "--verify")
+        denied = (
+            "UPDATE log SET who = 'somebody'",
+            "DELETE FROM log",
+            "TRUNCATE log",
+            "DROP TABLE log",
+            "DROP TRIGGER log_never_rewritten ON log",
+            "ALTER TABLE log DISABLE TRIGGER ALL",
+            "SET session_replication_role = replica",
+            "CREATE RULE no_log AS ON INSERT TO log DO INSTEAD NOTHING",
+            "ALTER FUNCTION log_never_rewritten() RENAME TO nothing",
+            "SELECT setval('log_id_seq', 1)",
+            "SET ROLE caramel_owner",
+            "UPDATE alembic_version SET version_num = '0001'",
+        )
+        before = of_the_page.sql("SELECT * FROM log ORDER BY id", owner)
+        for statement in denied:
+            with pytest.raises(AssertionError, match=r"permission denied|must be owner"):
+                of_the_page.sql(statement, serving)
+        for statement in denied[:3]:  # whose the tables are may, as soon as he takes the trigger away
+            with pytest.raises(AssertionError, match="the log is never rewritten"):
+                of_the_page.sql(statement, owner)
+        assert of_the_page.sql("SELECT * FROM log ORDER BY id", owner) == before
+        run_blocks("dump", of_the_page, tmp_path)
+        authority.command("reject", "rejected")
+        authority.command("bar", "other")
+    assert b"PGDMP" in (tmp_path / "state.dump").read_bytes()[:5]
+    owning = [*map(str, (BIN / "caramel-authority", "--config", tmp_path / "owner.toml", "log", "--verify"))]
+    said = subprocess.run(owning, capture_output=True, text=True, timeout=60)
+    assert "caramel_owner could change the log, by these rights: the owner's" in said.stderr
+    run_blocks("undump", of_the_page, tmp_path)
+    # The rights are in the dump, and the decisions in the file.
+    assert authority.command("restore") == "2 decisions were newer\n"
+    assert "caramel_authority has no right to change any" in authority.command("log", "--verify")
+    with authority.serving() as server:
+        assert {name: server.get(sha256(one)).status for name, one in requests.items()} == {
+            "kept": 200, "rejected": 403, "other": 404}  # fmt: skip
+        assert server.post(requests["other"]).status == 400
