@@ -18,7 +18,7 @@ from typing import Any, Callable
 import pytest
 import world
 from needs import needs, slow
-from world import Authority, Caramel, Chip, Daemon, Device, Nginx, Token, Tpm, keys_in
+from world import Authority, Between, Caramel, Chip, Daemon, Device, Nginx, Token, Tpm, keys_in
 
 from caramel_embedded import settings
 
@@ -68,6 +68,7 @@ tokens = pytest.mark.parametrize("chip", ["pkcs11"], indirect=True)
 # --- A life ---
 
 
+@slow
 @both
 @pytest.mark.parametrize("protocols", ["TLSv1.2", "TLSv1.3"])
 def test_a_device_lives_its_life(
@@ -133,6 +134,7 @@ def test_an_everyday_run_loads_no_x509_and_starts_no_program(certified: Device, 
     assert not re.findall(r"caramel_embedded/(?:__pycache__/)?(?:held|program|certificates)\..* = \d", text)
 
 
+@slow
 def test_power_cuts_are_no_attacks_on_the_tpm(ours: Device, chip: Tpm, caramel: Caramel, nginx: Nginx) -> None:
     """Without noda on key and parent, three locked it."""
     assert ours.run().status == 69
@@ -213,6 +215,7 @@ WRONG: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Any, Path], An
 }
 
 
+@slow
 @pytest.mark.parametrize(
     ("chip", "wrong"), [(kind, name) for name, (kind, *_) in WRONG.items()], indirect=["chip"], ids=list(WRONG)
 )
@@ -260,6 +263,7 @@ def test_a_chip_that_cannot_be_used_costs_nothing(
         assert certified.snapshot() == stored and calls(certified) == 2
 
 
+@slow
 def test_a_key_that_counts_as_attacked_is_not_given_up(
     ours: Device, tmp_path: Path, chip: Tpm, caramel: Caramel
 ) -> None:
@@ -298,12 +302,91 @@ def test_a_chip_that_was_away_longer_than_a_certificate_lives(
     assert certified.block("CERTIFICATE") == caramel.certificates(certified.request_hash())[-1]
 
 
+@slow
 def test_a_tpm_that_hangs_ends_the_run_at_its_time_limit(certified: Device, chip: Tpm) -> None:
     kept = certified.snapshot()
     chip.hang()
     run = certified.run("--timeout", "2", timeout=30)
     assert run.status == 127 and run.seconds < 20 and "doesn't answer within the time limit" in run.err, run
     assert certified.snapshot() == kept
+
+
+def test_a_tpm_that_is_busy_is_asked_again_and_then_it_is_said(certified: Device, chip: Tpm) -> None:
+    """It asks to try again later: its own library does so a few times."""
+    kept = certified.snapshot()
+    with Between(chip) as wire:
+        certified.surroundings = wire.env
+        wire.says(0x922, 3)
+        assert certified.run().status == 0 and wire.times == 0
+        wire.says(0x922)
+        run = certified.run()
+        assert run.status == 127 and "the key can't be used: the TPM is busy" in run.err, run
+        wire.says(0, 0)
+        assert certified.run().status == 0
+    assert certified.snapshot() == kept and chip.attacks == 0
+
+
+def test_a_key_with_a_password_is_refused_before_anything_is_stored(ours: Device, tmp_path: Path, chip: Tpm) -> None:
+    """Nobody could type it. With noda, the attempt counts as no attack."""
+    secret = tmp_path / "secret-key"
+    text = (world.chips.KEYS / "tpm-key").read_text()
+    secret.write_text(text.replace("tpm2_create --quiet", "tpm2_create --quiet --key-auth=secret"))
+    secret.chmod(0o755)
+    run = ours.run("--key-command", str(secret))
+    assert run.status == 127 and "the TPM wants a password for the key" in run.err, run
+    assert not ours.key_file.exists() and chip.attacks == 0
+    block = tmp_path / "block"
+    block.write_text(chip.run(secret, env={"CARAMEL_KEY_TYPE": "rsa-2048"}).stdout)
+    env = {"OPENSSL_CONF": str(chip.conf), "TSS2_LOG": "esys+error"}
+    done = chip.run("openssl", "dgst", "-sha256", "-sign", block, block, env=env, check=False)
+    assert done.returncode and "0x000009a2" in done.stderr, done
+
+
+LIBRARY = """
+import ssl, sys
+from pathlib import Path
+from caramel_embedded import NotReady, check
+server, ca, kept, command = sys.argv[1:]
+kept = Path(kept)
+def run(*command):
+    outcome = check(
+        server=server, ca_cert=Path(ca).read_bytes(), client_id="library-and-chip", key_command=command,
+        stored=kept.read_bytes() if kept.exists() else None, store=lambda new: kept.write_bytes(bytes(new)))
+    print("certified" if outcome.identity.certificate else "pending", outcome.new)
+    if outcome.identity.certificate:
+        outcome.identity.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    return outcome
+try:
+    run("/bin/false") if not kept.exists() else None
+except NotReady as error:
+    print(error)
+run(command)
+"""
+
+
+@both
+def test_the_library_has_a_key_made_and_uses_it(device: Device, chip: Chip, caramel: Caramel, tmp_path: Path) -> None:
+    """`check(key_command=...)`, where the caller has OpenSSL's provider active."""
+    keys_in(chip, device)
+    kept, script, command = tmp_path / "kept", tmp_path / "app.py", tmp_path / "command"
+    script.write_text(LIBRARY)
+    command.write_text(f"#!/bin/sh\nexec {chip.key_command}\n")
+    command.chmod(0o755)
+    assert device.server and device.ca
+    python = str(Path(device.command[-1]).with_name("python3"))
+    ca = tmp_path / "ca.crt"
+    shutil.copy(device.ca, ca)
+
+    def run() -> list[str]:
+        words = (python, "-I", script, device.server or "", ca, kept, command)
+        return chip.run(*words, env={"OPENSSL_CONF": str(chip.conf), "TSS2_LOG": "all+NONE"}).stdout.splitlines()
+
+    assert run() == ["the key command /bin/false failed with status 1", "pending False"]
+    caramel.sign("library-and-chip")
+    assert run() == ["certified True"]
+    assert run() == ["certified False"]
+    text = kept.read_text()
+    assert re.findall("BEGIN (.*)-----", text) == [chip.label, "CERTIFICATE", REQUEST]
 
 
 @both
@@ -332,6 +415,7 @@ COMMANDS = {
 }
 
 
+@slow
 def test_what_is_wrong_with_the_key_command_is_said_before_anything_is_stored(
     ours: Device, chip: Tpm, caramel: Caramel, nginx: Nginx, tmp_path: Path
 ) -> None:
@@ -507,4 +591,4 @@ def test_the_page_says_what_the_program_says(tmp_path: Path) -> None:
     for row in rows:
         said = row.split("|")[1].strip()
         assert said in words or said == "the token's library, or PIN file, is not there", said
-    assert len(rows) == 8
+    assert len(rows) == 10

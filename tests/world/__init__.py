@@ -35,7 +35,7 @@ from world.authority import (
     unsealed,
 )
 from world.caramel import Caramel, Request
-from world.chips import Chip, Token, Tpm, keys_in
+from world.chips import Between, Chip, Token, Tpm, keys_in
 from world.device import Device, Run, Snapshot
 from world.nginx import Nginx, any_front
 from world.processes import (
@@ -96,6 +96,7 @@ __all__ = [
     "Answer",
     "Apache",
     "Authority",
+    "Between",
     "Caramel",
     "Chip",
     "Daemon",

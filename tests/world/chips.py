@@ -9,8 +9,13 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
+import threading
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional, Union
 
@@ -64,6 +69,11 @@ class Chip(Service):
         raise NotImplementedError
 
 
+def at_port(port: int) -> dict[str, str]:
+    """The environment of programs whose TPM is there."""
+    return {f"TPM2{who}_TCTI": f"swtpm:port={port}" for who in ("OPENSSL", "TOOLS")}
+
+
 class Tpm(Chip):
     """A TPM 2.0, with or without the factory's step (`parent`)."""
 
@@ -73,6 +83,8 @@ class Tpm(Chip):
         super().__init__(folder)
         self.parent = parent
         self._daemon: Optional[Daemon] = None
+        #: Where it listens; the control channel is at the next one.
+        self.port = 0
 
     def start(self) -> None:
         (self.folder / "state").mkdir(exist_ok=True)
@@ -92,7 +104,8 @@ class Tpm(Chip):
             if self._daemon.alive:
                 break
             self._daemon.stop()
-        self.env.update({f"TPM2{who}_TCTI": f"swtpm:port={port}" for who in ("OPENSSL", "TOOLS")})
+        self.port = port
+        self.env.update(at_port(port))
         if self.parent:
             self.run(KEYS / "tpm-parent")
 
@@ -107,6 +120,10 @@ class Tpm(Chip):
 
     def hang(self) -> None:
         self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `hang`."""
+        self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
         assert self._daemon and self._daemon.process
@@ -130,6 +147,93 @@ class Tpm(Chip):
         text = self.run("tpm2_getcap", "properties-variable").stdout
         (count,) = re.findall(r"TPM2_PT_LOCKOUT_COUNTER: 0x([0-9A-F]+)", text)
         return int(count, 16)
+
+
+class Between(Service):
+    """Stands between a TPM and those who use it: counts its commands, and answers some in its place. Its users have
+    `env` in the place of the TPM's own.
+    """
+
+    def __init__(self, chip: Tpm) -> None:
+        self.chip = chip
+        #: Commands that came, by their code (TPM 2.0 Library, part 2, 6.5.2).
+        self.commands: Counter[int] = Counter()
+        #: What it answers to each command by itself, with no other content, and how often it still does.
+        self.answer, self.times = 0, 0
+        self.env: dict[str, str] = {}
+        self._sockets: list[socket.socket] = []
+
+    def says(self, code: int, times: int = 1 << 30) -> None:
+        """From now on the next `times` commands get this response code."""
+        self.answer, self.times = code, times
+
+    def start(self) -> None:
+        while not self._sockets:
+            port = free_port()
+            try:
+                for number in (port, port + 1):
+                    listener = socket.socket()
+                    self._sockets.append(listener)
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    listener.bind(("127.0.0.1", number))
+                    listener.listen()
+            except OSError:
+                self.stop()
+        for offset, listener in enumerate(self._sockets):
+            threading.Thread(target=self._listen, args=(listener, offset), daemon=True).start()
+        self.env = {**self.chip.env, **at_port(port)}
+
+    def stop(self) -> None:
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._sockets = []
+
+    def _listen(self, listener: socket.socket, offset: int) -> None:
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                threading.Thread(target=self._serve, args=(connection, offset), daemon=True).start()
+
+    def _serve(self, user: socket.socket, offset: int) -> None:
+        with suppress(OSError), user, socket.create_connection(("127.0.0.1", self.chip.port + offset)) as tpm:
+            if offset:
+                back = threading.Thread(target=self._copy, args=(tpm, user), daemon=True)
+                back.start()
+                self._copy(user, tpm)
+                back.join()
+                return
+            while True:
+                command = _message(user)
+                if not command:
+                    return
+                self.commands[struct.unpack(">I", command[6:10])[0]] += 1
+                if self.times > 0:
+                    self.times -= 1
+                    user.sendall(struct.pack(">HII", 0x8001, 10, self.answer))
+                else:
+                    tpm.sendall(command)
+                    user.sendall(_message(tpm))
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(4096):
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def _message(connection: socket.socket) -> bytes:
+    """A whole command or response: tag, size of all of it, and code; nothing where the other side has ended."""
+    data = b""
+    while len(data) < 6 or len(data) < struct.unpack(">I", data[2:6])[0]:
+        more = connection.recv(4096)
+        if not more:
+            return b""
+        data += more
+    return data
 
 
 class Token(Chip):
