@@ -15,6 +15,8 @@ import random
 import re
 import shutil
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from typing import Union
 import pytest
 import world
 from authority_world import BIN, COMMAND, Knot, Postgres, RegistrationAuthority, Server, ask, at, csr, ec_key, sha256
+from cryptography import x509
 from needs import needs, require, slow
 from world import Daemon, until
 
@@ -278,6 +281,133 @@ def test_killed_at_random_moments(authority: RegistrationAuthority, request: pyt
     assert kills > 3
     assert len(set(serials)) == len(mine)
     assert sorted(client_id for client_id, _ in signed(authority, mine)) == mine
+
+
+@contextlib.contextmanager
+def two_machines(authority: RegistrationAuthority) -> Iterator[tuple[list[Server], list[Daemon]]]:
+    """Two processes that serve, each with a signer of its own behind a socket, on one database and one CA."""
+    servers, signers = [], []
+    with contextlib.ExitStack() as stack:
+        sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="signers-", dir="/tmp")))
+        for number in range(2):  # a socket's path has 108 bytes at most (unix(7))
+            settings = f'[ca]\nfolder = "{authority.ca.parent}"\nsigner_socket = "{sockets}/{number}"\n'
+            machine = RegistrationAuthority(
+                authority.folder / f"machine-{number}", settings, database=authority.database
+            )
+            machine._made = True
+            command: list[Union[str, Path]] = [COMMAND, "--config", machine.config, "signer"]
+            signers.append(stack.enter_context(Daemon(command, machine.folder / "signer.log")))
+            servers.append(stack.enter_context(machine.serving()))
+        yield servers, signers
+
+
+def copy_of(authority: RegistrationAuthority, file: Path) -> None:
+    """A copy while it serves, in the page's way for each of the two databases."""
+    if authority.database.startswith("sqlite"):
+        authority.command("backup", str(file))
+    else:
+        address = authority.database.replace("+psycopg", "")
+        dump = [str(Postgres.program("pg_dump")), "--format=custom", "-d", address, "-f", str(file)]
+        subprocess.run(dump, check=True, timeout=60, cwd="/")
+
+
+def test_all_that_is_decided_while_servers_and_signers_are_killed(
+    authority: RegistrationAuthority, request: pytest.FixtureRequest
+) -> None:
+    """Two servers and two signers are killed at random while devices come and come back, and an administrator
+    suspends, resumes, bars, unbars, copies, and lets one CA follow another. Each key has one certificate, no
+    serial number is used twice, and in the end every device has one.
+    """
+    mine = ids(request, 24)
+    back, out = mine[:3], mine[3:6]
+    authority.command("allow", *mine)
+    dice, over, everybody = random.Random(2), threading.Event(), threading.Event()
+    copies = [authority.folder / f"copy-{number}" for number in range(2)]
+    held: dict[str, bytes] = {}
+    with two_machines(authority) as (servers, signers):
+
+        def administrator() -> None:
+            assert everybody.wait(120)
+            authority.command("suspend", *back)
+            copy_of(authority, copies[0])
+            authority.command("ca-next")
+            authority.command("bar", *out)
+            authority.command("ca-next", "--switch")
+            authority.command("resume", *back)
+            copy_of(authority, copies[1])
+            authority.command("unbar", *out)
+            authority.command("allow", "--again", *out)
+            authority.command("ca-next", "--finish")
+
+        def device(number: int) -> None:
+            """It asks until all is over, as the program does: a new key after 403, a request where none is known."""
+            name = mine[number]
+            held[name] = csr(name)
+            first = True
+            while not over.is_set():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    server = servers[dice.randrange(2)]
+                    status = ask(server.port, "GET", f"/{sha256(held[name])}").status
+                    assert status in (200, 202, 403, 404, 503), status
+                    if status == 200 and first:
+                        first = False
+                        arrived.append(name)
+                        if len(arrived) == len(mine):
+                            everybody.set()
+                    if status == 403:
+                        assert name in out
+                        held[name] = csr(name)
+                    elif status == 404:
+                        ask(server.port, "POST", f"/{sha256(held[name])}", held[name])
+                time.sleep(0.3)
+
+        arrived: list[str] = []
+        kills = 0
+        with ThreadPoolExecutor(len(mine)) as pool, ThreadPoolExecutor(1) as others:
+            asking = [pool.submit(device, number) for number in range(len(mine))]
+            deciding = others.submit(administrator)
+            try:
+                while not deciding.done() and not any(one.done() for one in asking):
+                    time.sleep(dice.uniform(0.1, 0.6))
+                    victim = dice.choice((*servers, *signers))
+                    if isinstance(victim, Server):
+                        victim.kill()
+                    else:
+                        assert victim.process
+                        victim.process.kill()
+                        victim.stop()
+                    victim.start()
+                    kills += 1
+                deciding.result(120)
+                until(
+                    "every device has a certificate",
+                    lambda: all(now(servers[0], body) == 200 for body in held.values()),
+                )
+            finally:
+                over.set()
+                everybody.set()
+            for one in asking:
+                one.result()
+        root = x509.load_pem_x509_certificates(servers[0].get("/root.crt").body)
+        assert len(root) == 1
+        for name in out:  # signed by the CA that followed, at last
+            servers[1].get(sha256(held[name])).certificate.verify_directly_issued_by(root[0])
+    assert kills > 5
+    entries = [row for row in authority.log("signed") if row[3] in mine]
+    assert len({row[5].split()[1] for row in entries}) == len({row[4] for row in entries}) == len(entries)
+    assert sorted({row[3] for row in entries}) == mine
+    if authority.database.startswith("sqlite"):
+        assert "each follows from those before it" in authority.command("log", "--verify")
+        restored = RegistrationAuthority(authority.folder / "restored")
+        for copy in copies:
+            restored.command("restore", str(copy), "--forget")
+            assert "each follows from those before it" in restored.command("log", "--verify")
+
+
+def now(server: Server, body: bytes) -> int:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return server.get(sha256(body)).status
+    return 0
 
 
 WRITES = "pwrite64,write,fdatasync,fsync,ftruncate,unlink,sendto"
