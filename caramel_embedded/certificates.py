@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import calendar
+import hashlib
 import ssl
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -579,6 +580,18 @@ def describe(certificate: bytes) -> Optional[Description]:
         )
     except Exception:  # damaged in whatever way
         return None
+
+
+def label(chain: Sequence[bytes]) -> str:
+    """A few words by which a person tells a chain, PEM, from others: who it is for, by whom, and the beginning of the
+    last certificate's fingerprint as ``openssl x509 -fingerprint -sha256`` prints it."""
+    first, last = describe(chain[0]), describe(chain[-1])
+    fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(chain[-1].decode("ascii"))).hexdigest().upper()
+    who = "something that can't be read"
+    if first and last:
+        who = first.subject if first.subject == last.issuer else "%s by %s" % (first.subject, last.issuer)
+    short = ":".join(fingerprint[at : at + 2] for at in range(0, 16, 2))
+    return "%s (SHA-256 %s...)" % (printable(who), short)
 
 
 def key_size(identity: Identity) -> tuple[str, int]:

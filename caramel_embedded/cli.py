@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UsageError(message + "; see --help")
+            # What stands in quotes was given: it may be a secret.
+            raise UsageError(message.partition(" '")[0] + "; see --help")
 
     made = Parser(
         prog=NAME,
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
             return EXIT_CERTIFIED, "%s %s\n" % (NAME, __version__)
         if unknown:
             # Not their values: one may be a secret that was meant for another option.
-            options_only = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            options_only = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+            options_only += [word[:2] for word in unknown if word[:1] == "-" != word[1:2]]
             made.error("there is no option " + options_only[0] if options_only else "there are only options")
         options = {name: value for name, *_ in SETTINGS if (value := vars(parsed)[name]) is not None}
         words.verbose, words.quiet, words.syslog = parsed.verbose, parsed.quiet, parsed.syslog

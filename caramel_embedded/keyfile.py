@@ -553,7 +553,8 @@ def _hand_over(fd: int, permissions: Permissions) -> None:
         except PermissionError as error:
             if os.geteuid() == 0:
                 raise  # a file system without owners, say
-            text = "only root can give it to %d:%d, and this is user %d" % (*permissions[:2], os.geteuid())
+            text = "only root can give it to %d:%d (--owner, --group), and this is user %d"
+            text %= (*permissions[:2], os.geteuid())
             raise PermissionError(error.errno, text) from None
     if stat.S_IMODE(status.st_mode) != permissions.mode:
         os.fchmod(fd, permissions.mode)

@@ -15,14 +15,14 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, NamedTuple, Optional
 
 import urllib3
 from urllib3 import exceptions
 from urllib3.util import SKIP_HEADER
 
-from . import __version__
+from . import __version__, pem
 from .errors import CaramelError, Refused, Unreachable, Untrusted, printable
 from .identity import Identity, utc
 from .settings import host_and_port
@@ -32,6 +32,7 @@ from .trust import Trust
 MAXIMUM_BODY = 65536  # bytes
 MAXIMUM_WAIT = 86400  # seconds; a Retry-After of a broken server must not keep a device away for years
 NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX_get_error(3)
+MISMATCHES = (62, 64)  # of a host name, of an address
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -275,9 +276,36 @@ class Server:
             return Tls(tcp, context, self.address[0], call)
         except BaseException as error:
             tcp.close()
-            if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code == HAS_EXPIRED:
-                _look_at_clock(context)
+            if isinstance(error, ssl.SSLCertVerificationError):
+                if error.verify_code == HAS_EXPIRED:
+                    _look_at_clock(context)
+                elif error.verify_code != NOT_YET_VALID:
+                    raise Untrusted(in_our_terms(error)[1] + self._shown(address, error.verify_code)) from None
             raise
+
+    def _shown(self, address: Any, code: int) -> str:
+        """What a server shows that is not believed, for a person; empty where it can't be told.
+
+        Seen in one more handshake, within the limits, in which our own certificate isn't shown and nothing is sent.
+        """
+        try:
+            from . import certificates  # costs as much as all else
+
+            tcp = Tcp(address, self._limits)
+            if code not in MISMATCHES:
+                sent = certificates.chain_sent(tcp, self.address[0])
+                return "; it shows %s, and trusted is %s" % (
+                    certificates.label([ssl.DER_cert_to_PEM_cert(one).encode() for one in sent]),
+                    " or ".join(certificates.label([one]) for one in pem.certificates(self.trust.ca_cert)),
+                )
+            with closing(tcp):
+                context = client_context(self.trust, dates=False)
+                context.check_hostname = False
+                peer = Tls(tcp, context, self.address[0], directly).peer
+            listed = printable(", ".join(value for _, value in peer.get("subjectAltName", ()))) or "none"
+            return "; the trusted CA does vouch for the server, for other names: %s" % listed
+        except (OSError, CaramelError):
+            return ""
 
     def _verify_ends(self, address: Any, tls: Tls) -> None:
         """Looks at the ends of the server's certificates, which OpenSSL didn't. Raises `Untrusted`, OSError."""

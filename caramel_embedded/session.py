@@ -49,12 +49,16 @@ class Outcome(NamedTuple):
         if self.certified:
             words = ["new certificate" if self.new else "certificate unchanged"]
         else:
-            words = ["request %s waits to be signed" % self.identity.request_hash]
+            words = ["request %s waits to be signed on the server%s" % (self.identity.request_hash, _SIGNING)]
         if self.not_after is not None:
             words.append("valid until " + utc(self.not_after))
         if self.retry_after is not None:
             words.append(wish(self.retry_after))
         return "; ".join([*self.notes, ", ".join(words)])
+
+
+# What its administrator does, who knows the request by its hash.
+_SIGNING = " (Caramel: caramel_tool INI --list, then --sign=ID)"
 
 
 def wish(retry_after: int) -> str:
@@ -194,10 +198,12 @@ class Check:
         return identity
 
     def _converse(self, identity: Identity) -> Outcome:
-        state, action = State.ASKED, Action.GET
+        state, action, event = State.ASKED, Action.GET, Event.PENDING
         while action not in enrollment.FINAL:
             if action is Action.START_OVER:
                 identity = self._new()
+                if event is Event.REJECTED:
+                    self._note("the old key is gone")
             elif action is Action.GET_PLAINLY:
                 self._server.connect(None)
             event, issued, words = self._exchange(state, identity)

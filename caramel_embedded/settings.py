@@ -62,7 +62,9 @@ def client_id(text: str) -> str:
 def instance(text: str) -> str:
     """`text` if it can be the name of an instance: a client ID, and of a folder. Raises `UsageError`."""
     if not is_client_id(text) or text.startswith("."):
-        raise UsageError("%r is no name of an instance: 1 to 64 of A-Z a-z 0-9 . _ : -, and no dot at first" % text)
+        raise UsageError(
+            "--instance: %r is no name of an instance: 1 to 64 of A-Z a-z 0-9 . _ : -, and no dot at first" % text
+        )
     return text
 
 
@@ -268,8 +270,13 @@ def _value(name: str, text: str, source: str) -> Any:
     try:
         return VALUES[name](text)
     except UsageError as error:
-        flag = next((flag for known, _, flag, *_ in SETTINGS if known == name and source == "the command line"), None)
-        raise UsageError("%s: %s" % (flag or "%s, from %s" % (name, source), error)) from None
+        raise UsageError("%s: %s" % (_given(name, source), error)) from None
+
+
+def _given(name: str, source: str) -> str:
+    """How a person finds the setting `name` that `source` has: the option itself, or the name and its place."""
+    flags = {known: flag for known, _, flag, *_ in SETTINGS}
+    return flags[name] if source == COMMAND_LINE else "%s, from %s" % (name, source)
 
 
 def baked(name: str) -> Optional[bytes]:
@@ -418,16 +425,17 @@ class Settings(NamedTuple):
             ("the baked-in settings", base),
         ]
         named = _first(layers, "CARAMEL_CONFIG")
-        files = [_configuration(str(named[1]) if named else CONFIG_FILE, named is not None)]
+        given = _given("CARAMEL_CONFIG", named[0]) + ": " if named else ""
+        files = [_configuration(str(named[1]) if named else CONFIG_FILE, named is not None, given)]
         if instance is not None:
             values = {"CARAMEL_CN": instance, "CARAMEL_KEY_FILE": INSTANCE_KEY_FILE % instance}
             files = [_configuration(INSTANCE_CONFIG_FILE % instance, False), (INSTANCE, values), *files]
         layers[2:2] = files
         unknown = {name for _, values in (*files, ("", environment)) for name in values if _is_misspelt(name)}
-        given = {name: found for name in VALUES for found in [_first(layers, name)] if found}
+        found = {name: first for name in VALUES for first in [_first(layers, name)] if first}
 
         def get(name: str, default: Any = None) -> Any:
-            return given[name][1] if name in given else default
+            return found[name][1] if name in found else default
 
         return cls(
             server=get("CARAMEL_CA"),
@@ -448,7 +456,7 @@ class Settings(NamedTuple):
             hook=get("CARAMEL_HOOK"),
             build_time=int(build_time) if build_time.isascii() and build_time.isdigit() else 0,
             unknown=tuple(sorted(unknown)),
-            sources={name: source for name, (source, _) in given.items()},
+            sources={name: source for name, (source, _) in found.items()},
             replace=replace,
         )
 
@@ -462,23 +470,37 @@ class Settings(NamedTuple):
 
     def ca_cert(self) -> bytes:
         """The PEM text of the trusted CA: the named file's, else the baked-in one. Raises `UsageError`."""
-        data = _certificate(self.ca_cert_file, "baked.pem", "the CA certificate")
+        data = self._certificate("CARAMEL_CA_CERT", self.ca_cert_file, "baked.pem", "the CA certificate")
         if data is None:
             raise UsageError("no CA certificate: give one with --ca-cert or CARAMEL_CA_CERT")
         return data
 
     def identity_ca(self) -> Optional[bytes]:
         """The PEM text of the CA that signs this device; None: the one above. Raises `UsageError`."""
-        return _certificate(self.identity_ca_file, "baked-identity.pem", "the identity's CA certificate")
+        what = "the identity's CA certificate"
+        return self._certificate("CARAMEL_IDENTITY_CA", self.identity_ca_file, "baked-identity.pem", what)
+
+    def _certificate(self, name: str, path: Optional[str], built_in: str, what: str) -> Optional[bytes]:
+        if not path:
+            return baked(built_in)
+        what = "%s: %s" % (_given(name, self.sources[name]), what)
+        try:
+            data = _read(path, what)
+        except FileNotFoundError:
+            raise UsageError("%s %s is not there" % (what, path)) from None
+        if b"-----BEGIN CERTIFICATE-----" not in data:
+            raise UsageError("%s %s holds no certificate in PEM form" % (what, path))
+        return data
 
 
-def _configuration(path: str, needed: bool) -> tuple[str, Mapping[str, str]]:
-    """What a configuration file sets, and its path. Raises `UsageError`."""
+def _configuration(path: str, needed: bool, given: str = "") -> tuple[str, Mapping[str, str]]:
+    """What a configuration file sets, and its path; `given`: how its path was. Raises `UsageError`."""
+    what = given + "the configuration file"
     try:
-        return path, parse(_text(_read(path, "the configuration file"), path), path)
+        return path, parse(_text(_read(path, what), path), path)
     except FileNotFoundError:
         if needed:
-            raise UsageError("the configuration file %s is not there" % path) from None
+            raise UsageError("%s %s is not there" % (what, path)) from None
         return path, {}
 
 
@@ -504,12 +526,3 @@ def _first(layers: Sequence[tuple[str, Mapping[str, str]]], name: str) -> Option
         if values.get(name):
             return source, _value(name, values[name], source)
     return None
-
-
-def _certificate(path: Optional[str], name: str, what: str) -> Optional[bytes]:
-    if not path:
-        return baked(name)
-    try:
-        return _read(path, what)
-    except FileNotFoundError:
-        raise UsageError("%s %s is not there" % (what, path)) from None

@@ -175,7 +175,7 @@ class Tls:
         name = host.encode("ascii")
         self._session = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
         self._drive(self._session.do_handshake)
-        self.peer = self._session.getpeercert() or {}
+        self.peer: dict[str, Any] = self._session.getpeercert() or {}
         self.der = self._session.getpeercert(binary_form=True) or b""
         self.version = self._session.version()
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 import world
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from needs import slow
 from world import COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, Scripted, answers, hours, now
 
@@ -95,6 +97,8 @@ def test_wrong_usage(nobody: Device, arguments: list[str]) -> None:
 
 LINES = {
     "--passwort=secret": "there is no option --passwort; see --help",
+    "-psecret": "there is no option -p; see --help",
+    "--verbose=secret": "argument -v/--verbose: ignored explicit argument; see --help",
     "web": "there are only options; see --help",
     "--timeout": "argument --timeout: expected one argument; see --help",
     "--timeout 1h": "--timeout: '1h' is no time limit: a number of seconds, more than 0, at most 86400",
@@ -102,9 +106,12 @@ LINES = {
     "--mode 999": "--mode: '999' is no octal mode such as 0600 or 0640",
     "--owner nosuch": "--owner: there is no user 'nosuch'",
     "--client-id a,b": "--client-id: 'a,b' is no client ID: 1 to 64 of A-Z a-z 0-9 . _ : -",
-    "--config /none": "the configuration file /none is not there",
+    "--instance a/b": "--instance: 'a/b' is no name of an instance: 1 to 64 of A-Z a-z 0-9 . _ : -, "
+    "and no dot at first",
+    "--config /none": "--config: the configuration file /none is not there",
     "": "no server: name one with --server or CARAMEL_CA",
-    "--server x --ca-cert /none": "the CA certificate /none is not there",
+    "--server x --ca-cert /none": "--ca-cert: the CA certificate /none is not there",
+    "--server x --ca-cert /dev/null": "--ca-cert: the CA certificate /dev/null holds no certificate in PEM form",
     "--server localhost:9 --client-id a": "a: localhost:9 can't be reached: Connection refused",
 }
 
@@ -115,6 +122,52 @@ def test_lines_that_people_act_on(tmp_path: Path, authority: Authority, options:
     config.write_text(f"CARAMEL_KEY_FILE={tmp_path}/identity.pem\nCARAMEL_CA_CERT={authority.certificate_file}\n")
     run = Device(tmp_path / "device").run(*options.split(), env={"CARAMEL_CONFIG": str(config)}, bare=True)
     assert (run.status, run.err) == (127, f"caramel-embedded: {LINES[options]}\n")
+
+
+def fingerprint(pem: bytes) -> str:
+    """As `openssl x509 -fingerprint -sha256` begins it."""
+    text = x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256())[:8].hex(":").upper()
+    return f"(SHA-256 {text}...)"
+
+
+@pytest.mark.parametrize("what", ["another CA", "a chain", "another name", "pending", "rejected"])
+def test_lines_that_people_act_on_about_the_server(tmp_path: Path, authority: Authority, what: str) -> None:
+    """Whole lines, and nothing is sent to somebody who isn't the server."""
+    other = Authority(tmp_path / "other", [("O", "Another")])
+    strange = other.server()
+    if what == "a chain":
+        strange.write_bytes(strange.read_bytes() + other.pem)
+    certificate = {
+        "another name": lambda: authority.server(["ca.example.com", "*.example.org"], file="names.pem"),
+        "another CA": lambda: strange,
+        "a chain": lambda: strange,
+    }.get(what, lambda: authority.server(file="lines.pem"))()
+    says = [answers.REJECTED, answers.PENDING, answers.PENDING] if what == "rejected" else [answers.PENDING]
+    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
+    device.has(authority.identity(ID, not_before=now() - hours(1)))
+    if what == "pending":
+        device.has(authority.identity(ID, certified=False))
+    with Scripted(certificate, says) as server:
+        device.server = server.address
+        run = device.run()
+    if what in ("another CA", "a chain", "another name"):
+        assert (run.status, server.requests) == (127, [])
+    waits = f"request {device.request_hash()} waits to be signed on the server"
+    waits += " (Caramel: caramel_tool INI --list, then --sign=ID)"
+    wrong = f"{server.address} can't show a certificate that the trusted CA vouches for"
+    ours = "C=SE, ST=Östergötland, L=Linköping, O=Example AB, OU=Caramel, CN=Caramel Signing Certificate "
+    ours += f"{fingerprint(authority.pem)}"
+    line = {
+        "another CA": f"{wrong}: unable to get local issuer certificate; it shows O=Another, CN=localhost by "
+        f"O=Another {fingerprint(strange.read_bytes())}, and trusted is {ours}",
+        "a chain": f"{wrong}: self-signed certificate in certificate chain; it shows O=Another, CN=localhost "
+        f"by O=Another {fingerprint(other.pem)}, and trusted is {ours}",
+        "another name": f"{wrong}: Hostname mismatch, certificate is not valid for 'localhost'.; the trusted CA does "
+        "vouch for the server, for other names: ca.example.com, *.example.org",
+        "pending": waits,
+        "rejected": "the administrator rejected the request (status 403, Forbidden); the old key is gone; " + waits,
+    }
+    assert run.err == f"caramel-embedded: {ID}: {line[what]}\n"
 
 
 def test_arguments_that_are_no_text(nobody: Device) -> None:

@@ -184,7 +184,8 @@ def test_what_roots_run_has_left_is_the_files_owners(
         run = owned.run("--hook", f"touch {owned.key_file.parent}/called", before=user)
     assert run.status == 0 and (owned.key_file.parent / "called").exists(), run
     run = owned.run("--owner", "root", before=user)
-    assert run.status == 127 and f": only root can give it to 0:{nobody.pw_gid}, and this is user" in run.err, run
+    why = f"only root can give it to 0:{nobody.pw_gid} (--owner, --group), and this is user {nobody.pw_uid}\n"
+    assert run.status == 127 and run.err.endswith(f"{owned.key_file}: {why}"), run
 
 
 @slow
