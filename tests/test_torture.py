@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from needs import slow
-from torture import disk, power, report
+from needs import needs, slow
+from torture import chips, disk, power, report
 from torture.fleet import Fleet
 
 SCENARIOS = (
@@ -32,6 +32,24 @@ def test_a_system_call_that_fails_costs_nothing(fleet: Fleet, scenario: str) -> 
     row = report.tried(scenario, report.sample(power.errors(fleet, scenario, 6), 5))
     assert not row.lost, "\n".join(row.lost)
     assert row.cases == 5
+
+
+@slow
+@needs("trixie")
+@pytest.mark.parametrize("scenario", ["first enrollment", "renewal"])
+def test_a_power_cut_with_a_key_in_a_tpm_costs_nothing(fleet: Fleet, tmp_path: Path, scenario: str) -> None:
+    cases = chips.cuts(chips.Lives(fleet, tmp_path), scenario, 3)
+    row = report.tried(scenario, report.sample(cases, 3))
+    assert not row.lost, "\n".join(row.lost)
+    assert row.cases == 3
+
+
+@slow
+@needs("trixie")
+def test_a_tpm_that_fails_at_any_point_of_a_life_costs_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    row = report.tried("a TPM", report.sample(chips.misfortunes(chips.Lives(fleet, tmp_path)), 7))
+    assert not row.lost, "\n".join(row.lost)
+    assert row.cases == 7
 
 
 def test_content_is_flushed_before_it_gets_the_name_and_the_folder_after(fleet: Fleet) -> None:

@@ -15,7 +15,20 @@ from pathlib import Path
 
 from world import ROOT
 
-from torture import clocks, concurrency, disk, folders, hardware, judged, machine, network, power, report, simulation
+from torture import (
+    chips,
+    clocks,
+    concurrency,
+    disk,
+    folders,
+    hardware,
+    judged,
+    machine,
+    network,
+    power,
+    report,
+    simulation,
+)
 from torture.fleet import Fleet
 from torture.report import Case, Row, tried
 
@@ -49,8 +62,10 @@ def simulated(folder: Path, sequences: int) -> Row:
     return row
 
 
-def rows(folder: Path, only: str) -> Iterator[Row]:
-    """Everything, row by row."""
+def rows(folder: Path, only: str, calls: int) -> Iterator[Row]:
+    """Everything, row by row. `calls`: at how many system calls, beside those in the key file's folder, a device with
+    a TPM is killed in each scenario.
+    """
 
     def wanted(name: str) -> bool:
         return re.search(only, name) is not None
@@ -65,6 +80,15 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
             row = tried("power cut that loses what was not flushed", disk.cases(fleet, states))
             row.remarks = disk.total(states)
             yield row
+        if wanted("chip"):
+            lives = chips.Lives(fleet, folder / "chips")
+            for scenario in ("first enrollment", "renewal"):
+                found = chips.cuts(lives, scenario, calls)
+                row = tried(f"a key in a chip: power cut of device and TPM at a system call: {scenario}", found)
+                row.remarks = f"killed at {row.cases} system calls"
+                yield row
+            what = "a key in a chip: a TPM cleared, replaced, missing, locked, busy, hanging, at each point of a life"
+            yield tried(what, chips.misfortunes(lives))
         if wanted("errors"):
             for scenario in scenarios:
                 yield tried(f"a system call fails: {scenario}", power.errors(fleet, scenario, 25))
@@ -140,12 +164,20 @@ def rows(folder: Path, only: str) -> Iterator[Row]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--only", default="", metavar="REGEX", help="the parts to run")
-    only = options.parse_args().only
+    options.add_argument(
+        "--chip-calls",
+        type=int,
+        default=25,
+        metavar="NUMBER",
+        help="of a device with a TPM: at how many system calls outside of the key file's folder it is killed; 25",
+    )
+    given = options.parse_args()
+    only = given.only
     started = time.monotonic()
     found = []
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         os.chmod(folder, 0o755)
-        for row in rows(Path(folder), only):
+        for row in rows(Path(folder), only, given.chip_calls):
             report.tell(row)
             found.append(row)
     seconds = time.monotonic() - started

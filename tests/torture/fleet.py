@@ -8,6 +8,7 @@ done to a device.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import hashlib
 import itertools
@@ -33,7 +34,7 @@ STATUSES = (0, 1, 69, 127)
 
 _FORM = re.compile(
     rb"(?P<line># caramel-embedded/1 id=[!-~ ]+ seal=[0-9a-f]{64}\n)?"
-    rb"(?P<key>-----BEGIN PRIVATE KEY-----\n[A-Za-z0-9+/=\n]+-----END PRIVATE KEY-----\n)"
+    rb"(?P<key>-----BEGIN (?P<tpm>TSS2 )?PRIVATE KEY-----\n[A-Za-z0-9+/=\n]+-----END (?(tpm)TSS2 )PRIVATE KEY-----\n)"
     rb"(?P<certificate>-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n)?"
     rb"(?P<request>-----BEGIN NEW CERTIFICATE REQUEST-----\n[A-Za-z0-9+/=\n]+-----END NEW CERTIFICATE REQUEST-----\n)"
 )
@@ -59,14 +60,21 @@ def key_file_parts(content: bytes) -> Optional[KeyFileParts]:
         return None
     request = match["request"].replace(b" NEW CERTIFICATE", b" CERTIFICATE")
     try:
-        key: Any = serialization.load_pem_private_key(match["key"], None)
         csr = x509.load_pem_x509_csr(request)
+        asked: Any = csr.public_key()
+        public = asked.public_numbers()
+        if match["tpm"]:
+            # With the public half, RSA, as the TPM writes it: its modulus stands there as it is.
+            block = base64.b64decode(b"".join(match["key"].splitlines()[1:-1]))
+            belong = public.n.to_bytes(asked.key_size // 8, "big") in block
+        else:
+            key: Any = serialization.load_pem_private_key(match["key"], None)
+            belong = key.public_key().public_numbers() == public
         certificate = match["certificate"] and x509.load_pem_x509_certificate(match["certificate"])
     except ValueError:
         return None
-    public = key.public_key().public_numbers()
-    keys: list[Any] = [csr.public_key(), *([certificate.public_key()] if certificate else [])]
-    if any(other.public_numbers() != public for other in keys):
+    certified: Any = certificate and certificate.public_key()
+    if not belong or (certified and certified.public_numbers() != public):
         return None
     return KeyFileParts(match["key"], match["certificate"], request)
 

@@ -98,7 +98,7 @@ def injected(dut: DeviceUnderTest, call: str, number: int, what: str) -> tuple[R
     return run, "(INJECTED)" in text or "killed by SIGKILL" in text
 
 
-def _spread(found: Sequence[Point], others: int) -> list[Point]:
+def spread(found: Sequence[Point], others: int) -> list[Point]:
     """All points inside the folder, and `others` of the rest."""
     rest = [Case(str(number), list) for number, point in enumerate(found) if not point.inside]
     chosen = {int(case.name) for case in sample(rest, others)}
@@ -144,7 +144,7 @@ def reference(fleet: Fleet, scenario: str) -> list[Point]:
 
 def cuts(fleet: Fleet, scenario: str, others: int) -> list[Case]:
     """Kills at every call inside the folder, and at `others` outside."""
-    found = _spread(reference(fleet, scenario), others)
+    found = spread(reference(fleet, scenario), others)
     return [_case(fleet, scenario, fleet.scenarios[scenario], point, "signal=KILL", "killed") for point in found]
 
 
@@ -153,7 +153,7 @@ def errors(fleet: Fleet, scenario: str, others: int) -> list[Case]:
 
     Before that it is the shell's and the interpreter's own start that fails, see ``machine.py``.
     """
-    found = [point for point in _spread(reference(fleet, scenario), others) if point.started]
+    found = [point for point in spread(reference(fleet, scenario), others) if point.started]
     cases = []
     for point in found:
         kinds = [ERRORS.get(point.call, "EIO")]

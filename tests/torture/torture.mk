@@ -1,5 +1,5 @@
 # What devices live through, with figures: see tests/torture/. Needs root (mounts, name spaces), strace, faketime, nginx,
-# e2fsprogs, iproute2, util-linux.
+# e2fsprogs, iproute2, util-linux, and mmdebstrap for the devices with a TPM.
 
 .PHONY: torture
 
