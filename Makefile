@@ -10,7 +10,8 @@ BUILD := build
 # `make test` has those of the program that devices run; `make test-all` also those of the servers' side.
 TESTS ?= tests
 PYTEST ?=
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Half as many again as there are cores: a third of the time a test waits for a server.
+JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) * 3 / 2)))
 
 SOURCES := $(wildcard pyproject.toml setup.py setup.cfg packaging/bake.py packaging/starter/*) \
 	$(shell find caramel_embedded -type f -not -name '*.py[co]' 2>/dev/null)
@@ -18,7 +19,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-warn-scri
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-server test test-all style clean
+.PHONY: help demo demo-server test test-all coverage style clean
 
 help: ## this list
 	@sed -e ':a' -e '/\\$$/{N;s/\\\n//;ba' -e '}' $(MAKEFILE_LIST) | \
@@ -37,19 +38,25 @@ demo-server: $(BUILD)/venv/installed $(BUILD)/caramel/installed ## a Caramel ser
 UNDER_COVERAGE = COVERAGE_PROCESS_START="$(CURDIR)/tests/coverage.ini" COVERAGE_FILE="$(CURDIR)/$(BUILD)/coverage/data" \
 	CARAMEL_TESTS_COMMAND="$(CURDIR)/$(BUILD)/tests/bin/caramel-embedded"
 
-test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and the tests that this machine can do in 4 min
+test: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## style, types, and the tests that this machine can do in 3 min
+	@echo "test: style and types of all Python"
 	$(BUILD)/tests/bin/ruff check --quiet .
 	$(BUILD)/tests/bin/ruff format --quiet --check .
 	$(BUILD)/tests/bin/mypy caramel_embedded packaging server authority tests examples
 	@for name in $(TESTS); do [ -e "$${name%%::*}" ] || { echo "make test: TESTS=: there is no $$name" >&2; exit 1; }; done
 	@rm -rf $(BUILD)/coverage && mkdir -p $(BUILD)/coverage
 	$(if $(COVERAGE),$(UNDER_COVERAGE)) \
-	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST) $(TESTS)
+	CARAMEL_TESTS_PASSED="$(CURDIR)/$(BUILD)/tests/passed" CARAMEL_TESTS_REST="$(REST)" \
+	$(BUILD)/tests/bin/python -I -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST) $(TESTS)
 
 # What `make test` would leave out fails here if it can't be run. The emulated device and the power cuts come first, so that
-# the last lines are those of the tests.
-test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, nothing is skipped, and which lines of the program no test reached (root, 30 min)
-	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test COVERAGE=1 TESTS="tests server authority"
+# the last lines are those of the tests. With REST=1 it leaves out what has passed in `make test` of this build, if nothing
+# has changed since.
+test-all: device-test powercut-short $(BUILD)/bench/client/installed $(BUILD)/busybox-static/bin/busybox ## everything, nothing is skipped (root, 30 min)
+	@CARAMEL_TESTS_NO_SKIP=1 $(MAKE) --no-print-directory test TESTS="tests server authority"
+
+coverage: ## everything, and which lines of the program no test reached (root, 45 min)
+	@$(MAKE) --no-print-directory test-all COVERAGE=1
 
 style: $(BUILD)/tests/installed ## repairs the style of what can be repaired
 	$(BUILD)/tests/bin/ruff check --fix .
@@ -61,6 +68,7 @@ clean: ## removes everything made
 # The package, as others would install it. setuptools keeps what it copied in build/lib and would put modules that are gone
 # from the sources into the next wheel; so that goes first.
 $(BUILD)/wheel/built: $(SOURCES)
+	@echo "build: the package, as others would install it"
 	@rm -rf $(BUILD)/lib $(BUILD)/bdist.* $(@D) && mkdir -p $(@D)
 	$(PYTHON) -m venv $(BUILD)/builder
 	$(BUILD)/builder/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(@D) .
@@ -68,6 +76,7 @@ $(BUILD)/wheel/built: $(SOURCES)
 
 # The program by itself, with nothing beside it but what it needs.
 $(BUILD)/venv/installed: $(BUILD)/wheel/built
+	@echo "build: the program, in an environment of its own (build/venv)"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps $(BUILD)/wheel/*.whl
 	$(@D)/bin/python $(PIP_INSTALL) $(BUILD)/wheel/*.whl
@@ -75,6 +84,7 @@ $(BUILD)/venv/installed: $(BUILD)/wheel/built
 
 # The tools of the tests, and the program once more: units import it, and coverage watches it.
 $(BUILD)/tests/tools: tests/requirements.txt
+	@echo "build: pytest, mypy, ruff and what else the tests use (build/tests); the first time it takes about a minute"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) -r tests/requirements.txt
 	@# Newer releases of coverage bring this file themselves; twice does no harm.
@@ -89,6 +99,7 @@ $(BUILD)/tests/installed: $(BUILD)/tests/tools $(BUILD)/wheel/built
 
 # The server, in an environment of its own: it uses what newer pyOpenSSL has removed. Nothing here imports any of it.
 $(BUILD)/caramel/installed:
+	@echo "build: the Caramel server, in an environment of its own (build/caramel)"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP_INSTALL) 'caramel==1.9.6' 'pyOpenSSL<24.3'
 	@touch $@

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import world
-from needs import EVERYTHING, account, require
+from needs import EVERYTHING, account, passed_before, require
 from torture.fleet import Fleet
 from world import Authority, Caramel, Device, Front, Nginx, any_front
 
@@ -56,11 +56,25 @@ def pytest_make_collect_report(
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    before = passed_before()
+    items[:] = [item for item in items if item.nodeid not in before]
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of pytest-xdist's processes: the first one reports
         if "COVERAGE_PROCESS_START" in os.environ:
             save_coverage()
         return
+    before = passed_before()
+    if before:
+        terminalreporter.section(
+            f"{len(before)} tests have passed in `make test` just before, and were not run again"
+        )
+    elif "CARAMEL_TESTS_PASSED" in os.environ:
+        names = {report.nodeid for report in terminalreporter.stats.get("passed", [])}
+        names -= {report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])}
+        Path(os.environ["CARAMEL_TESTS_PASSED"]).write_text("".join(f"{name}\n" for name in sorted(names)))
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
         reasons = [

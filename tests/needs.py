@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 import pytest
-from world import BUILD, DEBIANS, Apache, Nginx, debian_python, interpreters
+from world import BUILD, DEBIANS, ROOT, Apache, Nginx, debian_python, interpreters
 
 #: `make test-all`: everything runs, and what can't fails.
 EVERYTHING = os.environ.get("CARAMEL_TESTS_NO_SKIP", "") not in ("", "0")
@@ -227,6 +227,17 @@ def require(*names: str) -> None:
 
 #: Marks what takes too long for `make test`. By itself: make test CARAMEL_TESTS_NO_SKIP=1 TESTS=tests/test_xyz.py
 slow = pytest.mark.skipif(not EVERYTHING, reason=_SLOW)
+
+
+def passed_before() -> set[str]:
+    """With `make test-all REST=1`: what `make test` has run in this build, unless something has changed since."""
+    record = Path(os.environ.get("CARAMEL_TESTS_PASSED", ""))
+    if not os.environ.get("CARAMEL_TESTS_REST") or not record.is_file():
+        return set()
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    files = [path for path in map(ROOT.joinpath, listed.stdout.split("\0")) if path.is_file()]
+    changed = len(files) < 2 or any(path.stat().st_mtime > record.stat().st_mtime for path in files)
+    return set() if changed else set(record.read_text().split("\n")) - {""}
 
 
 def account(reasons: Iterable[str]) -> list[str]:

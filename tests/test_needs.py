@@ -106,3 +106,25 @@ def test_no_test_skips_in_another_way() -> None:
     files = [path for folder in ("tests", "server") for path in (world.ROOT / folder).rglob("*.py")]
     found = {path.name for path in files if re.search(ways, path.read_text())}
     assert len(files) > 60 and found == {"needs.py", "test_needs.py"}
+
+
+@needs.needs("git")
+def test_the_rest_is_what_has_not_passed_and_everything_once_a_file_has_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    record = tmp_path / "passed"
+    record.write_text("tests/test_one.py::test_a[x]\ntests/test_one.py::test_b\n")
+    monkeypatch.setenv("CARAMEL_TESTS_PASSED", str(record))
+    monkeypatch.delenv("CARAMEL_TESTS_REST", raising=False)
+    assert needs.passed_before() == set()
+    monkeypatch.setenv("CARAMEL_TESTS_REST", "1")
+    monkeypatch.setattr(needs, "ROOT", tmp_path)
+    assert needs.passed_before() == set(), "nobody knows what has changed"
+    for name in ("one", "two"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    for command in (["init", "-q"], ["add", "one", "two"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert needs.passed_before() == {"tests/test_one.py::test_a[x]", "tests/test_one.py::test_b"}
+    os.utime(tmp_path / "two", (record.stat().st_mtime + 1,) * 2)
+    assert needs.passed_before() == set()

@@ -303,6 +303,7 @@ def test_the_same_bits_in_another_folder_on_another_day(tmp_path: Path, pyz: Pat
     assert stat.S_IMODE(other.stat().st_mode) == 0o755
 
 
+@slow
 def test_its_time_is_that_of_the_git_commit(tmp_path: Path, ca: Authority) -> None:
     root = copy_of_the_sources(tmp_path / "clone")
     environ = surroundings(
@@ -337,6 +338,7 @@ def test_it_is_also_a_zip_file_with_the_sources(pyz: Path) -> None:
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
+@slow
 def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Authority) -> None:
     """Of a Python that has nothing: the libraries come from the archive, compiled and as sources."""
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
@@ -431,6 +433,7 @@ def test_a_shell_starts_it(shell: str, pyz: Path) -> None:
     version([*shell.split(), str(pyz)])
 
 
+@slow
 def test_another_version_of_python_takes_the_sources(tmp_path: Path, ca: Authority) -> None:
     # Of a Python that has no other copy of the package.
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
@@ -470,6 +473,7 @@ def test_the_settings_are_in_it(tmp_path: Path, pyz: Path) -> None:
     assert "localhost:1" in done.stderr
 
 
+@slow
 def test_it_says_in_one_line_which_module_a_device_lacks(tmp_path: Path, ca: Authority) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     path = tmp_path / "out.pyz"
@@ -593,7 +597,7 @@ def test_without_a_builder_make_container_says_what_to_install() -> None:
     assert done.stderr.startswith("make container: no-such-builder is missing: apt-get install podman")
 
 
-@pytest.mark.parametrize("sh", ["bash", "dash"])
+@pytest.mark.parametrize("sh", ["dash", pytest.param("bash", marks=slow)])
 def test_the_scripts_for_a_shell_that_knows_p_begin_with_it(
     tmp_path: Path, pyz: Path, ca: Authority, sh: str
 ) -> None:
@@ -607,6 +611,7 @@ def test_the_scripts_for_a_shell_that_knows_p_begin_with_it(
     assert not (tmp_path / "other").exists()
 
 
+@slow
 @needs("mounts", "bash")
 def test_bash_as_sh_takes_nothing_from_the_environment(tmp_path: Path, ca: Authority) -> None:
     """With SHELLOPTS=noexec every script without -p ends with 0, and whoever asks hears "certified"."""
@@ -678,6 +683,7 @@ def setuptools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@slow
 def test_the_wheel_has_the_settings_and_forgets_those_of_an_earlier_build(
     tmp_path: Path, ca: Authority, setuptools: Path
 ) -> None:
