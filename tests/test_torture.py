@@ -100,3 +100,12 @@ def test_the_model_knows_names_that_are_relative_to_a_folder(tmp_path: Path) -> 
     model.replay("openat", f'{at}, ".", O_RDONLY|O_DIRECTORY', 5)
     model.replay("fsync", f"5<{tmp_path}>", 0)
     assert model.flushes == ["folder"]
+
+
+def test_the_table_counts_each_kind_of_case_by_itself() -> None:
+    rows = [report.Row("a", 3, 3), report.Row("b", 1000, 1000, kind="fuzz inputs"), report.Row("c", 2, 1, ["c"])]
+    lines = report.table(rows).splitlines()
+    assert lines[-2:] == [
+        "| **all faults** | **5** | **4** | **1** |",
+        "| **all fuzz inputs** | **1000** | **1000** | **nothing** |",
+    ]

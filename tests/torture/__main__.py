@@ -48,6 +48,7 @@ def fuzzed(target: str, seconds: int, folder: Path) -> Row:
     counts = re.findall(r"number_of_executed_units: (\d+)|Done (\d+) ", text)
     inputs = max((int(each) for pair in counts for each in pair if each), default=0)
     row = Row(f"coverage-guided fuzzing of the parser of the {target.replace('-', ' ')}", inputs, inputs)
+    row.kind = "fuzz inputs"
     row.seconds = time.monotonic() - started
     if done.returncode or not inputs:
         row.cases, row.lost = inputs + 1, [text[-3000:]]
@@ -59,6 +60,7 @@ def simulated(folder: Path, sequences: int) -> Row:
     count, runs, lost = simulation.simulate_many(folder, sequences)
     row = Row("random sequences of answers, kills, failures, clock jumps, administrators", count, count - len(lost))
     row.lost, row.remarks, row.seconds = lost, f"{runs} runs", time.monotonic() - started
+    row.kind = "random sequences"
     return row
 
 
@@ -75,16 +77,16 @@ def rows(folder: Path, only: str, calls: int) -> Iterator[Row]:
         if wanted("power"):
             for scenario in scenarios:
                 found = power.cuts(fleet, scenario, 25)
-                yield tried(f"power cut at a system call: {scenario}", found)
+                yield tried(f"the process killed at a system call: {scenario}", found)
             states: dict[str, int] = {}
-            row = tried("power cut that loses what was not flushed", disk.cases(fleet, states))
+            row = tried("what was not flushed is lost, by the record of the system calls", disk.cases(fleet, states))
             row.remarks = disk.total(states)
             yield row
         if wanted("chip"):
             lives = chips.Lives(fleet, folder / "chips")
             for scenario in ("first enrollment", "renewal"):
                 found = chips.cuts(lives, scenario, calls)
-                row = tried(f"a key in a chip: power cut of device and TPM at a system call: {scenario}", found)
+                row = tried(f"a key in a chip: device and TPM killed at a system call: {scenario}", found)
                 row.remarks = f"killed at {row.cases} system calls"
                 yield row
             what = "a key in a chip: a TPM cleared, replaced, missing, locked, busy, hanging, at each point of a life"

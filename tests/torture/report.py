@@ -31,12 +31,14 @@ class Row:
     lost: list[str] = field(default_factory=list)
     seconds: float = 0.0
     remarks: str = ""
+    #: What a case of it is, because a fuzz input is not as much as a fault.
+    kind: str = "faults"
 
 
-def tried(what: str, cases: Iterable[Case], remarks: str = "", workers: int = WORKERS) -> Row:
+def tried(what: str, cases: Iterable[Case], workers: int = WORKERS) -> Row:
     """Runs all cases and counts."""
     started = time.monotonic()
-    row = Row(what, remarks=remarks)
+    row = Row(what)
     with ThreadPoolExecutor(workers) as pool:
         for name, wrong in pool.map(_act, cases):
             row.cases += 1
@@ -64,15 +66,17 @@ def sample(cases: Sequence[Case], count: int) -> list[Case]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown, and a sum for each kind of case."""
     lines = ["| tried | cases | survived | lost |", "| --- | ---: | ---: | --- |"]
     for row in rows:
         what = f"{row.what} ({row.remarks})" if row.remarks else row.what
         lines.append(f"| {what} | {row.cases} | {row.survived} | {len(row.lost) or 'nothing'} |")
-    lines.append(
-        f"| **all** | **{sum(row.cases for row in rows)}** | **{sum(row.survived for row in rows)}** |"
-        f" **{sum(len(row.lost) for row in rows) or 'nothing'}** |"
-    )
+    for kind in dict.fromkeys(row.kind for row in rows):
+        same = [row for row in rows if row.kind == kind]
+        lines.append(
+            f"| **all {kind}** | **{sum(row.cases for row in same)}** | **{sum(row.survived for row in same)}** |"
+            f" **{sum(len(row.lost) for row in same) or 'nothing'}** |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -3,5 +3,5 @@
 
 .PHONY: torture
 
-torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## power cuts, faults, clocks, networks: what survives (20 min)
+torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## kills, faults, clocks, networks: what survives (20 min)
 	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m torture
