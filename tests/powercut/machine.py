@@ -41,25 +41,18 @@ class Failed(Exception):
 
 
 class Machine:
-    """One QEMU: from `boot` or `restore` until `cut`."""
+    """One QEMU: from `booted` or `restored` until `cut` or `off`. `hardware`: what else it has, as QEMU's options."""
 
-    def __init__(self, guest: Path, disk: Path, flash: Path, incoming: bool = False) -> None:
+    def __init__(self, kernel: Path, initrd: Path, *hardware: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="powercut-")
         monitor = Path(self._folder.name) / "monitor"
         command = [
-            "nice", "-n", "10", "qemu-system-x86_64",
-            "-machine", "q35,accel=tcg,nvdimm=on", "-cpu", "max", "-smp", "1", "-m", "448M,slots=1,maxmem=1G",
-            "-nodefaults", "-nographic", "-no-reboot",
+            "nice", "-n", "10", "qemu-system-x86_64", "-nodefaults", "-nographic", "-no-reboot",
             "-serial", "stdio", "-qmp", f"unix:{monitor},server=on,wait=off",
-            "-kernel", str(guest / "vmlinuz"), "-initrd", str(guest / "start.img"), "-append", _KERNEL_LINE,
-            "-drive", f"if=virtio,format=raw,readonly=on,file={guest / 'root.img'}",
-            "-drive", f"if=virtio,format=raw,cache=writeback,file=nbd:unix:{disk}",
-            # Memory that a file of the host backs outlives the machine: the guest takes it for flash.
-            "-object", f"memory-backend-file,id=flash,share=on,mem-path={flash},size={FLASH}",
-            "-device", "nvdimm,memdev=flash",
+            "-kernel", str(kernel), "-initrd", str(initrd), "-append", _KERNEL_LINE,
             "-netdev", "user,id=net,ipv6=off", "-device", "virtio-net-pci,netdev=net,romfile=",
             "-device", "virtio-rng-pci",
-            *(["-incoming", "defer"] if incoming else []),
+            *hardware,
         ]  # fmt: skip
         self._process = subprocess.Popen(
             command,
@@ -91,9 +84,9 @@ class Machine:
     # --- Start and end
 
     @classmethod
-    def booted(cls, guest: Path, disk: Path, flash: Path) -> Machine:
+    def booted(cls, kernel: Path, initrd: Path, *hardware: str) -> Machine:
         """A machine that has booted and waits for orders."""
-        machine = cls(guest, disk, flash)
+        machine = cls(kernel, initrd, *hardware)
         try:
             machine.event("ready")
         except Failed:
@@ -104,7 +97,7 @@ class Machine:
     @classmethod
     def restored(cls, guest: Path, disk: Path, flash: Path) -> Machine:
         """A machine that goes on where the snapshot was taken."""
-        machine = cls(guest, disk, flash, incoming=True)
+        machine = cls(*_parts(guest, disk, flash), "-incoming", "defer")
         try:
             machine._monitor.migration()
             machine._monitor.do("migrate-incoming", uri=f"exec:cat {shlex.quote(str(guest / 'snapshot'))}")
@@ -139,6 +132,16 @@ class Machine:
             if event is None:
                 return rest
             rest.append(event)
+
+    def off(self) -> None:
+        """The system is shut down, as by somebody who says so: the kernel tells its devices."""
+        self.order("shell", script="sync; busybox poweroff -f")
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"it doesn't go off: {self.log[-5:]}") from None
+        finally:
+            self.cut()
 
     # --- Orders
 
@@ -239,6 +242,19 @@ class _Monitor:
         self._socket.close()
 
 
+def _parts(guest: Path, disk: Path, flash: Path) -> tuple[Any, ...]:
+    """What a machine with this disk and this flash memory consists of."""
+    return (
+        guest / "vmlinuz", guest / "start.img",
+        "-machine", "q35,accel=tcg,nvdimm=on", "-cpu", "max", "-smp", "1", "-m", "448M,slots=1,maxmem=1G",
+        "-drive", f"if=virtio,format=raw,readonly=on,file={guest / 'root.img'}",
+        "-drive", f"if=virtio,format=raw,cache=writeback,file=nbd:unix:{disk}",
+        # Memory that a file of the host backs outlives the machine: the guest takes it for flash.
+        "-object", f"memory-backend-file,id=flash,share=on,mem-path={flash},size={FLASH}",
+        "-device", "nvdimm,memdev=flash",
+    )  # fmt: skip
+
+
 def prepared(build: Path, program: Path, disk: Path, flash: Path) -> Path:
     """The folder of a guest that has this program and a snapshot; made where it isn't there. Raises `Failed`."""
     guest = build / "guest"
@@ -268,7 +284,7 @@ def prepared(build: Path, program: Path, disk: Path, flash: Path) -> Path:
     (place / "start.img").write_bytes(first + b"\0" * (-len(first) % 512) + archive)
     for name in ("vmlinuz", "root.img"):
         os.link(guest / name, place / name)
-    machine = Machine.booted(place, disk, flash)
+    machine = Machine.booted(*_parts(place, disk, flash))
     try:
         machine.save(place / "snapshot")
     finally:
