@@ -39,6 +39,9 @@ def restore(database: str, source: Path) -> None:
         raise WrongUsage(f"{source}: there is no such file")
     _refuse_if_used(target)
     with _written(target) as new:
+        if not target.exists():
+            # As where `init` makes it: the signer's user has to write to it as well.
+            new.chmod(target.parent.stat().st_mode & 0o660)
         _copy(source, new)
         for suffix in ("-wal", "-shm"):  # of the database that was there: they don't belong to this one
             target.with_name(target.name + suffix).unlink(missing_ok=True)

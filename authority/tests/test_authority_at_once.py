@@ -286,7 +286,8 @@ def test_killed_at_random_moments(authority: RegistrationAuthority, request: pyt
 @contextlib.contextmanager
 def two_machines(authority: RegistrationAuthority) -> Iterator[tuple[list[Server], list[Daemon]]]:
     """Two processes that serve, each with a signer of its own behind a socket, on one database and one CA."""
-    servers, signers = [], []
+    servers: list[Server] = []
+    signers: list[Daemon] = []
     with contextlib.ExitStack() as stack:
         sockets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="signers-", dir="/tmp")))
         for number in range(2):  # a socket's path has 108 bytes at most (unix(7))
@@ -369,7 +370,7 @@ def test_all_that_is_decided_while_servers_and_signers_are_killed(
             try:
                 while not deciding.done() and not any(one.done() for one in asking):
                     time.sleep(dice.uniform(0.1, 0.6))
-                    victim = dice.choice((*servers, *signers))
+                    victim: Union[Server, Daemon] = dice.choice([*servers, *signers])
                     if isinstance(victim, Server):
                         victim.kill()
                     else:

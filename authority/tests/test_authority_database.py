@@ -132,6 +132,22 @@ def test_a_copy_while_serving(server: Server, tmp_path: Path) -> None:
     assert "state.db is in use: stop what serves and works first" in said
 
 
+def test_a_copy_on_another_machine(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    """There is no database yet in whose place it comes: it has the folder's rights, as one that `init` makes."""
+    authority.command("bar", "device")
+    authority.command("backup", str(tmp_path / "copy.db"))
+    other = RegistrationAuthority(tmp_path / "other")
+    other.folder.chmod(0o2770)
+    assert "refusals is gone" in other.command("restore", str(tmp_path / "copy.db"), status=1)
+    shutil.copy(authority.folder / "refusals", other.folder)
+    other.command("restore", str(tmp_path / "copy.db"))
+    assert other.state.stat().st_mode & 0o777 == 0o660
+    with other.serving() as server:
+        assert "is in use" in other.command("restore", str(tmp_path / "copy.db"), status=1)
+        shutil.copytree(authority.ca.parent, other.ca.parent)
+        assert server.post(csr("device")).status == 400
+
+
 @pytest.mark.parametrize("how", ["restore", "by hand"])
 def test_a_restored_database_lets_nobody_in_again(authority: RegistrationAuthority, tmp_path: Path, how: str) -> None:
     copy = tmp_path / "copy.db"
