@@ -86,7 +86,23 @@ def busybox_with_crond() -> Optional[str]:
     return None
 
 
+#: Programs on the path, by name; behind a colon the Debian package, if it has another one.
+_PROGRAMS = """
+bash buildah busybox curl dash deb-systemd-helper:init-system-helpers faketime flock:util-linux git
+gnutls-cli:gnutls-bin go:golang-go haproxy kdig:knot-dnsutils knotd:knot knsupdate:knot-dnsutils lintian
+logger:bsdutils make mandoc mariadb:mariadb-client mariadb-install-db:mariadb-server
+mariadbd:mariadb-server mmdebstrap mosquitto mosquitto_pub:mosquitto-clients
+mosquitto_sub:mosquitto-clients node:nodejs openssl pebble podman pgbouncer promtool:prometheus
+psql:postgresql-client shellcheck sqlite3 ssh:openssh-client ssh-keygen:openssh-client
+sshd:openssh-server strace stunnel4 systemctl:systemd wg:wireguard-tools wget
+zabbix_agent2:zabbix-agent2 zabbix_get:zabbix-proxy-sqlite3
+"""
+
 NEEDS: dict[str, Need] = {
+    **{
+        name: program(name, package or name)
+        for name, _, package in (each.partition(":") for each in _PROGRAMS.split())
+    },
     "root": Need(_is_root, what="root"),
     "mounts": Need(
         lambda: _is_root() and _succeeds("unshare", "--mount", "true"),
@@ -95,17 +111,11 @@ NEEDS: dict[str, Need] = {
     # As root it becomes another user, who then has to read the tests' files.
     "apache2": Need(lambda: Apache.program() is not None, ("apache2-bin",)),
     "ash": Need(_ash, ("busybox",), "BusyBox's shell (busybox, not busybox-static)"),
-    "bash": program("bash"),
-    "buildah": program("buildah"),
-    "busybox": program("busybox"),
     "ca-certificates": Need(lambda: Path("/etc/ssl/certs").is_dir(), ("ca-certificates",)),
     "caramel-client": Need(
         lambda: (BUILD / "bench/client/bin/caramel-client").exists(),
         what="the Python client (make build/bench/client/installed)",
     ),
-    "curl": program("curl"),
-    "dash": program("dash"),
-    "deb-systemd-helper": program("deb-systemd-helper", "init-system-helpers"),
     "debian-tools": Need(
         lambda: all(shutil.which(name) for name in ("dpkg-buildpackage", "dh", "dh_python3")),
         ("dpkg-dev", "debhelper", "dh-python"),
@@ -117,69 +127,30 @@ NEEDS: dict[str, Need] = {
         "Debian's own Python with the libraries of a device",
     ),
     "e2fsprogs": program("mke2fs", "e2fsprogs"),
-    "faketime": program("faketime"),
-    "flock": program("flock", "util-linux"),
-    "git": program("git"),
-    "gnutls-cli": program("gnutls-cli", "gnutls-bin"),
-    "go": program("go", "golang-go"),
-    "haproxy": program("haproxy"),
     "iproute2": program("ip", "iproute2"),
-    "kdig": program("kdig", "knot-dnsutils"),
-    "knotd": program("knotd", "knot"),
-    "knsupdate": program("knsupdate", "knot-dnsutils"),
-    "lintian": program("lintian"),
     "localedef": Need(
         lambda: shutil.which("localedef") is not None and Path("/usr/share/i18n/charmaps").is_dir(), ("locales",)
     ),
     "locust": Need(lambda: (BUILD / "fleet/bin/locust").exists(), what="Locust (make build/fleet/installed)"),
-    "logger": program("logger", "bsdutils"),
     "login": Need(
         lambda: not re.search(r"/(nologin|false)$", pwd.getpwuid(os.getuid()).pw_shell),
         what="a user who may log in",
     ),
-    "make": program("make"),
-    "mandoc": program("mandoc"),
-    "mariadb": program("mariadb", "mariadb-client"),
-    "mariadb-install-db": program("mariadb-install-db", "mariadb-server"),
-    "mariadbd": program("mariadbd", "mariadb-server"),
-    "mmdebstrap": program("mmdebstrap"),
-    "mosquitto": program("mosquitto"),
-    "mosquitto_pub": program("mosquitto_pub", "mosquitto-clients"),
-    "mosquitto_sub": program("mosquitto_sub", "mosquitto-clients"),
     "nginx": Need(lambda: Nginx.program() is not None, ("nginx-light",)),
     "nspawn": Need(
         lambda: _is_root() and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists(),
         ("systemd-container", "python3"),
         "root, and systemd-nspawn(1)",
     ),
-    "node": program("node", "nodejs"),
-    "openssl": program("openssl"),
-    "pebble": program("pebble"),
-    "podman": program("podman"),
     # Debian keeps it on nobody's path.
-    "pgbouncer": program("pgbouncer"),
-    "promtool": program("promtool", "prometheus"),
     "postgresql": Need(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), ("postgresql",)),
-    "psql": program("psql", "postgresql-client"),
     "rsyslogd": Need(
         lambda: (
             shutil.which("rsyslogd", path=_SBIN) is not None and any(Path("/usr/lib").glob("*/rsyslog/imrelp.so"))
         ),
         ("rsyslog", "rsyslog-relp"),
     ),
-    "shellcheck": program("shellcheck"),
-    "sqlite3": program("sqlite3"),
-    "ssh": program("ssh", "openssh-client"),
-    "ssh-keygen": program("ssh-keygen", "openssh-client"),
-    "sshd": program("sshd", "openssh-server"),
-    "strace": program("strace"),
-    "stunnel4": program("stunnel4"),
-    "systemctl": program("systemctl", "systemd"),
     "systemd": program("systemd-analyze", "systemd"),
-    "wg": program("wg", "wireguard-tools"),
-    "wget": program("wget"),
-    "zabbix_agent2": program("zabbix_agent2", "zabbix-agent2"),
-    "zabbix_get": program("zabbix_get", "zabbix-proxy-sqlite3"),
     **{f"python{version}": _python(version) for version in DEBIANS},
     "busybox-crond": Need(
         lambda: busybox_with_crond() is not None,

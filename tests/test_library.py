@@ -404,6 +404,19 @@ def test_several_threads_with_an_identity_each(authority: Authority, server: Sig
     assert len({application.stored for application in applications}) == 8
 
 
+#: Two checks, the second with the identity of the first: server, CA's file and client ID are the arguments.
+TWICE = """
+kept = [None]
+with open(sys.argv[2], "rb") as file:
+    ca_cert = file.read()
+for turn in range(2):
+    outcome = caramel_embedded.check(
+        server=sys.argv[1], ca_cert=ca_cert, client_id=sys.argv[3], stored=kept[0],
+        store=lambda identity: kept.__setitem__(0, bytes(identity)), timeout=20,
+    )
+    print(outcome.certified, outcome.new)
+"""
+
 #: What makes green threads of all that a program does, and the program: a check, while another green thread goes on.
 GREEN = """
 import sys
@@ -414,16 +427,7 @@ def busy():
     while True:
         turns.append(time.sleep(0.01))
 threading.Thread(target=busy, daemon=True).start()
-kept = [None]
-with open(sys.argv[2], "rb") as file:
-    ca_cert = file.read()
-for turn in range(2):
-    outcome = caramel_embedded.check(
-        server=sys.argv[1], ca_cert=ca_cert, client_id=sys.argv[3], stored=kept[0],
-        store=lambda identity: kept.__setitem__(0, bytes(identity)), timeout=20,
-    )
-    print(outcome.certified, outcome.new)
-assert len(turns) > 10, turns
+{twice}assert len(turns) > 10, turns
 """
 
 
@@ -439,7 +443,7 @@ def test_in_an_application_of_green_threads(server: Signing, authority: Authorit
         sys.executable,
         "-I",
         "-c",
-        GREEN.format(patch=patch[green]),
+        GREEN.format(patch=patch[green], twice=TWICE),
         server.address,
         str(authority.certificate_file),
         ID,
@@ -454,25 +458,16 @@ import os
 import sys
 import caramel_embedded
 
-assert not {"ssl", "socket", "cryptography", "argparse", "signal"} & set(sys.modules), "loaded before it is needed"
-kept = [None]
+assert not {{"ssl", "socket", "cryptography", "argparse", "signal"}} & set(sys.modules), "loaded before it is needed"
 before = dict(os.environ)
-with open(sys.argv[2], "rb") as file:
-    ca_cert = file.read()
-for turn in range(2):
-    outcome = caramel_embedded.check(
-        server=sys.argv[1], ca_cert=ca_cert, client_id=sys.argv[3], stored=kept[0],
-        store=lambda identity: kept.__setitem__(0, bytes(identity)), timeout=20,
-    )
-    print(outcome.certified, outcome.new)
-assert os.environ == before
+{twice}assert os.environ == before
 """
 
 
 def alone(server: str, ca: Path, *before: str, **env: str) -> subprocess.CompletedProcess[str]:
     """The program above, in the environment that has the command and nothing else."""
     python = str(Path(world.PLAIN).with_name("python3"))
-    command = [*before, python, "-I", "-B", "-W", "error", "-c", ALONE, server, str(ca), ID]
+    command = [*before, python, "-I", "-B", "-W", "error", "-c", ALONE.format(twice=TWICE), server, str(ca), ID]
     return subprocess.run(command, env=world.environment(**env), capture_output=True, text=True, timeout=60)
 
 

@@ -15,6 +15,7 @@ import world
 MISSING = """
 import needs, pytest
 needs.NEEDS["a-program"] = needs.program("no-such-program", "one-package")
+needs.NEEDS["here"] = needs.program("sh")
 needs.NEEDS["all-powers"] = needs.Need(lambda: False, what="root")
 
 @needs.needs("a-program", "all-powers")
@@ -26,7 +27,9 @@ def test_required():
 @needs.slow
 def test_slow(): ...
 
-def test_here(): ...
+@needs.needs("here")
+def test_here():
+    needs.require("here")
 """
 
 
@@ -84,21 +87,6 @@ def test_what_was_not_run_is_counted_and_the_line_that_brings_it_is_one() -> Non
         "     1 needs strace",
         "All of it: apt-get install nginx-light strace && make test-all (as root)",
     ]
-
-
-def test_nothing_left_out_is_nothing_said() -> None:
-    assert needs.account([]) == []
-
-
-def test_a_program_that_is_missing_skips_and_one_that_is_there_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(needs.NEEDS, "here", needs.program("sh"))
-    monkeypatch.setitem(needs.NEEDS, "nowhere", needs.program("no-such-program", "its-package"))
-    needs.require("here")
-    with pytest.raises(pytest.skip.Exception) as skipped:
-        needs.require("here", "nowhere")
-    assert str(skipped.value) == "needs nowhere (apt-get install its-package)"
-    assert needs.needs("here").args == (False,)
-    assert needs.needs("here", "nowhere").args == (True,)
 
 
 def test_no_test_skips_in_another_way() -> None:
