@@ -304,6 +304,7 @@ def test_an_explicit_id_is_not_held_against_anything(machine: Machine) -> None:
     machine.keeps("meter-7")
 
 
+@slow
 def test_whatever_comes_and_goes_costs_no_identity_while_anything_is_left(fleet: Fleet) -> None:
     row = report.tried("", hardware.cases(fleet, full=False))
     assert not row.lost, "\n".join(row.lost)

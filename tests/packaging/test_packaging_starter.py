@@ -57,7 +57,8 @@ def main(arguments=None, statuses={}):
 """
 
 
-@pytest.fixture(params=sorted(SHELLS))
+#: Bash is rarely what a device has as /bin/sh; `make test-all` has it.
+@pytest.fixture(params=[pytest.param(name, marks=slow if "bash" in name else ()) for name in sorted(SHELLS)])
 def shell(request: pytest.FixtureRequest) -> list[str]:
     require(SHELLS[request.param][0])
     return SHELLS[request.param]
@@ -329,6 +330,7 @@ def test_the_current_folder_is_not_where_python_is_looked_for(shell: list[str], 
 # --- Its surroundings ---
 
 
+@slow
 def test_a_path_beyond_ascii_is_one_file_in_every_locale(tmp_path: Path, authority: Authority) -> None:
     """Python would encode it as the locale does, and a device would have one identity at boot, another by hand."""
     require("localedef")
