@@ -46,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--replace", action="store_true", help="start over although a good identity of another name is stored"
     )
-    made.add_argument("--status", action="store_true", help="print what the key file holds, and exit")
+    instead = made.add_mutually_exclusive_group()
+    instead.add_argument("--status", action="store_true", help="print what the key file holds, and exit")
+    instead.add_argument(
+        "--dry-run", action="store_true", help="check, and say what would be done; nothing is stored or sent"
+    )
     made.add_argument(
         "--json", action="store_true", help="with --status: for machines; in a check: its outcome, on standard output"
     )
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
 
     Raises `CaramelError` where the status is 127; `failed` has the text for standard output then.
     """
-    status = json = False
+    status = json = dry_run = False
     if arguments:
         made = parser()
         parsed, unknown = made.parse_known_args(arguments)
@@ -79,7 +83,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
             made.error("there is no option " + options_only[0] if options_only else "there are only options")
         options = {name: value for name, *_ in SETTINGS if (value := vars(parsed)[name]) is not None}
         words.verbose, words.quiet, words.syslog = parsed.verbose, parsed.quiet, parsed.syslog
-        status, json = parsed.status, parsed.json
+        status, json, dry_run = parsed.status, parsed.json, parsed.dry_run
         words.json = json and not status
         for name, _, flag, *_ in SETTINGS:
             if options.get(name) == "":
@@ -106,6 +110,11 @@ def main(arguments: Sequence[str], environment: Mapping[str, str], words: Log) -
         from . import device  # TLS, HTTP and all else: not for a run that finds the key file locked
 
         signals.catch(lambda text: words.result(log.ERROR, text))
+        if dry_run:
+            from .dry_run import rehearse
+
+            code, text = rehearse(file, settings, words)
+            return code, result(words, code, text, log.INFO)
         outcome, remarks = device.check(file, settings, environment, words)
     except Locked as reason:
         return EXIT_LOCKED, result(words, EXIT_LOCKED, str(reason), log.INFO)

@@ -22,6 +22,8 @@ from .trust import Trust
 # Their modification times have passed: systemd's build, and its last synchronization; systemd-timesyncd.service(8).
 CLOCK_FILES = ("/usr/lib/clock-epoch", "/var/lib/systemd/timesync/clock")
 
+NO_SERVER = "no server: name one with --server or CARAMEL_CA"
+
 if TYPE_CHECKING:
     from .session import Outcome
 
@@ -36,7 +38,7 @@ def check(
     failure: Optional[CaramelError] = None
     try:
         if settings.server is None:
-            raise UsageError("no server: name one with --server or CARAMEL_CA")
+            raise UsageError(NO_SERVER)
         stored, _ = stored_identity(settings, file.read() if file else b"", file.modified if file else None, log)
         refusal = good_identity_of_another(settings, stored)
         if refusal:

@@ -17,7 +17,7 @@ ID = "fffbeec0ffee"
 #: From the door to the cellar: each room may go down, and none up. What looks up something in the room that sent for
 #: it makes both of them one.
 ROOMS = (
-    *("__main__", "cli", "status", "device", "hook", "session"),
+    *("__main__", "cli", "status", "dry_run", "device", "hook", "session"),
     *("server", "stored", "certificates", "held", "program", "enrollment", "hardware", "keyfile", "tls"),
     *("identity", "trust", "settings", "signals", "log", "pem", "errors"),
 )
@@ -56,6 +56,7 @@ _UNCHANGED = {
     "caramel_embedded.held": "a key that a chip holds is OpenSSL's matter",
     "caramel_embedded.hook": "no hook is set",
     "caramel_embedded.status": "nobody asked",
+    "caramel_embedded.dry_run": "the same",
     "encodings.idna": "the server's name goes out as bytes; 3 ms",
     "shlex": "no hook is set",
     "subprocess": "no hook is to be called; 4 ms",

@@ -36,7 +36,7 @@ _caramel_embedded() {
         *)
             mapfile -t COMPREPLY < <(compgen -W '
                 --server --ca-cert --identity-ca --key-file --client-id --interfaces --domain --key-type --key-command
-                --openssl-conf --groups --owner --group --mode --timeout --hook --config --instance --replace --status --json --syslog --verbose --quiet --version --help -v -q -h
+                --openssl-conf --groups --owner --group --mode --timeout --hook --config --instance --replace --status --dry-run --json --syslog --verbose --quiet --version --help -v -q -h
             ' -- "$word")
             ;;
     esac
