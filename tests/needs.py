@@ -198,6 +198,8 @@ def require(*names: str) -> None:
 
 #: Marks what takes too long for `make test`. By itself: make test CARAMEL_TESTS_NO_SKIP=1 TESTS=tests/test_xyz.py
 slow = pytest.mark.skipif(not EVERYTHING, reason=_SLOW)
+#: Marks what a Debian 13 is fetched for, which takes minutes: `make test` has it where that was done before.
+fetches = pytest.mark.skipif(not (EVERYTHING or (BUILD / "trixie/installed").exists()), reason=_SLOW)
 
 
 def passed_before() -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import world
-from needs import needs, require
+from needs import fetches, needs, require
 from world import Authority, Caramel, Device, Nginx, Scripted, answer, answers, hours, now
 
 ID = "fffbeec0ffee"
@@ -345,6 +345,7 @@ def modern(new: Device) -> Device:
 
 
 @pytest.mark.parametrize(("groups", "one_packet"), [(None, True), ("small", True), ("default", False)])
+@fetches
 def test_a_greeting_fits_one_packet_unless_the_default_is_asked_for(
     modern: Device, pem: Path, authority: Authority, groups: str, one_packet: bool
 ) -> None:
@@ -359,6 +360,7 @@ def test_a_greeting_fits_one_packet_unless_the_default_is_asked_for(
 
 
 @needs("nginx")
+@fetches
 def test_a_server_with_x25519_alone_is_told_from_other_failures(
     modern: Device, pem: Path, caramel: Caramel, tmp_path: Path
 ) -> None:

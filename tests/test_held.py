@@ -17,13 +17,12 @@ from typing import Any, Callable
 
 import pytest
 import world
-from needs import needs, slow
+from needs import fetches, needs, slow
 from world import Authority, Between, Caramel, Chip, Daemon, Device, Nginx, Token, Tpm, keys_in
 
 from caramel_embedded import settings
 
-# A Debian 13 takes minutes to fetch: `make test` does without, unless one has been fetched already.
-pytestmark = [needs("trixie", "nginx"), *([] if (world.BUILD / "trixie/installed").exists() else [slow])]
+pytestmark = [needs("trixie", "nginx"), fetches]
 
 KINDS: dict[str, Callable[[Path], Chip]] = {"tpm": Tpm, "pkcs11": Token}
 REQUEST = "NEW CERTIFICATE REQUEST"
