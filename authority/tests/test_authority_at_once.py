@@ -363,6 +363,7 @@ def test_all_that_is_decided_while_servers_and_signers_are_killed(
                 time.sleep(0.3)
 
         arrived: list[str] = []
+        all_of_them: list[Union[Server, Daemon]] = [*servers, *signers]
         kills = 0
         with ThreadPoolExecutor(len(mine)) as pool, ThreadPoolExecutor(1) as others:
             asking = [pool.submit(device, number) for number in range(len(mine))]
@@ -370,7 +371,7 @@ def test_all_that_is_decided_while_servers_and_signers_are_killed(
             try:
                 while not deciding.done() and not any(one.done() for one in asking):
                     time.sleep(dice.uniform(0.1, 0.6))
-                    victim: Union[Server, Daemon] = dice.choice([*servers, *signers])
+                    victim = dice.choice(all_of_them)
                     if isinstance(victim, Server):
                         victim.kill()
                     else:

@@ -5,6 +5,7 @@ container that shares nothing with it but /usr, and has a network of its own (sy
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -115,12 +116,13 @@ def installed_at_opt(folder: Path) -> None:
     program.chmod(0o755)
 
 
-@needs("root")
-def test_set_up_as_the_page_says(tmp_path: Path) -> None:
-    require("nspawn", "nginx", "curl")
+def blocks_of(name: str) -> list[str]:
+    return re.findall(rf"^```sh {name}\n(.*?)^```$", README.read_text(), re.M | re.S)
+
+
+def on_a_machine(tmp_path: Path, script: str) -> tuple[dict[str, str], str]:
+    """What this script printed on both outputs, and the journal. Its folder is the page's."""
     installed_at_opt(tmp_path / "opt/caramel-authority")
-    blocks = re.findall(r"^```sh setup\n(.*?)^```$", README.read_text(), re.M | re.S)
-    assert len(blocks) == 4
     control, units, nginx = (tmp_path / name for name in ("control", "units", "nginx"))
     control.mkdir()
     shutil.copytree("/etc/nginx", nginx, symlinks=True)
@@ -137,7 +139,7 @@ def test_set_up_as_the_page_says(tmp_path: Path) -> None:
     )
     # nginx as its package leaves it: running, with folders for what it writes.
     before = "mkdir -p /var/log/nginx /var/lib/nginx\nsystemctl start nginx\ncd /srv/authority\n"
-    (control / "script").write_text(before + "set -e\n" + "".join(blocks) + VISIT)
+    (control / "script").write_text(before + "set -e\n" + script)
     binds = [
         f"--bind={control}:/control", f"--bind={nginx}:/etc/nginx", f"--bind={units}:/etc/systemd/system",
         f"--bind-ro={tmp_path / 'opt'}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority",
@@ -149,12 +151,130 @@ def test_set_up_as_the_page_says(tmp_path: Path) -> None:
         "--settings=no", "--link-journal=no", "--private-network", "--resolv-conf=off", "--boot", "--console=pipe",
         f"--machine=authority-{os.getpid()}", *binds, "systemd.unit=boot.target",
     ]  # fmt: skip
-    with world.Daemon(command, tmp_path / "boot.log") as machine:
-        world.until("the machine has gone down", lambda: not machine.alive, 120, 0.2)
+    # Two of them at once would share a control group, and each would clear up the other one's.
+    with (world.BUILD / "machine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with world.Daemon(command, tmp_path / "boot.log") as machine:
+            world.until("the machine has gone down", lambda: not machine.alive, 240, 0.2)
         said = {name: (control / name).read_text() if (control / name).exists() else "" for name in ("out", "err")}
         journal = (control / "journal").read_text()[-5000:] if (control / "journal").exists() else machine.text()
+    return said, journal
+
+
+@needs("root")
+def test_set_up_as_the_page_says(tmp_path: Path) -> None:
+    require("nspawn", "nginx", "curl")
+    blocks = blocks_of("setup")
+    assert len(blocks) == 4
+    said, journal = on_a_machine(tmp_path, "".join(blocks) + VISIT)
     _, _, visited = said["out"].partition("--- the units")
     assert "--- the units" + visited == SAYS, (said, journal)
+
+
+#: What 2.0.0's page had made: one user, whose folder has the key, the database and the front's certificate.
+SET_UP_2_0_0 = """
+mkdir -p /etc/sysusers.d
+echo 'u caramel-authority - "Registration authority" /var/lib/caramel-authority' \\
+    >/etc/sysusers.d/caramel-authority.conf
+systemd-sysusers caramel-authority.conf
+install -d -o caramel-authority -g caramel-authority -m 0750 /var/lib/caramel-authority
+printf '%s\n' '#signer = "ca"' '[rules]' '[ca]' '#folder = "/var/lib/caramel-authority/ca"' '[acme]' \
+    >/etc/caramel-authority.toml
+cd /var/lib/caramel-authority
+python3 -c 'import sqlite3, sys; sqlite3.connect("state.db").executescript(open(sys.argv[1]).read())' \
+    /srv/authority/tests/made_by_2_0_0.sql
+mkdir -m 0750 ca
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 7300 -keyout ca/ca.key -out ca/ca.crt \
+    -subj '/C=SE/O=Example AB/CN=Example Device CA' -addext basicConstraints=critical,CA:TRUE,pathlen:0 \
+    -addext keyUsage=critical,keyCertSign,cRLSign 2>/dev/null
+cat ca/ca.crt ca/ca.key >front.pem
+chmod 0600 ca/ca.key front.pem
+chmod 0640 state.db
+chown -R caramel-authority:caramel-authority .
+sed 's,/caramel-authority-signer/front.pem,/caramel-authority/front.pem,' /srv/authority/deploy/nginx.conf \
+    >/etc/nginx/conf.d/caramel-authority.conf
+cd /srv/authority
+for unit in caramel-authority.service caramel-authority-worker.service caramel-authority-front.timer; do
+    cp deploy/$unit /etc/systemd/system/
+done
+mkdir -p /etc/systemd/system/caramel-authority-front.service.d
+printf '[Service]\\nEnvironment=NAMES=ca.example.com\\n' \\
+    >/etc/systemd/system/caramel-authority-front.service.d/names.conf
+systemctl daemon-reload
+"""
+VISIT_2_0_0 = """
+exec 2>&1
+look() {
+    echo "--- $1"
+    systemctl start caramel-authority-front.service
+    for unit in caramel-authority.service caramel-authority-signer.service caramel-authority-front.timer; do
+        echo "$unit $(systemctl is-active $unit)"
+    done
+    stat -c '%U %G %a %n' /var/lib/caramel-authority /var/lib/caramel-authority/state.db /etc/caramel-authority.toml
+    stat -c '%U %G %a %n' /var/lib/caramel-authority-signer/*
+    visit() { curl -sS --max-time 10 --cacert /tmp/ca.crt --resolve ca.example.com:443:127.0.0.1 "$@"; }
+    cp /var/lib/caramel-authority-signer/ca/ca.crt /tmp
+    # nginx reads its certificate anew when it gets to it.
+    until visit -o /dev/null https://ca.example.com/root.crt 2>/dev/null; do sleep 0.5; done
+    for hash in GOOD REFUSED; do visit -o /tmp/$hash -w '%{http_code}\\n' https://ca.example.com/$hash; done
+    openssl verify -CAfile /tmp/ca.crt /tmp/GOOD | cut -d / -f 3
+}
+"""
+SAYS_2_0_0 = """caramel-authority.service active
+caramel-authority-signer.service active
+caramel-authority-front.timer active
+caramel-authority caramel-authority 2770 /var/lib/caramel-authority
+caramel-authority caramel-authority 660 /var/lib/caramel-authority/state.db
+root caramel-authority 640 /etc/caramel-authority.toml
+caramel-authority-signer caramel-authority 750 /var/lib/caramel-authority-signer/ca
+caramel-authority-signer caramel-authority 600 /var/lib/caramel-authority-signer/front.pem
+200
+403
+GOOD: OK
+"""
+
+
+@needs("root")
+@slow
+def test_from_2_0_0_to_another_machine(tmp_path: Path) -> None:
+    """The page's way up from 2.0.0, then its copies, the other machine, and the next CA. A device that 2.0.0 knew is
+    served all the time, and one that was refused after the copy was made stays out.
+    """
+    require("nspawn", "nginx", "curl")
+    old = Path(__file__).with_name("made_by_2_0_0.sql").read_text()
+    visit, hashes = VISIT_2_0_0, {}
+    for name, client_id in (("GOOD", "Device-1"), ("REFUSED", "refused")):
+        found = re.search(rf"'([0-9a-f]{{64}})','-----BEGIN CERTIFICATE REQUEST[^']*','{client_id}'", old)
+        assert found
+        hashes[name] = found[1]
+        visit = visit.replace(name, found[1])
+    setup, migrate, copy, another = (blocks_of(name) for name in ("setup", "migrate", "copy", "another"))
+    assert [len(one) for one in (setup, migrate, copy, another)] == [4, 3, 1, 1]
+    # The other machine is this one without what the first one had.
+    lost = (
+        "systemctl disable --now caramel-authority.service caramel-authority-signer.service "
+        "caramel-authority-front.timer\n"
+        "rm -r /var/lib/caramel-authority /var/lib/caramel-authority-signer /etc/caramel-authority.toml\n"
+    )
+    again = "".join(setup).replace("authority init\n", "".join(another))
+    again, replaced = re.subn(r"^ca ca-create .*\n", "", again, flags=re.M)
+    assert replaced == 1
+    # Somebody decides after the one copy, and before the other one.
+    copied, between, secret = copy[0].partition("(umask")
+    assert between
+    script = SET_UP_2_0_0 + "".join(migrate) + visit + "look migrated\nauthority bar outside >/tmp/said\n"
+    script += copied + "authority bar another >/tmp/said\n" + between + secret + lost + again + "look moved\n"
+    script += "echo '--- restored'\nauthority list --barred | tr -s ' ' | cut -d ' ' -f 1,2 | sort\n"
+    script += "".join(f"ca ca-next {stage} >/tmp/said\n" for stage in ("", "--switch", "--finish"))
+    script += "authority minimum-serial --now >/tmp/said\nlook followed\n"
+    said, journal = on_a_machine(tmp_path, script)
+    _, *parts = re.split(r"^--- (\w+)\n", said["out"], flags=re.M)
+    printed = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(printed) == ["migrated", "moved", "restored", "followed"], (said, journal)
+    for name in ("migrated", "moved", "followed"):
+        assert printed[name].replace(hashes["GOOD"], "GOOD").startswith(SAYS_2_0_0), (name, said, journal)
+    assert "1 decisions were newer\n" in said["out"]
+    assert printed["restored"] == "barred another\nbarred outside\n", said
 
 
 # --- PostgreSQL ---
