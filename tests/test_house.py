@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,29 @@ def test_no_room_sends_for_one_above_it() -> None:
     ]
     assert up == []
     assert imports(PACKAGE / "__init__.py") == {"errors", "identity", "session"}
+
+
+def test_one_room_alone_speaks_to_cryptography() -> None:
+    """Where a chip's block must not get to: its parsers are called in this one, and a private key's in two places."""
+    names: dict[str, set[str]] = {}
+    calls = []
+    for path in PACKAGE.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                named = [each.name for each in node.names]
+                for module in [node.module or ""] if isinstance(node, ast.ImportFrom) else named:
+                    if module.partition(".")[0] in ("cryptography", "OpenSSL"):
+                        names.setdefault(path.stem, set()).add(module.partition(".")[0])
+        for function in tree.body:
+            if isinstance(function, ast.FunctionDef):
+                calls += [
+                    (path.stem, function.name)
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.Attribute) and re.fullmatch("load_.*private_key", node.attr)
+                ]
+    assert names == {"certificates": {"cryptography", "OpenSSL"}}
+    assert sorted(calls) == [("certificates", "_loaded_key"), ("certificates", "_signable_key")]
 
 
 # --- What may not be loaded ---

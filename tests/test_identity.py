@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import world
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from world import Authority, key_file_content, private_pem, signing_request
 
-from caramel_embedded.certificates import Anchors, InvalidIdentity, examine, make
+from caramel_embedded.certificates import Anchors, InvalidIdentity, examine, key_size, make
 from caramel_embedded.identity import Identity, remembered
 from caramel_embedded.pem import CERTIFICATE, first, only_certificates
 from caramel_embedded.trust import Trust
@@ -210,3 +213,35 @@ def test_what_is_certainly_somebody_elses(whole: bytes, authority: Authority) ->
         assert only_certificates(others), others
     for ours in (b"", b"x", whole, whole[700:], authority.pem[:-30], b"\0" * 1700 + whole[1700:]):
         assert not only_certificates(ours), ours
+
+
+# --- A key that a chip holds ---
+
+
+def test_a_chips_block_goes_to_no_function_of_cryptography(
+    authority: Authority, anchors: Anchors, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """43.0 panics at one, which is no `Exception`: this version's parsers are watched, whatever they would say."""
+    der = b"\x30\x0a\x06\x06\x67\x81\x05\x0a\x01\x03\x05\x00"
+    block = b"-----BEGIN TSS2 PRIVATE KEY-----\n%s\n-----END TSS2 PRIVATE KEY-----\n" % base64.b64encode(der)
+    content = authority.identity(ID, line=False)
+    _, end, rest = content.partition(b"-----END PRIVATE KEY-----\n")
+    assert end
+    given: list[bytes] = []
+    for module in (serialization, x509):
+        for name in [name for name in dir(module) if re.fullmatch("load_.*(_key|_csr|_certificates?)", name)]:
+            parser = getattr(module, name)
+
+            def watched(data: bytes, *more: Any, parser: Any = parser, **options: Any) -> Any:
+                given.append(bytes(data))
+                return parser(data, *more, **options)
+
+            monkeypatch.setattr(module, name, watched)
+    identity, wrong = examine(block + rest, ID, anchors, trust, (), None)
+    assert (wrong, identity.key, identity.holder) == ([], block, "tpm")
+    assert key_size(identity) == ("RSA", 2048)
+    assert len(given) >= 3
+    assert not [data for data in given if b"TSS2" in data or der in data]
+    # A software key does go there.
+    examine(content, ID, anchors, trust, (), None)
+    assert any(b"BEGIN PRIVATE KEY" in data for data in given)
