@@ -9,18 +9,21 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import signer
-from .acme_ca import AcmeCa
 from .audit import Witness
 from .ca import CertificateAuthority
 from .configuration import Configuration
 from .errors import WrongUsage
-from .orders import OrderSigner, Worker
 from .registry import Registry, Signer
 from .signer import Child, RemoteCa
 from .store import Store, logged_since
-from .zone import Zone
+
+if TYPE_CHECKING:
+    # What talks to an ACME CA and to a name server takes longer to load than most commands to run: it is loaded by
+    # those who need it.
+    from .orders import Worker
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Parts:
 
     def worker(self) -> Worker:
         """What does the slow work. It alone reads the account's key and the one for DNS."""
+        from .acme_ca import AcmeCa
+        from .orders import Worker
+        from .zone import Zone
+
         zone = Zone(self.configuration.dns) if self.configuration.can_set_names else None
         if self.configuration.signer == "acme":
             self._say_if_the_account_is_gone(Path(self.configuration.acme.account_key))
@@ -77,6 +84,8 @@ class Parts:
     def _signer_at(self, connect: signer.Connect) -> Signer:
         if self.configuration.signer == "ca":
             return RemoteCa(self.configuration.ca, connect)
+        from .orders import OrderSigner
+
         return OrderSigner(self.configuration)
 
 

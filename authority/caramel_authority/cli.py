@@ -19,12 +19,10 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from . import __version__, audit, backup, signer, store, views
-from .application import Application
 from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
 from .configuration import PATH, Configuration
 from .errors import TryLater, WrongUsage
-from .metrics import Metrics
 from .rollover import Rollover, calendar
 from .signer import Child
 from .store import AUTHORIZED, REJECTED, Store
@@ -95,8 +93,12 @@ def restore(configuration: Configuration, options: argparse.Namespace) -> None:
 
 
 def serve(parts: Parts, options: argparse.Namespace) -> None:
-    # Only this command needs a server; others that serve WSGI call application.from_environment.
+    # Only this command needs these, and they take longer to load than others to run. Others that serve WSGI call
+    # application.from_environment.
     from waitress import serve as waitress
+
+    from .application import Application
+    from .metrics import Metrics
 
     listen: dict[str, Any] = {"listen": options.listen}
     if options.listen.startswith("unix:"):
@@ -242,10 +244,7 @@ def show_log(parts: Parts, options: argparse.Namespace) -> None:
     since = None if options.since is None else store.now() - options.since
     wanted = views.Lines(options.id, options.action, since, options.last)
     with parts.store.reading() as db:
-        if options.json:
-            views.print_json(views.log_rows(db, wanted), sys.stdout)
-        else:
-            sys.stdout.writelines(views.log_text(db, wanted))
+        sys.stdout.writelines((views.log_json if options.json else views.log_text)(db, wanted))
 
 
 def minimum(parts: Parts, options: argparse.Namespace) -> None:

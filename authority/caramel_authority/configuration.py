@@ -13,9 +13,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import dns.exception
-import dns.name
-import dns.tsig
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -23,8 +20,6 @@ from .errors import WrongUsage
 from .signing_request import HOST_NAME
 
 PATH = "/etc/caramel-authority.toml"
-#: Of TSIG, as dnspython knows them (RFC 8945, 6); that of GSS-API (RFC 3645) has no key in a file.
-ALGORITHMS = [one for one in dns.tsig.mac_sizes if one != dns.tsig.GSS_TSIG]
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Configuration:
         return read
 
     def _check(self) -> None:
-        wants = [
+        wants: list[tuple[object, str]] = [
             (self.signer in ("ca", "acme"), 'signer is "ca" or "acme"'),
             (self.retry_after > 0, "retry_after is positive"),
             (self.pending_days > 0 and self.pending_limit > 0, "pending_days and pending_limit are positive"),
@@ -133,11 +128,6 @@ class Configuration:
                 and all(one.partition("@")[2].isdigit() for one in self.dns.name_servers if "@" in one),
                 "dns.name_servers are addresses, and ADDRESS@PORT where the port is not 53",
             ),
-            (
-                _name(self.dns.key_algorithm) in ALGORITHMS,
-                "dns.key_algorithm is one of " + ", ".join(one.to_text(True) for one in ALGORITHMS),
-            ),
-            (not self.dns.key_name or _name(self.dns.key_name), "dns.key_name is a name"),
             (HOST_NAME.fullmatch(self.dns.zone.strip(".") or "none"), "dns.zone is a host name"),
             (0 < self.dns.port < 65536, "dns.port is between 1 and 65535"),
             (
@@ -167,6 +157,8 @@ class Configuration:
                 ),
                 (self.can_set_names, "the signer acme needs dns.zone, and dns.server or dns.command"),
             ]
+        if self.dns != Dns():
+            wants += _keys_wants(self.dns)
         for true, what in wants:
             if not true:
                 raise WrongUsage(what)
@@ -194,11 +186,25 @@ def url_of(database: str) -> URL:
         raise WrongUsage("database is no address like sqlite:////PATH or postgresql+psycopg://HOST/NAME") from None
 
 
-def _name(text: str) -> dns.name.Name | None:
-    try:
-        return dns.name.from_text(text)
-    except (dns.exception.DNSException, ValueError):
-        return None
+def _keys_wants(settings: Dns) -> list[tuple[object, str]]:
+    """The same of the key that signs updates: only who has one waits until dnspython is loaded."""
+    import dns.exception
+    import dns.name
+    import dns.tsig
+
+    def name(text: str) -> dns.name.Name | None:
+        try:
+            return dns.name.from_text(text)
+        except (dns.exception.DNSException, ValueError):
+            return None
+
+    # As dnspython knows them (RFC 8945, 6); that of GSS-API (RFC 3645) has no key in a file.
+    algorithms = [one for one in dns.tsig.mac_sizes if one != dns.tsig.GSS_TSIG]
+    known = ", ".join(one.to_text(True) for one in algorithms)
+    return [
+        (name(settings.key_algorithm) in algorithms, f"dns.key_algorithm is one of {known}"),
+        (not settings.key_name or name(settings.key_name), "dns.key_name is a name"),
+    ]
 
 
 def _is_address(text: str) -> bool:

@@ -7,17 +7,21 @@ Only `init` and `upgrade` change tables. A program that finds others than its ow
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, inspect, text
 
 from .errors import WrongUsage
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 #: What 2.0.0 made, which knew no versions.
 FIRST = "0001"
+#: What this program works with: that of the last step. It is said here because every command looks at the version,
+#: and Alembic, which knows the steps, takes longer to load than most commands to run.
+HEAD = "0002"
+MIGRATIONS = str(Path(__file__).with_name("migrations"))
 
 
 def init(db: Connection, metadata: MetaData) -> bool:
@@ -26,6 +30,8 @@ def init(db: Connection, metadata: MetaData) -> bool:
     if _version(db) is not None:
         check(db)
         return False
+    from alembic import command
+
     metadata.create_all(db)
     command.stamp(_config(db), "head")
     return True
@@ -40,12 +46,14 @@ def upgrade(db: Connection) -> tuple[str, str]:
     before = _version(db)
     if before is None:
         raise WrongUsage("there are no tables; caramel-authority init makes them")
+    from alembic import command
+
     _known(before)
     config = _config(db)
     if before == FIRST:
         command.stamp(config, FIRST)
     command.upgrade(config, "head")
-    return before, head()
+    return before, HEAD
 
 
 def check(db: Connection) -> None:
@@ -53,35 +61,32 @@ def check(db: Connection) -> None:
     version = _version(db)
     if version is None:
         raise WrongUsage("the database is empty; caramel-authority init makes the tables")
-    if version != head():
+    if version != HEAD:
         _known(version)
-        raise WrongUsage(f"the database has version {version}, this program {head()}: run caramel-authority upgrade")
-
-
-def head() -> str:
-    """The version that this program works with."""
-    return str(_scripts().get_current_head())
+        raise WrongUsage(f"the database has version {version}, this program {HEAD}: run caramel-authority upgrade")
 
 
 def _known(version: str) -> None:
-    if version not in [step.revision for step in _scripts().walk_revisions()]:
+    from alembic.script import ScriptDirectory
+
+    if version not in [step.revision for step in ScriptDirectory(MIGRATIONS).walk_revisions()]:
         raise WrongUsage(f"the database has version {version}, which a newer caramel-authority made")
 
 
 def _version(db: Connection) -> str | None:
-    version = MigrationContext.configure(db).get_current_revision()
+    """What Alembic writes down in a table of one row."""
+    known = inspect(db).has_table("alembic_version")
+    version = db.execute(text("SELECT version_num FROM alembic_version")).scalar() if known else None
     return version or (FIRST if inspect(db).has_table("requests") else None)
 
 
 def _config(db: Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    config.set_main_option("script_location", MIGRATIONS.replace("%", "%%"))
     config.attributes["connection"] = db
     return config
-
-
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(Path(__file__).with_name("migrations")))
 
 
 def _alone(db: Connection) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TextIO
 
-from sqlalchemy import ColumnElement, Connection, Select, String, case, func, select
+from sqlalchemy import ColumnElement, Connection, Select, String, case, cast, func, literal, select
 
 from .store import AUTHORIZED, PENDING, REJECTED, bars, certificates, devices, log, now, orders, requests, sightings
 
@@ -123,15 +123,26 @@ def log_text(db: Connection, wanted: Lines) -> Iterator[str]:
     line = functools.reduce(lambda left, right: left + "  " + right, columns)
     line += "  " + func.coalesce(func.substr(log.c.sha256, 1, 16), "-")
     line += case((func.coalesce(log.c.detail, "") == "", ""), else_="  " + log.c.detail)
-    query = _wanted(select(line.label("line"), log.c.id), wanted)
-    for lines in db.execute(query, execution_options={"yield_per": MANY}).scalars().partitions():
+    for lines in _lines(db, line, wanted):
         yield "\n".join([*lines, ""])
 
 
-def log_rows(db: Connection, wanted: Lines) -> Iterator[dict[str, Any]]:
-    """The same as values."""
-    columns = (log.c.id, log.c.at, log.c.who, log.c.action, log.c.client_id, log.c.sha256, log.c.detail)
-    yield from _rows(db, _wanted(select(*columns), wanted), ("at",))
+def log_json(db: Connection, wanted: Lines) -> Iterator[str]:
+    """The same as a list of objects, one a line."""
+    columns = {one.name: one for one in (log.c.id, log.c.at, log.c.who, log.c.action, log.c.client_id, log.c.sha256)}
+    values = {**columns, "at": _moment(db, log.c.at), "detail": log.c.detail}
+    pairs = [one for name, value in values.items() for one in (literal(name, String), value)]
+    made = func.json_object(*pairs) if db.dialect.name == "sqlite" else cast(func.json_build_object(*pairs), String)
+    before = "["
+    for lines in _lines(db, made, wanted):
+        yield before + "\n" + ",\n".join(lines)
+        before = ","
+    yield "\n]\n" if before == "," else "[]\n"
+
+
+def _lines(db: Connection, line: ColumnElement[str], wanted: Lines) -> Iterator[Sequence[str]]:
+    query = _wanted(select(line.label("line")), wanted)
+    yield from db.execute(query, execution_options={"yield_per": MANY}).scalars().partitions()
 
 
 def _wanted(query: Select[Any], wanted: Lines) -> Select[Any]:
@@ -143,14 +154,15 @@ def _wanted(query: Select[Any], wanted: Lines) -> Select[Any]:
     if wanted.since is not None:
         query = query.where(log.c.at >= wanted.since)
     if wanted.last is not None:
-        last = query.order_by(log.c.id.desc()).limit(wanted.last).subquery()
-        return select(*last.c).order_by(last.c.id)
+        last = query.add_columns(log.c.id).order_by(log.c.id.desc()).limit(wanted.last).subquery()
+        return select(last.c.line).order_by(last.c.id)
     return query.order_by(log.c.id)
 
 
 def _moment(db: Connection, column: ColumnElement[int]) -> ColumnElement[str]:
     if db.dialect.name == "sqlite":
-        return func.strftime("%Y-%m-%dT%H:%M:%SZ", column, "unixepoch", type_=String)
+        # In half of the time that strftime() takes.
+        return func.replace(func.datetime(column, "unixepoch"), " ", "T", type_=String) + "Z"
     utc = func.timezone("UTC", func.to_timestamp(column))
     return func.to_char(utc, 'YYYY-MM-DD"T"HH24:MI:SS"Z"', type_=String)
 

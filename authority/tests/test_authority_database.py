@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import world
-from authority_world import Postgres, RegistrationAuthority, Server, at, csr, ec_key, sha256
+from authority_world import BIN, Postgres, RegistrationAuthority, Server, at, csr, ec_key, sha256
 from needs import needs, slow
 
 pytest_plugins = ["authority_fixtures"]
@@ -109,6 +109,22 @@ def test_an_upgrade_that_is_killed_has_changed_nothing(tmp_path: Path) -> None:
     before = columns_and_indexes(old)
     old.command("upgrade", status=1)
     assert columns_and_indexes(old) == before
+
+
+def test_the_version_is_that_of_the_last_step() -> None:
+    """The program says it by itself, because every command looks at it."""
+    program = "from caramel_authority.schema import HEAD, MIGRATIONS; from alembic.script import ScriptDirectory; "
+    program += "print(HEAD, ScriptDirectory(MIGRATIONS).get_current_head())"
+    said, steps = subprocess.check_output([BIN / "python", "-c", program], text=True).split()
+    assert said == steps
+
+
+def test_what_takes_long_to_load_is_loaded_by_whom_it_serves(authority: RegistrationAuthority) -> None:
+    program = "import sys; from caramel_authority.cli import main; main(); print(*sys.modules)"
+    command = [BIN / "python", "-c", program, "--config", authority.config, "list"]
+    loaded = set(subprocess.check_output(command, text=True).split())
+    assert "sqlalchemy" in loaded
+    assert not loaded & {"acme", "alembic", "dns", "prometheus_client", "requests", "waitress", "werkzeug"}
 
 
 # --- Copies ---
