@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog=NAME,
         description="Keep this device's key and certificate up to date with a Caramel server: one check, then gone.",
-        epilog="Exit status: 0 the certificate is good; 1 another process holds the lock; 69 the request waits to be "
-        "signed; 127 everything else.",
+        epilog="Of a setting's values the later wins: built into the firmware, configuration file, environment, "
+        "option; all but the last have the name in parentheses. Exit status: 0 the certificate is good; "
+        "1 another process holds the lock; 69 the request waits to be signed; 127 everything else.",
         allow_abbrev=False,
         add_help=False,
     )

@@ -196,29 +196,23 @@ def _command(text: str) -> tuple[str, ...]:
 
 # Name in the environment and the files; what makes a value of its text; option, placeholder, help.
 SETTINGS: tuple[tuple[str, Callable[[str], Any], str, str, str], ...] = (
-    ("CARAMEL_CA", server, "--server", "HOST[:PORT]", "the Caramel server; port 443 if none is given"),
-    ("CARAMEL_CA_CERT", _path, "--ca-cert", "PATH", "PEM file of the only CA that is trusted"),
-    ("CARAMEL_IDENTITY_CA", _path, "--identity-ca", "PATH", "PEM file of the CA that signs this device, if another"),
-    ("CARAMEL_KEY_FILE", _path, "--key-file", "PATH", "where key, certificate and request are kept, in one file"),
+    ("CARAMEL_CA", server, "--server", "HOST[:PORT]", "the Caramel server; by default port 443"),
+    ("CARAMEL_CA_CERT", _path, "--ca-cert", "PATH", "PEM file of the only CA that is trusted; by default built in"),
+    ("CARAMEL_IDENTITY_CA", _path, "--identity-ca", "PATH", "the same of who signs this device; by default that CA"),
+    ("CARAMEL_KEY_FILE", _path, "--key-file", "PATH", "key, certificate and request; by default " + KEY_FILE),
     ("CARAMEL_CN", client_id, "--client-id", "ID", "who this device is; by default the hardware says"),
-    ("CARAMEL_INTERFACES", _interfaces, "--interfaces", "A,B", "interfaces whose MAC address may be the client ID"),
-    ("CARAMEL_DOMAIN", domain, "--domain", "NAME", "makes a host name of an ID from the hardware"),
-    ("CARAMEL_KEY_TYPE", key_type, "--key-type", "TYPE", "of new keys: rsa-2048 (the default), rsa-4096 or ec-p256"),
-    ("CARAMEL_KEY_COMMAND", _command, "--key-command", "COMMAND", "makes a key that a TPM or a token holds"),
-    ("CARAMEL_OPENSSL_CONF", _path, "--openssl-conf", "PATH", "OpenSSL's configuration for such keys"),
-    (
-        "CARAMEL_GROUPS",
-        groups,
-        "--groups",
-        "GROUPS",
-        "key exchange: small (P-256; as a rule), or OpenSSL's default",
-    ),
+    ("CARAMEL_INTERFACES", _interfaces, "--interfaces", "A,B", "whose MAC address may be the ID; by default all"),
+    ("CARAMEL_DOMAIN", domain, "--domain", "NAME", "makes a host name of the hardware's ID; by default none"),
+    ("CARAMEL_KEY_TYPE", key_type, "--key-type", "TYPE", "rsa-2048, by default, rsa-4096 or ec-p256: of new keys"),
+    ("CARAMEL_KEY_COMMAND", _command, "--key-command", "COMMAND", "makes a key in a TPM or token; by default none"),
+    ("CARAMEL_OPENSSL_CONF", _path, "--openssl-conf", "PATH", "OpenSSL's settings for such keys; by default none"),
+    ("CARAMEL_GROUPS", groups, "--groups", "GROUPS", "key exchange: small, by default, or OpenSSL's own: default"),
     ("CARAMEL_OWNER", _owner, "--owner", "USER", "owner of the key file; by default the caller"),
     ("CARAMEL_GROUP", _group, "--group", "GROUP", "group of the key file; by default the caller's"),
     ("CARAMEL_MODE", _mode, "--mode", "OCTAL", "mode of the key file; by default 0600"),
     ("CARAMEL_TIMEOUT", _timeout, "--timeout", "SECONDS", "limit on all that waits on the network; by default 60"),
-    ("CARAMEL_HOOK", _command, "--hook", "COMMAND", "run after a new certificate is in place"),
-    ("CARAMEL_CONFIG", _path, "--config", "PATH", "configuration file; by default /etc/caramel-embedded.conf"),
+    ("CARAMEL_HOOK", _command, "--hook", "COMMAND", "run after a new certificate is in place; by default none"),
+    ("CARAMEL_CONFIG", _path, "--config", "PATH", "configuration file; by default " + CONFIG_FILE),
 )
 VALUES: Mapping[str, Callable[[str], Any]] = {name: value for name, value, *_ in SETTINGS}
 # What a hook and scripts around it find in their environment beside settings.

@@ -56,6 +56,44 @@ def test_the_page_has_all_of_a_checks_json() -> None:
     assert set(re.findall(r"\.Va (\w+)", section)) == set(json.loads(outcome))
 
 
+#: Options of 1.0.0, whose section names what they are for.
+FIRST = {
+    *(
+        "--server",
+        "--ca-cert",
+        "--key-file",
+        "--client-id",
+        "--interfaces",
+        "--owner",
+        "--group",
+        "--mode",
+        "--config",
+    ),
+    *("--verbose", "--quiet", "--version", "--help", "-v", "-q", "-h"),
+}
+
+
+def test_no_place_is_forgotten_where_an_option_stands() -> None:
+    """The other places are held to the program above, and in test_docs.py: see "Add an option" in CONTRIBUTING.md."""
+    example = re.findall(r"^#([A-Z_]+)=", (ROOT / "packaging/caramel-embedded.conf").read_text(), re.MULTILINE)
+    # The example is itself the file that CARAMEL_CONFIG names.
+    assert sorted(example) == sorted(set(settings.VALUES) - {"CARAMEL_CONFIG"}), "packaging/caramel-embedded.conf"
+    changes = re.findall(r"`(--[a-z-]+)\b", (ROOT / "CHANGELOG.md").read_text())
+    assert sorted(set(options()) - set(changes) - FIRST) == [], "CHANGELOG.md"
+
+
+def test_the_help_and_the_page_say_each_default() -> None:
+    text = PAGE.read_text()
+    items = dict(re.findall(r"^\.It Fl -([a-z-]+) Ar [^\n]*\n(.*?)(?=^\.It |^\.El)", text, re.MULTILINE | re.DOTALL))
+    for _, _, flag, _, words in settings.SETTINGS:
+        assert "default" in words, flag
+        assert "default" in items[flag[2:]] or flag == "--server", flag
+    layers = ["firmware", "configuration file", "environment", "option"]
+    for place in (cli.parser().epilog or "", text.partition(".Sh OPTIONS")[2]):
+        order = [place.index(layer) for layer in layers]
+        assert order == sorted(order)
+
+
 @needs("mandoc")
 def test_the_page_is_well_formed() -> None:
     done = subprocess.run(["mandoc", "-T", "lint", "-W", "style", str(PAGE)], capture_output=True, text=True)
