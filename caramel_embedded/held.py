@@ -31,6 +31,7 @@ _CODES = {
     "0x000001df": "it is another TPM's key, or the TPM was cleared",
     "0x0000018b": "the TPM has not the parent that wraps the key",
     "0x00000921": "the TPM is locked, because it believes in an attack",
+    "0x00000902": "the TPM has no room for one more key",
     "0x00000922": "the TPM is busy",
     "0x000009a2": "the TPM wants a password for the key",
     "0x0000098e": "the TPM wants a password for the key",

@@ -326,6 +326,18 @@ def test_a_tpm_that_is_busy_is_asked_again_and_then_it_is_said(certified: Device
     assert certified.snapshot() == kept and chip.attacks == 0
 
 
+def test_a_tpm_without_room_is_said(certified: Device, chip: Tpm) -> None:
+    """Nobody tidies up, as with /dev/tpm0: swtpm takes three keys."""
+    kept = certified.snapshot()
+    chip.tidy()
+    for _ in range(3):
+        chip.run("tpm2_createprimary", "-Q", "-C", "o", "-c", "key", check=False)
+    run = certified.run()
+    assert run.status == 127 and "the TPM has no room for one more key" in run.err, run
+    chip.tidy()
+    assert certified.run().status == 0 and certified.snapshot() == kept
+
+
 def test_a_key_with_a_password_is_refused_before_anything_is_stored(ours: Device, tmp_path: Path, chip: Tpm) -> None:
     """Nobody could type it. With noda, the attempt counts as no attack."""
     secret = tmp_path / "secret-key"
@@ -591,4 +603,4 @@ def test_the_page_says_what_the_program_says(tmp_path: Path) -> None:
     for row in rows:
         said = row.split("|")[1].strip()
         assert said in words or said == "the token's library, or PIN file, is not there", said
-    assert len(rows) == 10
+    assert len(rows) == 11

@@ -2,7 +2,7 @@
 
 BENCH_ROUNDS ?= 15
 
-.PHONY: bench bench-again bench-link
+.PHONY: bench bench-again bench-keys bench-link
 
 bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed \
 		$(BUILD)/bench/urllib3/installed $(BUILD)/bench/client/installed $(BUILD)/bench/before/installed \
@@ -11,6 +11,9 @@ bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/install
 
 bench-link: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## bytes of a check with the OpenSSL of Debian 12 and 13 (root, 3 min)
 	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.link
+
+bench-keys: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## what a key in a TPM costs an unchanged check (root, 3 min)
+	@cd tests && BENCH_ROUNDS="$(BENCH_ROUNDS)" $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.keys
 
 # From the figures of the last run: for whoever changes what the pages say.
 bench-again: $(BUILD)/tests/installed ## the pages of the benchmark once more, from its last figures

@@ -70,12 +70,12 @@ class Sample:
 
 
 class Spawner:
-    """The small process that starts the programs; see spawner.py."""
+    """The small process that starts the programs; see spawner.py. `python` may be one in a tree, `world.in_tree`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Sequence[str] = (sys.executable,)) -> None:
         self.output = folder / "output"
         # Not one of the environments: what those install is read by `site`, and this runs without it.
-        command = [sys.executable, "-I", "-S", str(HERE / "spawner.py")]
+        command = [*python, "-I", "-S", str(HERE / "spawner.py")]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=world.die_with_parent
         )
