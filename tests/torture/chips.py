@@ -198,10 +198,10 @@ def _lock(chip: Tpm, _: Between) -> None:
     """Somebody else's wrong passwords, for a key of his own."""
     chip.run("tpm2_dictionarylockout", "-s", "-n", "1", "-t", "100000", "-l", "100000")
     chip.run("tpm2_createprimary", "-Q", "-C", "o", "-p", "right", "-c", "locked")
-    chip.run("tpm2_flushcontext", "-t")
+    chip.tidy()
     for _again in range(2):
         done = chip.run("tpm2_create", "-Q", "-C", "locked", "-P", "wrong", check=False)
-        chip.run("tpm2_flushcontext", "-t")
+        chip.tidy()
     assert "0x921" in done.stderr, done
 
 
@@ -212,12 +212,6 @@ def _unlock(chip: Tpm, _: Between) -> None:
     chip.run("tpm2_dictionarylockout", "--clear-lockout")
 
 
-def _go_on(chip: Tpm, _: Between) -> None:
-    """What was under way is over, and its keys go, as a kernel does where a program has ended."""
-    chip.go_on()
-    chip.run("tpm2_flushcontext", "-t")
-
-
 MISFORTUNES: dict[str, Misfortune] = {
     "cleared": Misfortune(lambda chip, _: chip.clear(), _factory, "the TPM has not the parent that wraps", gone=True),
     "replaced": Misfortune(lambda chip, _: _replace(chip), lambda *_: None, "it is another TPM's key", gone=True),
@@ -225,7 +219,9 @@ MISFORTUNES: dict[str, Misfortune] = {
     "locked by others": Misfortune(_lock, _unlock),
     "busy for some commands": Misfortune(lambda _, wire: wire.says(RETRY, 3), lambda _, wire: wire.says(0, 0)),
     "busy": Misfortune(lambda _, wire: wire.says(RETRY), lambda _, wire: wire.says(0, 0), "the TPM is busy"),
-    "hangs": Misfortune(lambda chip, _: chip.hang(), _go_on, "doesn't answer within the time limit", always=True),
+    "hangs": Misfortune(
+        lambda chip, _: chip.hang(), lambda chip, _: chip.go_on(), "doesn't answer within the time limit", always=True
+    ),
 }
 
 
@@ -261,6 +257,7 @@ def _misfortune(lives: Lives, name: str, misfortune: Misfortune, point: str, mak
                 wrong.append("what was new is not stored")
 
             misfortune.ends(life.chip, wire)
+            life.chip.tidy()
             # Its address may be another one.
             dut.device.surroundings = life.chip.env
             if misfortune.gone:

@@ -125,6 +125,12 @@ class Tpm(Chip):
         """After `hang`."""
         self._signal(signal.SIGCONT)
 
+    def tidy(self) -> None:
+        """What /dev/tpmrm0 does when a program has ended: the keys that it had loaded make room. swtpm has room for
+        three.
+        """
+        self.run("tpm2_flushcontext", "-t")
+
     def _signal(self, number: int) -> None:
         assert self._daemon and self._daemon.process
         self._daemon.process.send_signal(number)
