@@ -12,7 +12,7 @@ bench: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/install
 bench-link: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## bytes of a check with the OpenSSL of Debian 12 and 13 (root, 3 min)
 	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.link
 
-bench-keys: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## what a key in a TPM costs an unchanged check (root, 3 min)
+bench-keys: $(BUILD)/venv/installed $(BUILD)/tests/installed $(BUILD)/trixie/installed ## what a key in a TPM costs an unchanged check (root, 2 min)
 	@cd tests && BENCH_ROUNDS="$(BENCH_ROUNDS)" $(CURDIR)/$(BUILD)/tests/bin/python -Es -m bench.keys
 
 # From the figures of the last run: for whoever changes what the pages say.
