@@ -260,7 +260,7 @@ def test_from_2_0_0_to_another_machine(tmp_path: Path) -> None:
     again, replaced = re.subn(r"^ca ca-create .*\n", "", again, flags=re.M)
     assert replaced == 1
     # Somebody decides after the one copy, and before the other one.
-    copied, between, secret = copy[0].partition("(umask")
+    copied, between, secret = copy[0].partition("tar ")
     assert between
     script = SET_UP_2_0_0 + "".join(migrate) + visit + "look migrated\nauthority bar outside >/tmp/said\n"
     script += copied + "authority bar another >/tmp/said\n" + between + secret + lost + again + "look moved\n"
