@@ -298,3 +298,28 @@ def test_a_header_byte_by_byte_is_not_waited_for(tmp_path: Path, server: Server)
                         if not slow.recv(1000):
                             break
             assert 1 < time.monotonic() - begun < 40  # nginx's own limit is 60 s
+
+
+def test_strangers_that_are_slow_hold_up_no_device(authority: RegistrationAuthority) -> None:
+    """As many connections as one address may have, and headers that never end: the front cuts them by itself."""
+    context = ssl.create_default_context(cafile=str(authority.ca))
+    with behind_tls(authority) as front, contextlib.ExitStack() as held:
+
+        def connect(address: str = "127.0.0.2") -> ssl.SSLSocket:
+            plain = socket.create_connection(("127.0.0.1", front.port), 30, (address, 0))
+            return held.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+
+        def answer(to: ssl.SSLSocket) -> bytes:
+            to.sendall(b"GET /root.crt HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return b"".join(iter(lambda: to.recv(4096), b"")).split(b"\r\n")[0]
+
+        slow = connect()
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        # A connection counts from when its header has been read: these hold their bodies back.
+        for _ in range(100):
+            connect().sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        world.until("all are counted", lambda: b" 503 " in answer(connect()))
+        assert answer(connect("127.0.0.1")) == b"HTTP/1.1 200 OK"
+        # Nothing is said any more, and nothing waited for: reset, or closed.
+        with contextlib.suppress(ConnectionResetError):
+            assert slow.recv(1) in (b"", b"H")
