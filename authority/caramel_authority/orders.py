@@ -78,7 +78,8 @@ class OrderSigner:
         spread = 0
         if not order.renewal:
             ahead = select(func.count()).select_from(orders)
-            ahead = ahead.where(orders.c.resource.is_(None), orders.c.due < order.due)
+            # Renewals have a share of their own.
+            ahead = ahead.where(orders.c.renewal == 0, orders.c.resource.is_(None), orders.c.due < order.due)
             spread = int(db.execute(ahead).scalar_one()) * HOUR // self._first_per_hour
         return int(max(30, order.due - now(), limited(db, ANY if order.renewal else FIRST) - now(), spread))
 
