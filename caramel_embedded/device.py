@@ -137,13 +137,7 @@ def good_identity_of_another(settings: Settings, stored: Stored) -> Optional[str
         return None
     return (
         "%s holds a good identity of %s, and not of %s: give --replace to start over as %s, or another file with "
-        "--instance or --key-file"
-        % (
-            settings.key_file,
-            other,
-            stored.client_id,
-            stored.client_id,
-        )
+        "--instance or --key-file" % (settings.key_file, other, stored.client_id, stored.client_id)
     )
 
 

@@ -405,6 +405,6 @@ def _address(server: Union[str, tuple[str, int]]) -> tuple[str, int]:
         return settings.server(server)
     try:
         host, port = server
-        return settings.server("[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port))
+        return settings.server(settings.host_and_port((host, port)))
     except (TypeError, ValueError):
         raise UsageError("server is a text HOST[:PORT], or a host and a port number") from None

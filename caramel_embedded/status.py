@@ -8,6 +8,7 @@ import os
 import pwd
 import stat
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from . import __version__, certificates, device, held, hook, keyfile, pem
@@ -77,8 +78,8 @@ def collect(settings: Settings, ask_chip: bool = False) -> dict[str, Any]:
         "key_file": settings.key_file if status is None else os.path.realpath(settings.key_file),
         "file": status
         and {
-            "owner": _owner(status.st_uid),
-            "group": _group(status.st_gid),
+            "owner": _name(pwd.getpwuid, status.st_uid),
+            "group": _name(grp.getgrgid, status.st_gid),
             "mode": "%04o" % stat.S_IMODE(status.st_mode),
             "modified": int(status.st_mtime),
         },
@@ -139,16 +140,10 @@ def _certificate(stored: Stored) -> Optional[dict[str, Any]]:
     }
 
 
-def _owner(number: int) -> str:
+def _name(look_up: Callable[[int], Sequence[Any]], number: int) -> str:
+    """The name of a user or group; the number where it has none."""
     try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
-
-
-def _group(number: int) -> str:
-    try:
-        return grp.getgrgid(number).gr_name
+        return str(look_up(number)[0])
     except KeyError:
         return str(number)
 
