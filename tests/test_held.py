@@ -376,6 +376,7 @@ run(command)
 """
 
 
+@slow
 @both
 def test_the_library_has_a_key_made_and_uses_it(device: Device, chip: Chip, caramel: Caramel, tmp_path: Path) -> None:
     """`check(key_command=...)`, where the caller has OpenSSL's provider active."""
@@ -502,6 +503,7 @@ def test_a_block_that_is_damaged_is_no_key(certified: Device, chip: Tpm) -> None
 # --- Who reads it ---
 
 
+@slow
 @both
 def test_programs_that_read_the_file(
     certified: Device, chip: Chip, caramel: Caramel, authority: Authority, tmp_path: Path
