@@ -16,9 +16,9 @@ from pathlib import Path
 
 from sqlalchemy import func, select, text
 
-from .ca import write_whole
 from .errors import WrongUsage
 from .store import LINKED, Store, last_link, link, log
+from .whole_file import write_whole
 
 #: Beside the key: number and hash of an entry.
 NOTE = "log-entry"

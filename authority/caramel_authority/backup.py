@@ -6,13 +6,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 from .configuration import url_of
 from .errors import WrongUsage
+from .whole_file import replacing
 
 
 def path_of(database: str) -> Path:
@@ -80,19 +80,10 @@ def _open(path: Path, mode: str) -> sqlite3.Connection:
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[Path]:
     """A new file, which gets this path, and what the file before it had of owner and mode, when the block ends."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
+    with replacing(path) as new:
         if path.exists():
             before = path.stat()
-            os.fchmod(handle, before.st_mode & 0o777)
+            new.chmod(before.st_mode & 0o777)
             with contextlib.suppress(PermissionError):
-                os.fchown(handle, before.st_uid, before.st_gid)
-        yield Path(name)
-        os.fsync(handle)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    finally:
-        os.close(handle)
+                os.chown(new, before.st_uid, before.st_gid)
+        yield new

@@ -16,7 +16,6 @@ import contextlib
 import datetime
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from .errors import BadRequest, TryLater, WrongUsage
 from .registry import Issued
 from .signing_request import HOST_NAME, SigningRequest, Subject, prefix_of, validate
 from .store import devices
+from .whole_file import write_whole
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Chain = tuple[x509.Certificate, ...]
@@ -54,34 +54,6 @@ def key_pem(key: Key) -> bytes:
 
 def chain_pem(chain: Sequence[x509.Certificate]) -> bytes:
     return b"".join(one.public_bytes(PEM) for one in chain)
-
-
-def write_whole(path: Path, content: bytes, mode: int) -> None:
-    """The path has the old content or the new one at any instant, and this mode from the first byte on (mkstemp's
-    0600).
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(handle, mode)
-            os.fsync(handle)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    flush(path.parent)
-
-
-def flush(folder: Path) -> None:
-    """What got another name in this folder has it after a loss of power (fsync(2))."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def utc(moment: int) -> datetime.datetime:

@@ -36,14 +36,13 @@ from .ca import (
     chain_pem,
     describe,
     end_of,
-    flush,
     is_self_signed,
     key_pem,
     new_key,
     utc,
-    write_whole,
 )
 from .errors import WrongUsage
+from .whole_file import flush, write_whole
 
 #: Which part of a CA's life is left when a stage should begin: two years, one year and ten weeks of twenty years.
 NEXT, SWITCH, FINISH = 10, 20, 100

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Files that have the old content or the new one at any instant, and after a loss of power as well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside the path, of mode 0600 (mkstemp(3)), which takes its place when the block ends, and is gone
+    when the block fails.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        yield Path(name)
+        os.fsync(handle)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    finally:
+        os.close(handle)
+    flush(path.parent)
+
+
+def write_whole(path: Path, content: bytes, mode: int) -> None:
+    """Puts this content there, with this mode: it never had more rights than that."""
+    with replacing(path) as new:
+        new.write_bytes(content)
+        new.chmod(mode)
+
+
+def flush(folder: Path) -> None:
+    """What got another name in this folder has it after a loss of power (fsync(2))."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
