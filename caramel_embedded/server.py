@@ -304,7 +304,7 @@ class Server:
                 peer = Tls(tcp, context, self.address[0], directly).peer
             listed = printable(", ".join(value for _, value in peer.get("subjectAltName", ()))) or "none"
             return "; the trusted CA does vouch for the server, for other names: %s" % listed
-        except (OSError, CaramelError):
+        except (OSError, ValueError, ImportError, CaramelError):
             return ""
 
     def _verify_ends(self, address: Any, tls: Tls) -> None:

@@ -121,7 +121,7 @@ def test_the_version_is_that_of_the_last_step() -> None:
 
 def test_what_takes_long_to_load_is_loaded_by_whom_it_serves(authority: RegistrationAuthority) -> None:
     program = "import sys; from caramel_authority.cli import main; main(); print(*sys.modules)"
-    command = [BIN / "python", "-c", program, "--config", authority.config, "list"]
+    command = [str(word) for word in (BIN / "python", "-c", program, "--config", authority.config, "list")]
     loaded = set(subprocess.check_output(command, text=True).split())
     assert "sqlalchemy" in loaded
     assert not loaded & {"acme", "alembic", "dns", "prometheus_client", "requests", "waitress", "werkzeug"}
