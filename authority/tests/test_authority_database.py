@@ -243,6 +243,26 @@ def test_a_copy_of_postgresql_is_its_own_affair(tmp_path: Path, postgres: Postgr
             assert server.post(csr("device")).status == 400
 
 
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_the_log_for_machines_is_the_log_for_people(tmp_path: Path, postgres: Postgres, database: str) -> None:
+    """Each database writes both by functions of its own."""
+    with postgres.database() as url:
+        authority = RegistrationAuthority(tmp_path, **({"database": url} if database == "postgresql" else {}))
+        authority.create_ca()
+        with authority.serving() as server:
+            server.post(csr("device"))
+        authority.command("authorize", "device")
+        authority.command("bar", "other")
+        lines = [line.split("  ") for line in authority.command("log").splitlines()]
+        rows = json.loads(authority.command("log", "--json"))
+        last = json.loads(authority.command("log", "--json", "--last", "1"))
+    assert len(rows) >= 3 and last == rows[-1:]
+    assert [row["id"] for row in rows] == sorted({row["id"] for row in rows})
+    for row, line in zip(rows, lines, strict=True):
+        said = [row["at"], row["who"], row["action"], row["client_id"] or "-", (row["sha256"] or "-")[:16]]
+        assert line == [*said, *([row["detail"]] if row["detail"] else [])]
+
+
 # --- What goes ---
 
 
