@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Optional
 
-from . import certificates, device, enrollment, pem
+from . import certificates, device, enrollment, hook, pem
 from .enrollment import State
 from .errors import EXIT_CERTIFIED, EXIT_PENDING, UsageError
 from .hardware import Hardware
@@ -47,6 +47,7 @@ class _Rehearsal(Check):
     def _keep(self, identity: Identity) -> None:
         if bytes(identity) != self._data:
             self._say("a check would store what is new")
+        self.kept = identity
 
 
 def rehearse(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[int, str]:
@@ -88,7 +89,8 @@ def rehearse(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[int
             outcome = check.run()
         except _Stop as stop:
             return EXIT_PENDING, str(stop)
-        if settings.hook is not None and outcome.new:
+        certificate = outcome.identity.certificate
+        if settings.hook is not None and certificate is not None and hook.is_owed(settings.key_file, certificate):
             say("a check would call the hook")
         return EXIT_CERTIFIED if outcome.certified else EXIT_PENDING, "a check would say: " + str(outcome)
     finally:

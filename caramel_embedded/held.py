@@ -18,7 +18,7 @@ from . import pem, program
 from .errors import KeyUnusable, NotReady, printable
 from .identity import Identity
 
-LIMIT = 60.0  # seconds, for openssl(1)
+LIMIT, LOOK = 60.0, 10.0  # seconds, for openssl(1): where its answer is needed, and where it is to say why not
 _MAXIMUM = 12288  # bytes in a key's block, which is a third longer
 # What a block is known by: the object identifier of TPMKey ("ASN.1 Specification for TPM 2.0 Key Files"), and the
 # first string of pkcs11-provider's.
@@ -90,16 +90,16 @@ def public_key(key: bytes) -> bytes:
     return _openssl(key, ("pkey", "-pubout", "-in"))
 
 
-def sign(key: bytes, data: bytes) -> bytes:
+def sign(key: bytes, data: bytes, limit: float = LIMIT) -> bytes:
     """A signature with SHA-256: RSASSA-PKCS1-v1_5, or ECDSA in DER. Asks the chip. Raises `KeyUnusable`."""
-    return _openssl(key, ("dgst", "-sha256", "-sign"), data)
+    return _openssl(key, ("dgst", "-sha256", "-sign"), data, limit)
 
 
 def why_not(identity: Identity) -> Optional[str]:
     """Why the chip that holds the identity's key can't be used now, for a person; None where it can."""
     try:
         if identity.holder == "tpm":
-            sign(identity.key, b"")  # a key can be loaded into a TPM that is locked
+            sign(identity.key, b"", LOOK)  # a key can be loaded into a TPM that is locked
         elif identity.issued is not None:
             # Not by openssl(1), which tries a wrong PIN more often, and a token may lock itself for that.
             identity.load_into(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
@@ -110,13 +110,13 @@ def why_not(identity: Identity) -> Optional[str]:
     return None
 
 
-def _openssl(key: bytes, words: Sequence[str], data: bytes = b"") -> bytes:
+def _openssl(key: bytes, words: Sequence[str], data: bytes = b"", limit: float = LIMIT) -> bytes:
     """What openssl(1) prints, with the key's file as its last word."""
     fd = os.memfd_create("key")
     try:
         os.write(fd, key)
         line, environment = ["openssl", *words, "/proc/self/fd/%d" % fd], {**os.environ, "TSS2_LOG": "esys+error"}
-        status, out, err = program.run(line, environment, LIMIT, given=data, fds=(fd,))
+        status, out, err = program.run(line, environment, limit, given=data, fds=(fd,))
     except program.Failed as problem:
         raise KeyUnusable("openssl(1), which asks the chip, %s" % problem) from None
     finally:

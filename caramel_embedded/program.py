@@ -6,9 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from . import signals
+
+if TYPE_CHECKING:
+    import subprocess
+
+MAXIMUM_OUTPUT = 65536  # bytes, of each of the two
 
 
 class Failed(Exception):
@@ -31,7 +36,8 @@ def run(
     """Exit status, standard output and standard error of a program that gets `given`. Raises `Failed`.
 
     `limit`: seconds; what has not ended by then is ended, with all that it has started, in whatever session.
-    `output`: a descriptor for both outputs, instead of being returned. `fds`: descriptors that it gets.
+    `output`: a descriptor for both outputs, instead of being returned; else each is 64 KiB at most. `fds`: what
+    descriptors it gets. `given`: no more than a pipe holds.
     """
     import subprocess  # most runs start no program
 
@@ -51,7 +57,7 @@ def run(
         raise Failed("can't be run: %s" % getattr(error, "strerror", error)) from None
     try:
         with signals.unhurried():
-            out, err = process.communicate(given or None, limit)
+            out, err = _talk(process, given, limit)
     except subprocess.TimeoutExpired:
         raise Failed("was ended after %g seconds" % limit) from None
     finally:
@@ -59,9 +65,47 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)
             _end_descendants(process.pid)
             process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
     if process.returncode < 0:
         raise Failed("was ended by signal %d" % -process.returncode)
     return process.returncode, out, err
+
+
+def _talk(process: subprocess.Popen[bytes], given: bytes, limit: float) -> tuple[bytes, bytes]:
+    """Both outputs of a program that gets `given`, when it has ended. Raises `Failed`, subprocess.TimeoutExpired.
+
+    Popen.communicate() takes all that comes into memory.
+    """
+    import selectors
+    import subprocess
+
+    deadline = time.monotonic() + limit
+    if process.stdin is not None:
+        try:
+            os.write(process.stdin.fileno(), given)
+        except BrokenPipeError:
+            pass  # its status says why it didn't want it
+        process.stdin.close()
+    taken = {pipe.fileno(): bytearray() for pipe in (process.stdout, process.stderr) if pipe is not None}
+    with selectors.DefaultSelector() as selector:
+        for fd in taken:
+            selector.register(fd, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise subprocess.TimeoutExpired(process.args, limit)
+            for key, _ in ready:
+                data = os.read(key.fd, MAXIMUM_OUTPUT)
+                taken[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+                if len(taken[key.fd]) > MAXIMUM_OUTPUT:
+                    raise Failed("printed more than %d bytes, and was ended" % MAXIMUM_OUTPUT)
+    process.wait(max(0.0, deadline - time.monotonic()))
+    out, err = [bytes(data) for data in taken.values()] or (b"", b"")
+    return out, err
 
 
 def _adopt_orphans() -> None:

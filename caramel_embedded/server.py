@@ -302,7 +302,9 @@ class Server:
                 context = client_context(self.trust, dates=False)
                 context.check_hostname = False
                 peer = Tls(tcp, context, self.address[0], directly).peer
-            listed = printable(", ".join(value for _, value in peer.get("subjectAltName", ()))) or "none"
+            # Names of other kinds can be tuples of tuples.
+            names = [value for kind, value in peer.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+            listed = printable(", ".join(names)) or "none"
             return "; the trusted CA does vouch for the server, for other names: %s" % listed
         except (OSError, ValueError, ImportError, CaramelError):
             return ""

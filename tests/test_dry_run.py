@@ -54,7 +54,9 @@ def test_each_state_of_a_life(device: Device, caramel: Caramel) -> None:
     assert device.run().status == 0
     run = rehearsed(device, caramel)
     assert run.status == 0 and "a check would say: certificate unchanged" in lines(run)[-1]
-    assert "would store" not in run.err and "would call" not in run.err
+    assert "would store" not in run.err and "a check would call the hook" in run.err  # which was not set until now
+    assert device.run("--hook", "true").status == 0
+    assert "would call" not in rehearsed(device, caramel).err
     caramel.reject(str(device.client_id))
     run = rehearsed(device, caramel)
     assert run.status == 69 and "rejected the request" in lines(run)[-1] and "would make a new key" in lines(run)[-1]

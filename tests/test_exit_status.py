@@ -138,7 +138,9 @@ def test_lines_that_people_act_on_about_the_server(tmp_path: Path, authority: Au
     if what == "a chain":
         strange.write_bytes(strange.read_bytes() + other.pem)
     certificate = {
-        "another name": lambda: authority.server(["ca.example.com", "*.example.org"], file="names.pem"),
+        "another name": lambda: authority.server(
+            ["ca.example.com", "CN=a folder", "*.example.org"], file="names.pem"
+        ),
         "another CA": lambda: strange,
         "a chain": lambda: strange,
     }.get(what, lambda: authority.server(file="lines.pem"))()

@@ -424,6 +424,8 @@ COMMANDS = {
     f"printf -- '{BLOCK.format('TSS2 PRIVATE KEY')}'": "printed a damaged block",
     "tpm-key; tpm-key": "printed something else than one PEM block",
     "echo hello; tpm-key": "printed something else than one PEM block",
+    "exec yes": "printed more than 65536 bytes, and was ended",
+    "exec yes >&2": "printed more than 65536 bytes, and was ended",
     "CARAMEL_KEY_TYPE=ec-p256 tpm-key": "made a key of another type: EC, 256 bits",
 }
 

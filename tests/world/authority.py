@@ -255,7 +255,10 @@ class Authority:
         )
         if usage:
             builder = builder.add_extension(x509.ExtendedKeyUsage(usage), True)
-        alternatives = [x509.DNSName(name) for name in names]
+        alternatives: list[x509.GeneralName] = [
+            x509.DirectoryName(name_of(self.subject_for(name))) if name.startswith("CN=") else x509.DNSName(name)
+            for name in names
+        ]
         if alternatives:
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), False)
         return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
