@@ -279,17 +279,18 @@ class Registry:
         """The rule that admits this request now, None where that is for a person to say.
 
         A rule admits an ID once: whoever comes with a second key for it may be somebody else, unless the rules, or
-        somebody for this device, said `again`. No rule admits a key that was rejected; and where it is known which
-        request or key the device has, rules admit no other.
+        somebody for this device, said `again`. No rule admits a key that was rejected or retired; and where it is
+        known which request or key the device has, rules admit no other.
         """
         listed = db.execute(select(devices).where(devices.c.client_id == request.device)).first()
-        with_this_key = select(requests.c.state).where(requests.c.key_sha256 == request.key_sha256)
-        if REJECTED in db.execute(with_this_key).scalars().all():
+        states = _states_of_key(db, request.key_sha256)
+        if _was_refused(states):
             return None
         expected = listed.expected if listed else None
         if expected and expected not in (request.sha256, request.key_sha256):
             return None
-        if listed and listed.again:
+        # What is said about the next key is not for another request with the present one.
+        if listed and listed.again and AUTHORIZED not in states:
             return "again"
         if listed and listed.sha256 and not self._rules.again and not expected:
             return None
@@ -301,12 +302,17 @@ class Registry:
 
     def _decide(self, db: Connection, sha256: str, state: str, who: str) -> None:
         """Writes a decision down, and what follows from it. The transaction has locked the device."""
-        before = db.execute(select(requests.c.state).where(requests.c.sha256 == sha256)).scalar_one()
+        before, key = db.execute(
+            select(requests.c.state, requests.c.key_sha256).where(requests.c.sha256 == sha256)
+        ).one()
+        present = AUTHORIZED in _states_of_key(db, key)
         values = update(requests).where(requests.c.sha256 == sha256).values(state=state).returning(requests)
         request = db.execute(values).one()
         if state == AUTHORIZED:
             store.insert_new(db, devices, client_id=request.device, added=now())
-            admitted = update(devices).where(devices.c.client_id == request.device).values(sha256=sha256, again=0)
+            admitted = update(devices).where(devices.c.client_id == request.device).values(sha256=sha256)
+            if not present:
+                admitted = admitted.values(again=0)
             if request.address and self._addresses != "off":
                 admitted = admitted.values(address=request.address)
             db.execute(admitted)
@@ -581,6 +587,19 @@ def _checked(client_id: str) -> str:
 
 def _named(found: Sequence[Row[Any]]) -> str:
     return ", ".join(f"{request.sha256[:16]} ({request.state})" for request in found)
+
+
+def _states_of_key(db: Connection, key_sha256: str) -> set[str]:
+    """What was decided about the requests with this key."""
+    query = select(requests.c.state).where(requests.c.key_sha256 == key_sha256)
+    return set(db.execute(query.distinct()).scalars())
+
+
+def _was_refused(states: set[str]) -> bool:
+    """Whether a key with requests in these states was rejected, or retired and never authorized again: it may be in
+    other hands. The key that a device has may have retired requests too, those before its newest one.
+    """
+    return REJECTED in states or (RETIRED in states and AUTHORIZED not in states)
 
 
 def bar_of(db: Connection, device: str) -> str | None:

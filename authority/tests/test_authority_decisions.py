@@ -225,6 +225,50 @@ def test_an_id_with_its_hash_on_the_list(authority: RegistrationAuthority, tmp_p
         assert status(server, csr("by-key", keys[0], subject=[*PREFIX, ("CN", "by-key")])) == 202
 
 
+@pytest.mark.parametrize("rules, hashed", [("", True), ("again = true", False)])
+def test_a_retired_key_comes_back_by_its_hash_only(tmp_path: Path, rules: str, hashed: bool) -> None:
+    """It may be in other hands, whatever request it comes with."""
+    authority = RegistrationAuthority(tmp_path, f"[rules]\n{rules}\n")
+    authority.create_ca()
+    old, new = ec_key(), ec_key()
+    first, second, back, again = (csr("device", key) for key in (old, new, old, old))
+    authority.command("allow", "--file", "-", given=f"device,{key_sha256(old)}\n" if hashed else "device\n")
+    with authority.serving() as server:
+        assert status(server, first) == 200
+        server.post(second)
+        authority.command("authorize", sha256(second))
+        assert [server.get(sha256(one)).status for one in (first, second)] == [202, 200]
+        assert status(server, back) == 202
+        # Nor is it the next key of an erased device.
+        authority.command("allow", "--again", "device")
+        assert [status(server, again), server.get(sha256(back)).status] == [202, 202]
+        assert server.get(sha256(second)).status == 200
+        authority.command("reject", sha256(again))
+        authority.command("authorize", sha256(back))
+        assert [server.get(sha256(one)).status for one in (back, second)] == [200, 202]
+
+
+@pytest.mark.parametrize("rules, expected", [("", 202), ("again = true", 200)])
+def test_the_present_key_is_not_the_next_one(tmp_path: Path, rules: str, expected: int) -> None:
+    """What was said for an erased device's next key is kept for that key."""
+    authority = RegistrationAuthority(tmp_path, f"[rules]\n{rules}\n")
+    authority.create_ca()
+    authority.command("allow", "device")
+    key = ec_key()
+    with authority.serving() as server:
+        assert status(server, csr("device", key)) == 200
+        authority.command("allow", "--again", "device")
+        present, more = csr("device", key), csr("device", key)
+        assert status(server, present) == expected
+        # Its requests before are retired then, and it is the present key all the same.
+        assert status(server, more) == expected
+        authority.command("authorize", sha256(more))
+        assert authority.rows("SELECT again FROM devices") == [(1,)]
+        assert status(server, csr("device")) == 200
+        assert authority.log("authorized")[-1][1] == "rule:again"
+        assert authority.rows("SELECT again FROM devices") == [(0,)]
+
+
 # --- A no that outlives rules and keys, and one that can be taken back ---
 
 RULES = {"listed": "", "uuids": "uuids = true", "zone": 'zone = "d.example.com"', "again": "again = true"}
