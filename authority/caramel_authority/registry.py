@@ -343,7 +343,8 @@ class Registry:
         """Authorizes or rejects the request with this hash (or its beginning), or the one of this client ID that is
         meant: it is to be the only one that could be. The request as it is now, then those that were retired.
 
-        Raises WrongUsage where it isn't clear which one is meant; a rejected or retired one is by its hash only.
+        Raises WrongUsage where it isn't clear which one is meant; one that was rejected or retired, or whose key was,
+        is by its hash only.
         """
         with self.store.writing() as db:
             request = self._meant(db, which, state)
@@ -371,7 +372,8 @@ class Registry:
         if of_id and of_hash and len(which) >= NO_ACCIDENT:
             # Somebody chose the beginning of another's hash as an ID.
             raise WrongUsage(f"{which} is an ID, and the beginning of another request's hash: {_named(of_hash)}")
-        if of_hash and not of_id:
+        by_hash = bool(of_hash and not of_id)
+        if by_hash:
             meant = list(of_hash)
         elif state == REJECTED:
             meant = [one for one in of_id if one.state != REJECTED] or list(of_id[-1:])
@@ -380,6 +382,8 @@ class Registry:
         if len(meant) != 1:
             found = meant or of_id
             raise WrongUsage(f"{which}: which one? {_named(found)}" if found else f"{which}: no such request")
+        if state == AUTHORIZED and not by_hash and _was_refused(_states_of_key(db, meant[0].key_sha256)):
+            raise WrongUsage(f"{which}: its key was refused before: which one? {_named(meant)}")
         return meant[0]
 
     def bar(self, client_id: str, who: str) -> int:

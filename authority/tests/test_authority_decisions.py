@@ -85,6 +85,26 @@ def test_a_rejected_request_can_be_authorized_again(server: Server) -> None:
     assert server.get(sha256(request)).status == 200
 
 
+def test_a_key_that_was_refused_wants_its_hash(server: Server) -> None:
+    """Whoever says the ID thinks of another key."""
+    authority, keys = server.authority, [ec_key() for _ in range(2)]
+    rejected, retired, present = csr("rejected", keys[0]), csr("retired", keys[1]), csr("retired")
+    for request in (rejected, retired):
+        server.post(request)
+    authority.command("reject", "rejected")
+    authority.command("authorize", "retired")
+    server.post(present)
+    authority.command("authorize", "retired")
+    for client_id, key in zip(("rejected", "retired"), keys, strict=True):
+        back = csr(client_id, key)
+        server.post(back)
+        said = authority.command("authorize", client_id, status=1)
+        assert f"{client_id}: its key was refused before: which one? {sha256(back)[:16]} (pending)" in said
+        assert server.get(sha256(back)).status == 202
+        authority.command("authorize", sha256(back)[:16])
+        assert server.get(sha256(back)).status == 200
+
+
 def test_said_twice(server: Server) -> None:
     """What was said once is no other decision when it is said again."""
     first, second, third = (csr("device") for _ in range(3))
