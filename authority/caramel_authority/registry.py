@@ -58,6 +58,8 @@ PENDING_OF_ONE = 20
 PIECE = 500
 #: Digits of a hash that no client ID shares by accident.
 NO_ACCIDENT = 12
+#: Digits of a SHA-256.
+WHOLE_HASH = 64
 
 
 @dataclass(frozen=True)
@@ -369,6 +371,9 @@ class Registry:
         of_hash: Sequence[Row[Any]] = []
         if re.fullmatch("[0-9a-f]{8,64}", which):
             of_hash = db.execute(select(requests).where(requests.c.sha256.startswith(which))).all()
+        if len(which) == WHOLE_HASH and of_hash:
+            # Nobody says a whole hash and means an ID, and anybody may choose it as theirs.
+            of_id = []
         if of_id and of_hash and len(which) >= NO_ACCIDENT:
             # Somebody chose the beginning of another's hash as an ID.
             raise WrongUsage(f"{which} is an ID, and the beginning of another request's hash: {_named(of_hash)}")

@@ -133,6 +133,19 @@ def test_an_id_wins_over_the_beginning_of_a_hash(server: Server) -> None:
     assert [server.get(sha256(one)).status for one in (first, short, long)] == [202, 200, 202]
 
 
+def test_a_whole_hash_is_nobodys_id(server: Server) -> None:
+    """A stranger chose a victim's hash as an ID: neither decision about the victim is blocked by it."""
+    victim = csr("victim")
+    stranger = csr(sha256(victim))
+    server.post(victim)
+    server.post(stranger)
+    for verb, expected in (("authorize", 200), ("reject", 403)):
+        assert server.authority.command(verb, sha256(victim)).split()[2] == "victim"
+        assert [server.get(sha256(one)).status for one in (victim, stranger)] == [expected, 202]
+    server.authority.command("authorize", sha256(stranger))
+    assert server.get(sha256(stranger)).status == 200
+
+
 # --- Rules ---
 
 
