@@ -531,11 +531,65 @@ def test_the_smallest_accepted_serial_number(server: Server) -> None:
         ("[ca]\nlife_hours = 1", "ca.life_hours is longer than backdate_seconds"),
         ("= 1", "Invalid statement"),
         ('[dns]\naddresses = "post"', "dns.addresses needs a zone"),
+        ("pending_days = 1000000000000000", "pending_days is at most 36500"),
+        ("[ca]\nlife_hours = 1000000000000000", "ca.life_hours is at most 876000"),
     ],
 )
 def test_a_wrong_configuration_is_said(tmp_path: Path, settings: str, said: str) -> None:
     authority = RegistrationAuthority(tmp_path, settings)
     assert said in authority.command("list", status=1)
+
+
+def test_a_database_without_a_port_that_is_one(tmp_path: Path) -> None:
+    authority = RegistrationAuthority(tmp_path, database="postgresql+psycopg://h:port/x")
+    said = authority.command("list", status=1)
+    assert "database is no address like" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("ca-renew --days 3000000", "--days"),
+        ("ca-renew --days -5", "--days"),
+        ("ca-next --days 0", "--days"),
+        ("server-certificate localhost --out /dev/null --days -1", "--days"),
+        ("server-certificate localhost --out /dev/null --days 0", "--days"),
+        ("purge --days -5", "--days"),
+        ("purge --days 99999999999999999999", "--days"),
+        ("log --last -1", "--last"),
+        ("log --last 99999999999999999999", "--last"),
+        ("log --id \udcff", "--id"),
+        ("authorize \udcff", "HASH|ID"),
+        ("bar \udcff", "ID"),
+        ("allow \udcff", "ID[,SHA256]"),
+        ("serve --listen garbage", "--listen"),
+        ("serve --listen 127.0.0.1:abc", "--listen"),
+        ("serve --listen 127.0.0.1:65536", "--listen"),
+        ("work --pause -1", "--pause"),
+        ("work --pause nan", "--pause"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(tmp_path: Path, line: str, named: str) -> None:
+    said = RegistrationAuthority(tmp_path).command(*line.split(), status=2)
+    assert f"error: argument {named}: " in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_what_is_no_text_or_no_host_is_said_in_a_line(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_bytes(b"device\n\xff\n")
+    said = authority.command("allow", "--file", str(tmp_path / "ids"), status=1)
+    assert f"--file {tmp_path}/ids: it is not UTF-8" in said and said.count("\n") == 1
+    assert authority.rows("SELECT * FROM devices") == []
+    said = authority.command("serve", "--listen", "no host:80", status=1)
+    assert "--listen no host:80: " in said and said.count("\n") == 1
+
+
+def test_who_reads_no_further_gets_no_complaint(authority: RegistrationAuthority) -> None:
+    """As in `log | head`, both for what fits into a buffer and for what doesn't."""
+    authority.command("allow", *(f"device-{number}" for number in range(3000)))
+    for options in ([], ["--last", "1"]):
+        # The pipe's reader is gone before anything is written.
+        script = 'exec 3>&1; "$0" "$@" 2>&3 | true; exit "${PIPESTATUS[0]}"'
+        assert authority.command("log", *options, before=["bash", "-c", script], status=1) == ""
 
 
 def test_a_password_is_nobodys_to_read(tmp_path: Path) -> None:
