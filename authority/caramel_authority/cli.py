@@ -89,9 +89,9 @@ def words(text: str) -> str:
 
 def listener(text: str) -> str:
     host, _, port = text.rpartition(":")
-    if text.startswith("unix:/") or (host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536):
+    if re.fullmatch("unix:.+", text) or (host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor unix:/PATH")
+    raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor unix:PATH")
 
 
 # --- The database ---
