@@ -9,10 +9,11 @@ import os
 import pwd
 import re
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from . import __version__, audit, backup, signer, store, views
 from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
-from .configuration import PATH, Configuration
+from .configuration import LONG, PATH, Configuration
 from .errors import TryLater, WrongUsage
 from .rollover import Rollover, calendar
 from .signer import Child
@@ -56,6 +57,41 @@ def duration(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no time like 90s, 15m, 36h, 3d or 2w")
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number in this range."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch("-?[0-9]{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def seconds(text: str) -> float:
+    """A pause, of an hour at most."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 3600:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 3600")
+
+
+def words(text: str) -> str:
+    """Text that can be written down. The system passes on bytes that are none as surrogates (PEP 383)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
+def listener(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if re.fullmatch("unix:.+", text) or (host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 65536):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor unix:PATH")
 
 
 # --- The database ---
@@ -101,7 +137,13 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
     from .metrics import Metrics
 
     listen: dict[str, Any] = {"listen": options.listen}
-    if options.listen.startswith("unix:"):
+    if not options.listen.startswith("unix:"):
+        host, _, port = options.listen.rpartition(":")
+        try:
+            socket.getaddrinfo(None if host == "*" else host.strip("[]"), port)
+        except (OSError, UnicodeError) as error:
+            raise WrongUsage(f"--listen {options.listen}: {error}") from None
+    else:
         listen = {"unix_socket": options.listen[5:], "unix_socket_perms": "660"}
     # A header that nobody may be believed still tells that somebody passes a question on.
     front: dict[str, Any] = {"clear_untrusted_proxy_headers": False}
@@ -208,8 +250,11 @@ def hold(parts: Parts, options: argparse.Namespace) -> None:
 def allow(parts: Parts, options: argparse.Namespace) -> None:
     given: Iterable[str] = options.ids
     if options.file:
-        lines = sys.stdin if options.file == "-" else Path(options.file).read_text().splitlines()
-        given = [*given, *lines]
+        content = sys.stdin.buffer.read() if options.file == "-" else Path(options.file).read_bytes()
+        try:
+            given = [*given, *content.decode().splitlines()]
+        except UnicodeDecodeError as error:
+            raise WrongUsage(f"--file {options.file}: it is not UTF-8: {error}") from None
     entries = [entry for line in given if (entry := _entry(line))]
     done = parts.registry().allow(entries, who(), options.again)
     print(f"{done.new} new" + (f", {done.changed} changed" if done.changed else ""))
@@ -345,12 +390,12 @@ def parser() -> argparse.ArgumentParser:
     verb("upgrade", upgrade, "bring the database of an older version up to this one", unmade=True)
 
     one = verb("serve", serve, "answer devices")
-    one.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT|unix:PATH")
+    one.add_argument("--listen", type=listener, default="127.0.0.1:8080", metavar="HOST:PORT|unix:PATH")
     one.add_argument("--behind-proxy", action="store_true", help="believe X-Forwarded-For and X-Forwarded-Proto")
     one.add_argument("--metrics", metavar="HOST:PORT", help="where Prometheus finds what to watch")
     one = verb("work", work, "make orders at the ACME CA, and set names in DNS")
     one.add_argument("--once", action="store_true", help="end when there is nothing to do")
-    one.add_argument("--pause", type=float, default=2.0, metavar="SECONDS", help="between two looks at the queue")
+    one.add_argument("--pause", type=seconds, default=2.0, metavar="SECONDS", help="between two looks at the queue")
 
     one = verb("signer", sign, "sign, behind a socket: what `serve` asks where it can't read the CA's key")
     one.add_argument("--socket", metavar="PATH", help="by default ca.signer_socket of the configuration")
@@ -365,7 +410,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true")
     for name, text in (("authorize", "give a certificate"), ("reject", "never give a certificate again")):
         one = verb(name, decide, f"{text} to the requests with these hashes, or the only ones of these client IDs")
-        one.add_argument("which", nargs="+", metavar="HASH|ID")
+        one.add_argument("which", nargs="+", type=words, metavar="HASH|ID")
     for name, text in (
         ("bar", "keep devices out, whatever they ask with and whatever the rules say; what they have is rejected"),
         ("unbar", "let devices that are barred ask again"),
@@ -373,41 +418,41 @@ def parser() -> argparse.ArgumentParser:
         ("resume", "give devices that are suspended back what they had"),
     ):
         one = verb(name, hold, text)
-        one.add_argument("ids", nargs="+", metavar="ID")
+        one.add_argument("ids", nargs="+", type=words, metavar="ID")
     one = verb("allow", allow, "put client IDs on the list of devices, as the production line made them")
-    one.add_argument("ids", nargs="*", metavar="ID[,SHA256]")
+    one.add_argument("ids", nargs="*", type=words, metavar="ID[,SHA256]")
     one.add_argument("--file", metavar="PATH|-", help="one a line; SHA-256 of the device's request or public key")
     one.add_argument("--again", action="store_true", help="admit their next keys as well, once: for erased devices")
     one = verb("disallow", disallow, "take client IDs off the list of devices, and reject all their requests")
-    one.add_argument("ids", nargs="+", metavar="ID")
+    one.add_argument("ids", nargs="+", type=words, metavar="ID")
     one = verb("purge", purge, "forget requests that nobody decided about, and that nobody asks about any more")
-    one.add_argument("--days", type=int, help="for how long nobody asked; by default pending_days")
+    one.add_argument("--days", type=whole(0, LONG), help="for how long nobody asked; by default pending_days")
     one = verb("log", show_log, "every decision")
-    one.add_argument("--id", metavar="ID")
-    one.add_argument("--action")
+    one.add_argument("--id", type=words, metavar="ID")
+    one.add_argument("--action", type=words)
     one.add_argument("--since", type=duration, metavar="3d")
-    one.add_argument("--last", type=int, metavar="LINES")
+    one.add_argument("--last", type=whole(1, 10**9), metavar="LINES")
     one.add_argument("--json", action="store_true")
     one.add_argument("--verify", action="store_true", help="whether anybody has changed what is in it")
     one = verb("minimum-serial", minimum, "the smallest serial number that is accepted")
     one.add_argument("--now", action="store_true", help="accept nothing that was signed before this moment")
 
     one = verb("ca-create", ca_create, "make a CA, and the database where there is none", makes=True)
-    one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
+    one.add_argument("--subject", required=True, type=words, metavar="C=..,O=..,CN=..")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
-    one.add_argument("--days", type=int, default=7300)
+    one.add_argument("--days", type=whole(1, LONG), default=7300)
     one.add_argument(
         "--replace", action="store_true", help="in the place of the CA that is there, which is kept beside it"
     )
     one = verb("ca-renew", ca_renew, "a new certificate of the CA, with the same key and name")
-    one.add_argument("--days", type=int, default=7300)
+    one.add_argument("--days", type=whole(1, LONG), default=7300)
     one = verb("ca-request", ca_request, "print a request for another CA to sign", makes=True)
-    one.add_argument("--subject", required=True, metavar="C=..,O=..,CN=..")
+    one.add_argument("--subject", required=True, type=words, metavar="C=..,O=..,CN=..")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
     one.add_argument("--replace", action="store_true", help="a new key; the old one signs until ca-install")
     one = verb("ca-next", ca_next, "make the CA that will follow this one; then, stage by stage, let it")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
-    one.add_argument("--days", type=int, default=7300)
+    one.add_argument("--days", type=whole(1, LONG), default=7300)
     stage = one.add_mutually_exclusive_group()
     for name, text in (("switch", "it signs from now on"), ("finish", "nothing is signed by the old one any more")):
         stage.add_argument(f"--{name}", dest="stage", action="store_const", const=name, help=text)
@@ -419,9 +464,9 @@ def parser() -> argparse.ArgumentParser:
         server_certificate,
         "key and certificate of the TLS front, where it has none or they end soon",
     )
-    one.add_argument("names", nargs="+", metavar="HOST")
+    one.add_argument("names", nargs="+", type=words, metavar="HOST")
     one.add_argument("--out", required=True, metavar="PATH")
-    one.add_argument("--days", type=int, default=6)
+    one.add_argument("--days", type=whole(1, LONG), default=6)
     return top
 
 
@@ -435,7 +480,16 @@ def main() -> int:
         configuration = Configuration.read(options.config)
         if options.makes:
             Store.init(configuration.database)
-        return options.run(configuration if options.unmade else _assembled(configuration, options), options) or 0
+        status: int | None = options.run(
+            configuration if options.unmade else _assembled(configuration, options), options
+        )
+        # What nobody reads is to be noticed here, and not when Python ends.
+        if sys.stdout:
+            sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        # `head` has seen enough. What is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (WrongUsage, TryLater, OSError) as error:
         print(f"caramel-authority: {error}", file=sys.stderr)
     except DBAPIError as error:

@@ -20,6 +20,8 @@ from .errors import WrongUsage
 from .signing_request import HOST_NAME
 
 PATH = "/etc/caramel-authority.toml"
+#: Days, a century: more is a mistake, and soon beyond the dates that a certificate can have.
+LONG = 36500
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Configuration:
             (self.signer in ("ca", "acme"), 'signer is "ca" or "acme"'),
             (self.retry_after > 0, "retry_after is positive"),
             (self.pending_days > 0 and self.pending_limit > 0, "pending_days and pending_limit are positive"),
+            (self.pending_days <= LONG, f"pending_days is at most {LONG}"),
+            (self.ca.life_hours <= LONG * 24, f"ca.life_hours is at most {LONG * 24}"),
             (
                 self.ca.life_hours * 3600 > self.ca.backdate_seconds >= 0,
                 "ca.life_hours is longer than backdate_seconds",
@@ -182,7 +186,7 @@ class Configuration:
 def url_of(database: str) -> URL:
     try:
         return make_url(database)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # a port that is no number
         raise WrongUsage("database is no address like sqlite:////PATH or postgresql+psycopg://HOST/NAME") from None
 
 

@@ -58,6 +58,8 @@ PENDING_OF_ONE = 20
 PIECE = 500
 #: Digits of a hash that no client ID shares by accident.
 NO_ACCIDENT = 12
+#: Digits of a SHA-256.
+WHOLE_HASH = 64
 
 
 @dataclass(frozen=True)
@@ -279,17 +281,18 @@ class Registry:
         """The rule that admits this request now, None where that is for a person to say.
 
         A rule admits an ID once: whoever comes with a second key for it may be somebody else, unless the rules, or
-        somebody for this device, said `again`. No rule admits a key that was rejected; and where it is known which
-        request or key the device has, rules admit no other.
+        somebody for this device, said `again`. No rule admits a key that was rejected or retired; and where it is
+        known which request or key the device has, rules admit no other.
         """
         listed = db.execute(select(devices).where(devices.c.client_id == request.device)).first()
-        with_this_key = select(requests.c.state).where(requests.c.key_sha256 == request.key_sha256)
-        if REJECTED in db.execute(with_this_key).scalars().all():
+        states = _states_of_key(db, request.key_sha256)
+        if _was_refused(states):
             return None
         expected = listed.expected if listed else None
         if expected and expected not in (request.sha256, request.key_sha256):
             return None
-        if listed and listed.again:
+        # What is said about the next key is not for another request with the present one.
+        if listed and listed.again and AUTHORIZED not in states:
             return "again"
         if listed and listed.sha256 and not self._rules.again and not expected:
             return None
@@ -301,12 +304,17 @@ class Registry:
 
     def _decide(self, db: Connection, sha256: str, state: str, who: str) -> None:
         """Writes a decision down, and what follows from it. The transaction has locked the device."""
-        before = db.execute(select(requests.c.state).where(requests.c.sha256 == sha256)).scalar_one()
+        before, key = db.execute(
+            select(requests.c.state, requests.c.key_sha256).where(requests.c.sha256 == sha256)
+        ).one()
+        present = AUTHORIZED in _states_of_key(db, key)
         values = update(requests).where(requests.c.sha256 == sha256).values(state=state).returning(requests)
         request = db.execute(values).one()
         if state == AUTHORIZED:
             store.insert_new(db, devices, client_id=request.device, added=now())
-            admitted = update(devices).where(devices.c.client_id == request.device).values(sha256=sha256, again=0)
+            admitted = update(devices).where(devices.c.client_id == request.device).values(sha256=sha256)
+            if not present:
+                admitted = admitted.values(again=0)
             if request.address and self._addresses != "off":
                 admitted = admitted.values(address=request.address)
             db.execute(admitted)
@@ -337,7 +345,8 @@ class Registry:
         """Authorizes or rejects the request with this hash (or its beginning), or the one of this client ID that is
         meant: it is to be the only one that could be. The request as it is now, then those that were retired.
 
-        Raises WrongUsage where it isn't clear which one is meant; a rejected or retired one is by its hash only.
+        Raises WrongUsage where it isn't clear which one is meant; one that was rejected or retired, or whose key was,
+        is by its hash only.
         """
         with self.store.writing() as db:
             request = self._meant(db, which, state)
@@ -362,10 +371,14 @@ class Registry:
         of_hash: Sequence[Row[Any]] = []
         if re.fullmatch("[0-9a-f]{8,64}", which):
             of_hash = db.execute(select(requests).where(requests.c.sha256.startswith(which))).all()
+        if len(which) == WHOLE_HASH and of_hash:
+            # Nobody says a whole hash and means an ID, and anybody may choose it as theirs.
+            of_id = []
         if of_id and of_hash and len(which) >= NO_ACCIDENT:
             # Somebody chose the beginning of another's hash as an ID.
             raise WrongUsage(f"{which} is an ID, and the beginning of another request's hash: {_named(of_hash)}")
-        if of_hash and not of_id:
+        by_hash = bool(of_hash and not of_id)
+        if by_hash:
             meant = list(of_hash)
         elif state == REJECTED:
             meant = [one for one in of_id if one.state != REJECTED] or list(of_id[-1:])
@@ -374,6 +387,8 @@ class Registry:
         if len(meant) != 1:
             found = meant or of_id
             raise WrongUsage(f"{which}: which one? {_named(found)}" if found else f"{which}: no such request")
+        if state == AUTHORIZED and not by_hash and _was_refused(_states_of_key(db, meant[0].key_sha256)):
+            raise WrongUsage(f"{which}: its key was refused before: which one? {_named(meant)}")
         return meant[0]
 
     def bar(self, client_id: str, who: str) -> int:
@@ -581,6 +596,19 @@ def _checked(client_id: str) -> str:
 
 def _named(found: Sequence[Row[Any]]) -> str:
     return ", ".join(f"{request.sha256[:16]} ({request.state})" for request in found)
+
+
+def _states_of_key(db: Connection, key_sha256: str) -> set[str]:
+    """What was decided about the requests with this key."""
+    query = select(requests.c.state).where(requests.c.key_sha256 == key_sha256)
+    return set(db.execute(query.distinct()).scalars())
+
+
+def _was_refused(states: set[str]) -> bool:
+    """Whether a key with requests in these states was rejected, or retired and never authorized again: it may be in
+    other hands. The key that a device has may have retired requests too, those before its newest one.
+    """
+    return REJECTED in states or (RETIRED in states and AUTHORIZED not in states)
 
 
 def bar_of(db: Connection, device: str) -> str | None:

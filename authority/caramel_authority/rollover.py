@@ -148,6 +148,13 @@ class Rollover:
         if not known.next:
             raise WrongUsage("there is no next CA: ca-next makes one")
         self._ca.key_of(known.next[0])
+        end, begin = end_of(known.next), max(one.not_valid_before_utc for one in known.next)
+        if end <= store.now():
+            raise WrongUsage(
+                f"the next CA has ended, on {utc(end):%F}: remove {self._folder}/next.crt, and ca-next makes another"
+            )
+        if begin > utc(store.now()):
+            raise WrongUsage(f"the next CA begins on {begin:%F %R} UTC only, and could sign nothing until then")
         self._write_key("old.key", self._ca.key_of(known.chain[0]))
         self._write("old.crt", known.chain)
         self._write("ca.crt", known.next)

@@ -472,6 +472,20 @@ def test_one_ca_follows_another(authority: RegistrationAuthority, tmp_path: Path
         "ca-created", "ca-next", "ca-switched", "ca-finished"]  # fmt: skip
 
 
+def test_a_next_ca_that_cant_sign_is_not_switched_to(authority: RegistrationAuthority) -> None:
+    """Devices would be told to come again until somebody looks."""
+    next_ca = authority.ca.with_name("next.crt")
+    for made, days, said in ((3, "100", "the next CA begins on "), (-4, "2", "the next CA has ended, on ")):
+        authority.command("ca-next", "--days", days, before=at(made))
+        assert said in (refused := authority.command("ca-next", "--switch", status=1)) and refused.count("\n") == 1
+        next_ca.unlink()
+    authority.command("allow", "device")
+    with authority.serving() as server:
+        assert server.enroll(csr("device")).status == 200
+    authority.command("ca-next")
+    authority.command("ca-next", "--switch")
+
+
 @slow
 def test_killed_at_any_step_there_is_a_ca_that_signs(authority: RegistrationAuthority) -> None:
     """Each command of a roll-over dies before it gives a file its name, at the first, at the second and so on. A

@@ -85,6 +85,26 @@ def test_a_rejected_request_can_be_authorized_again(server: Server) -> None:
     assert server.get(sha256(request)).status == 200
 
 
+def test_a_key_that_was_refused_wants_its_hash(server: Server) -> None:
+    """Whoever says the ID thinks of another key."""
+    authority, keys = server.authority, [ec_key() for _ in range(2)]
+    rejected, retired, present = csr("rejected", keys[0]), csr("retired", keys[1]), csr("retired")
+    for request in (rejected, retired):
+        server.post(request)
+    authority.command("reject", "rejected")
+    authority.command("authorize", "retired")
+    server.post(present)
+    authority.command("authorize", "retired")
+    for client_id, key in zip(("rejected", "retired"), keys, strict=True):
+        back = csr(client_id, key)
+        server.post(back)
+        said = authority.command("authorize", client_id, status=1)
+        assert f"{client_id}: its key was refused before: which one? {sha256(back)[:16]} (pending)" in said
+        assert server.get(sha256(back)).status == 202
+        authority.command("authorize", sha256(back)[:16])
+        assert server.get(sha256(back)).status == 200
+
+
 def test_said_twice(server: Server) -> None:
     """What was said once is no other decision when it is said again."""
     first, second, third = (csr("device") for _ in range(3))
@@ -111,6 +131,19 @@ def test_an_id_wins_over_the_beginning_of_a_hash(server: Server) -> None:
     said = server.authority.command("authorize", sha256(first)[:16], status=1)
     assert f"the beginning of another request's hash: {sha256(first)[:16]} (pending)" in said
     assert [server.get(sha256(one)).status for one in (first, short, long)] == [202, 200, 202]
+
+
+def test_a_whole_hash_is_nobodys_id(server: Server) -> None:
+    """A stranger chose a victim's hash as an ID: neither decision about the victim is blocked by it."""
+    victim = csr("victim")
+    stranger = csr(sha256(victim))
+    server.post(victim)
+    server.post(stranger)
+    for verb, expected in (("authorize", 200), ("reject", 403)):
+        assert server.authority.command(verb, sha256(victim)).split()[2] == "victim"
+        assert [server.get(sha256(one)).status for one in (victim, stranger)] == [expected, 202]
+    server.authority.command("authorize", sha256(stranger))
+    assert server.get(sha256(stranger)).status == 200
 
 
 # --- Rules ---
@@ -223,6 +256,50 @@ def test_an_id_with_its_hash_on_the_list(authority: RegistrationAuthority, tmp_p
         authority.command("disallow", "by-key")
         authority.command("allow", f"by-key,{key_sha256(keys[0])}")
         assert status(server, csr("by-key", keys[0], subject=[*PREFIX, ("CN", "by-key")])) == 202
+
+
+@pytest.mark.parametrize("rules, hashed", [("", True), ("again = true", False)])
+def test_a_retired_key_comes_back_by_its_hash_only(tmp_path: Path, rules: str, hashed: bool) -> None:
+    """It may be in other hands, whatever request it comes with."""
+    authority = RegistrationAuthority(tmp_path, f"[rules]\n{rules}\n")
+    authority.create_ca()
+    old, new = ec_key(), ec_key()
+    first, second, back, again = (csr("device", key) for key in (old, new, old, old))
+    authority.command("allow", "--file", "-", given=f"device,{key_sha256(old)}\n" if hashed else "device\n")
+    with authority.serving() as server:
+        assert status(server, first) == 200
+        server.post(second)
+        authority.command("authorize", sha256(second))
+        assert [server.get(sha256(one)).status for one in (first, second)] == [202, 200]
+        assert status(server, back) == 202
+        # Nor is it the next key of an erased device.
+        authority.command("allow", "--again", "device")
+        assert [status(server, again), server.get(sha256(back)).status] == [202, 202]
+        assert server.get(sha256(second)).status == 200
+        authority.command("reject", sha256(again))
+        authority.command("authorize", sha256(back))
+        assert [server.get(sha256(one)).status for one in (back, second)] == [200, 202]
+
+
+@pytest.mark.parametrize("rules, expected", [("", 202), ("again = true", 200)])
+def test_the_present_key_is_not_the_next_one(tmp_path: Path, rules: str, expected: int) -> None:
+    """What was said for an erased device's next key is kept for that key."""
+    authority = RegistrationAuthority(tmp_path, f"[rules]\n{rules}\n")
+    authority.create_ca()
+    authority.command("allow", "device")
+    key = ec_key()
+    with authority.serving() as server:
+        assert status(server, csr("device", key)) == 200
+        authority.command("allow", "--again", "device")
+        present, more = csr("device", key), csr("device", key)
+        assert status(server, present) == expected
+        # Its requests before are retired then, and it is the present key all the same.
+        assert status(server, more) == expected
+        authority.command("authorize", sha256(more))
+        assert authority.rows("SELECT again FROM devices") == [(1,)]
+        assert status(server, csr("device")) == 200
+        assert authority.log("authorized")[-1][1] == "rule:again"
+        assert authority.rows("SELECT again FROM devices") == [(0,)]
 
 
 # --- A no that outlives rules and keys, and one that can be taken back ---
@@ -454,11 +531,65 @@ def test_the_smallest_accepted_serial_number(server: Server) -> None:
         ("[ca]\nlife_hours = 1", "ca.life_hours is longer than backdate_seconds"),
         ("= 1", "Invalid statement"),
         ('[dns]\naddresses = "post"', "dns.addresses needs a zone"),
+        ("pending_days = 1000000000000000", "pending_days is at most 36500"),
+        ("[ca]\nlife_hours = 1000000000000000", "ca.life_hours is at most 876000"),
     ],
 )
 def test_a_wrong_configuration_is_said(tmp_path: Path, settings: str, said: str) -> None:
     authority = RegistrationAuthority(tmp_path, settings)
     assert said in authority.command("list", status=1)
+
+
+def test_a_database_without_a_port_that_is_one(tmp_path: Path) -> None:
+    authority = RegistrationAuthority(tmp_path, database="postgresql+psycopg://h:port/x")
+    said = authority.command("list", status=1)
+    assert "database is no address like" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("ca-renew --days 3000000", "--days"),
+        ("ca-renew --days -5", "--days"),
+        ("ca-next --days 0", "--days"),
+        ("server-certificate localhost --out /dev/null --days -1", "--days"),
+        ("server-certificate localhost --out /dev/null --days 0", "--days"),
+        ("purge --days -5", "--days"),
+        ("purge --days 99999999999999999999", "--days"),
+        ("log --last -1", "--last"),
+        ("log --last 99999999999999999999", "--last"),
+        ("log --id \udcff", "--id"),
+        ("authorize \udcff", "HASH|ID"),
+        ("bar \udcff", "ID"),
+        ("allow \udcff", "ID[,SHA256]"),
+        ("serve --listen garbage", "--listen"),
+        ("serve --listen 127.0.0.1:abc", "--listen"),
+        ("serve --listen 127.0.0.1:65536", "--listen"),
+        ("work --pause -1", "--pause"),
+        ("work --pause nan", "--pause"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(tmp_path: Path, line: str, named: str) -> None:
+    said = RegistrationAuthority(tmp_path).command(*line.split(), status=2)
+    assert f"error: argument {named}: " in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_what_is_no_text_or_no_host_is_said_in_a_line(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_bytes(b"device\n\xff\n")
+    said = authority.command("allow", "--file", str(tmp_path / "ids"), status=1)
+    assert f"--file {tmp_path}/ids: it is not UTF-8" in said and said.count("\n") == 1
+    assert authority.rows("SELECT * FROM devices") == []
+    said = authority.command("serve", "--listen", "no host:80", status=1)
+    assert "--listen no host:80: " in said and said.count("\n") == 1
+
+
+def test_who_reads_no_further_gets_no_complaint(authority: RegistrationAuthority) -> None:
+    """As in `log | head`, both for what fits into a buffer and for what doesn't."""
+    authority.command("allow", *(f"device-{number}" for number in range(3000)))
+    for options in ([], ["--last", "1"]):
+        # The pipe's reader is gone before anything is written.
+        script = 'exec 3>&1; "$0" "$@" 2>&3 | true; exit "${PIPESTATUS[0]}"'
+        assert authority.command("log", *options, before=["bash", "-c", script], status=1) == ""
 
 
 def test_a_password_is_nobodys_to_read(tmp_path: Path) -> None:
