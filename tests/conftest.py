@@ -14,11 +14,12 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import world
 from needs import EVERYTHING, account, passed_before, require
+from talking import Talking
 from torture.fleet import Fleet
 from world import Authority, Caramel, Device, Front, Nginx, any_front
 
@@ -169,3 +170,29 @@ def device(tmp_path: Path, front: Front, authority: Authority, request: pytest.F
     """A new device with nothing on its disk and a client ID that no other test uses."""
     unique = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:10]
     return Device(tmp_path / "device", front.address, authority.certificate_file, f"fe{unique}")
+
+
+@pytest.fixture
+def new(tmp_path: Path, authority: Authority) -> Talking:
+    """A device with nothing on its disk, whose server says what the test wants."""
+    return Talking(tmp_path / "device", authority)
+
+
+@pytest.fixture
+def pending(new: Talking) -> Talking:
+    """The same, whose request was sent in an earlier run."""
+    new.pending()
+    return new
+
+
+@pytest.fixture
+def certified(new: Talking) -> Talking:
+    """The same, with a certificate that is good for another two days."""
+    new.certified()
+    return new
+
+
+@pytest.fixture(params=["pending", "certified"])
+def enrolled(request: pytest.FixtureRequest) -> Talking:
+    """Either of these two."""
+    return cast(Talking, request.getfixturevalue(request.param))
