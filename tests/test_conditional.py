@@ -6,26 +6,13 @@ import calendar
 import datetime
 import email.utils
 import os
+import tempfile
 from pathlib import Path
-from typing import Optional
 
 import pytest
 from needs import needs
-from world import Authority, Caramel, Device, Front, Nginx, Scripted, answers, hours, now
-
-ID = "fffbeec0ffee"
-
-
-@pytest.fixture(scope="module")
-def pem(authority: Authority) -> Path:
-    return authority.server(file="conditional.pem")
-
-
-@pytest.fixture
-def certified(tmp_path: Path, authority: Authority) -> Device:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    return device
+from talking import Talking
+from world import Authority, Caramel, Device, Front, Nginx, answers, hours, now
 
 
 def seconds(moment: datetime.datetime) -> int:
@@ -36,23 +23,18 @@ def http_date(moment: datetime.datetime) -> str:
     return email.utils.format_datetime(moment.astimezone(datetime.timezone.utc), usegmt=True)
 
 
-def asked_since(device: Device, pem: Path) -> Optional[str]:
+def asked_since(device: Talking) -> str:
     """What the device says in If-Modified-Since in one run against a server that has nothing for it."""
-    with Scripted(pem, [answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run().status == 69
-    assert len(server.requests) == 1
-    return server.requests[0].if_modified_since or None
+    assert device.hears(answers.PENDING).status == 69
+    return device.asked[0].if_modified_since
 
 
 @needs("nginx")
-def test_a_server_that_knows_304(
-    tmp_path: Path, device: Device, caramel: Caramel, authority: Authority, pem: Path
-) -> None:
+def test_a_server_that_knows_304(tmp_path: Path, device: Device, caramel: Caramel, authority: Authority) -> None:
     """A real nginx with certificates as files, and Caramel behind it for all others."""
     folder = tmp_path / "static"
     folder.mkdir()
-    with Nginx(tmp_path / "nginx", caramel, pem, static=folder) as front:
+    with Nginx(tmp_path / "nginx", caramel, authority.server(), static=folder) as front:
         device.server = front.address
         assert device.run().status == 69
 
@@ -82,102 +64,87 @@ def test_caramel_itself_is_asked_the_same_and_answers_with_the_body(
     assert device.run().status == 69
     caramel.sign(str(device.client_id))
     assert device.run().status == 0
-    certificate = device.certificate
-    before = device.snapshot()
+    certificate, before = device.certificate, device.snapshot()
     with front.watched() as seen:
         assert device.run().status == 0
     assert certificate
-    assert [(asked.status, asked.if_modified_since) for asked in seen] == [
-        (200, http_date(certificate.not_valid_before_utc))
-    ]
+    began = http_date(certificate.not_valid_before_utc)
+    assert [(asked.status, asked.if_modified_since) for asked in seen] == [(200, began)]
     assert device.snapshot() == before
 
 
-def test_the_files_time_is_what_is_asked_for(certified: Device, pem: Path) -> None:
+def test_the_files_time_is_what_is_asked_for(certified: Talking) -> None:
     moment = now() - hours(7)
     os.utime(certified.key_file, (0, moment.timestamp()))
-    assert asked_since(certified, pem) == http_date(moment)
+    assert asked_since(certified) == http_date(moment)
 
 
-@pytest.mark.parametrize(
-    "age, left, asked",
-    [(31, 17, True), (33, 15, False), (1, 47, True), (47, 1, False)],
-)
+@pytest.mark.parametrize(("age", "left", "asked"), [(31, 17, True), (33, 15, False), (1, 47, True), (47, 1, False)])
 def test_the_last_third_of_a_certificates_life_is_for_its_successor(
-    certified: Device, authority: Authority, pem: Path, age: int, left: int, asked: bool
+    new: Talking, age: int, left: int, asked: bool
 ) -> None:
     """A server whose clock or file times are wrong must not be able to let the certificate run out."""
-    certified.has(authority.identity(ID, not_before=now() - hours(age), not_after=now() + hours(left)))
-    assert bool(asked_since(certified, pem)) == asked
+    new.certified(not_before=now() - hours(age), not_after=now() + hours(left))
+    assert bool(asked_since(new)) == asked
 
 
-def test_without_a_certificate_nothing_is_conditional(certified: Device, authority: Authority, pem: Path) -> None:
-    certified.has(authority.identity(ID, certified=False))
-    assert asked_since(certified, pem) is None
+@pytest.mark.parametrize("life", ["pending", "expired"])
+def test_without_a_usable_certificate_nothing_is_conditional(new: Talking, life: str) -> None:
+    new.pending() if life == "pending" else new.certified(not_after=now() - hours(1))
+    assert not asked_since(new)
 
 
-def test_with_an_unusable_certificate_nothing_is_conditional(
-    certified: Device, authority: Authority, pem: Path
-) -> None:
-    certified.has(authority.identity(ID, not_after=now() - hours(1)))
-    assert asked_since(certified, pem) is None
+def test_only_the_get_is_conditional(certified: Talking) -> None:
+    certified.enrolls()
+    assert [bool(asked.if_modified_since) for asked in certified.asked] == [True, False, False]
 
 
-def test_only_the_get_is_conditional(certified: Device, pem: Path) -> None:
-    with Scripted(pem, [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
-        certified.server = server.address
-        assert certified.run().status == 69
-    assert [bool(asked.if_modified_since) for asked in server.requests] == [True, False, False]
+#: No good dates.
+HEADERS = [
+    "",
+    *("Last-Modified: yesterday", "Last-Modified:", "Last-Modified: -1", "Last-Modified: 0"),
+    *("Last-Modified: Thu, 99 Foo 2026 00:00:00 GMT", "Last-Modified: Thu, 01 Jan 99999 00:00:00 GMT"),
+]
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        None,
-        "Last-Modified: yesterday",
-        "Last-Modified:",
-        "Last-Modified: Thu, 99 Foo 2026 00:00:00 GMT",
-        "Last-Modified: Thu, 01 Jan 99999 00:00:00 GMT",
-        "Last-Modified: -1",
-        "Last-Modified: 0",
-    ],
-)
-def test_without_a_good_last_modified_the_certificates_own_time_counts(
-    certified: Device, authority: Authority, pem: Path, header: Optional[str]
-) -> None:
+@pytest.mark.parametrize("header", HEADERS)
+def test_without_a_good_last_modified_the_certificates_own_time_counts(certified: Talking, header: str) -> None:
     begun = now() - hours(5)
-    fresh = authority.sign(certified.request, not_before=begun)
-    with Scripted(pem, [answers.certificate(fresh, *([header] if header else []))]) as server:
-        certified.server = server.address
-        assert certified.run().status == 0
+    fresh = certified.signed(not_before=begun)
+    assert certified.hears(answers.certificate(fresh, *filter(None, [header]))).status == 0
     assert certified.key_file.stat().st_mtime_ns == seconds(begun) * 10**9
-    assert asked_since(certified, pem) == http_date(begun)
+    assert asked_since(certified) == http_date(begun)
 
 
-@pytest.mark.parametrize(
-    "date, moment",
-    [
-        ("Sun, 06 Nov 1994 08:49:37 GMT", datetime.datetime(1994, 11, 6, 8, 49, 37, tzinfo=datetime.timezone.utc)),
-        ("Sunday, 06-Nov-94 08:49:37 GMT", datetime.datetime(1994, 11, 6, 8, 49, 37, tzinfo=datetime.timezone.utc)),
-        ("Sun Nov  6 08:49:37 1994", datetime.datetime(1994, 11, 6, 8, 49, 37, tzinfo=datetime.timezone.utc)),
-    ],
-)
-def test_a_date_may_have_any_of_https_forms(
-    certified: Device, authority: Authority, pem: Path, date: str, moment: datetime.datetime
-) -> None:
+DATES = ["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"]
+
+
+@pytest.mark.parametrize("date", DATES)
+def test_a_date_may_have_any_of_https_forms(certified: Talking, date: str) -> None:
     """RFC 9110, 5.6.7: all three are to be understood, and the time zone of the device has no part in it."""
-    fresh = authority.sign(certified.request, not_before=now() - hours(5))
-    with Scripted(pem, [answers.certificate(fresh, f"Last-Modified: {date}")]) as server:
-        certified.server = server.address
-        assert certified.run(env={"TZ": "Pacific/Kiritimati"}).status == 0
-    assert certified.key_file.stat().st_mtime == moment.timestamp()
+    fresh = answers.certificate(certified.signed(not_before=now() - hours(5)), f"Last-Modified: {date}")
+    assert certified.hears(fresh, env={"TZ": "Pacific/Kiritimati"}).status == 0
+    assert certified.key_file.stat().st_mtime == 784111777
 
 
-def test_the_same_certificate_with_another_time_changes_nothing(certified: Device, pem: Path) -> None:
+@pytest.mark.parametrize("date", ["Fri, 31 Dec 9999 23:59:59 GMT", "Sat, 01 Jan 12000 00:00:00 GMT"])
+def test_a_date_at_the_end_of_time(pending: Talking, date: str) -> None:
+    assert pending.hears(answers.certificate(pending.signed(), f"Last-Modified: {date}")).status == 0
+    pending.keeps(answers.PENDING, status=69)
+
+
+def test_a_file_time_past_the_year_9999(new: Talking) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # an ext4 has no such times
+        new.key_file = Path(folder) / "identity.pem"
+        new.certified()
+        os.utime(new.key_file, (300_000_000_000, 300_000_000_000))
+        assert new.key_file.stat().st_mtime == 300_000_000_000
+        run = new.hears(answers.certificate(new.block("CERTIFICATE") or b""))
+    assert run.status == 0, run.err
+    assert new.asked[0].if_modified_since == ""
+
+
+def test_the_same_certificate_with_another_time_changes_nothing(certified: Talking) -> None:
     """Flash wears: a server behind a load balancer may name another time with each answer."""
-    before = certified.snapshot()
     same = answers.certificate(certified.block("CERTIFICATE") or b"", f"Last-Modified: {http_date(now())}")
-    with Scripted(pem, [same]) as server:
-        certified.server = server.address
-        assert certified.run().status == 0
-    assert certified.snapshot() == before
+    certified.keeps(same, status=0)
