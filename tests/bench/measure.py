@@ -36,7 +36,7 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from bench import elliptic, flushes, records, report
+from bench import elliptic, records, report
 from bench.filtered import FilteredCaramel, MeteredNginx
 from bench.proxy import DelayingProxy, Traffic, medians
 
@@ -49,10 +49,6 @@ DISTANCES = ((0.0, 3.0), (0.1, 0.34), (0.6, 0.34))
 #: The longest that a single run may take, in seconds.
 PATIENCE = 60.0
 CLIENT_ID = "fffbeec0ffee"
-#: The release before the three packages, beside which this one is measured.
-BEFORE = "1.0.0"
-#: How often the key file is replaced to see what its second flush costs.
-REPLACEMENTS = 300
 
 
 # --- One run ------------------------------------------------------------------------------------------------
@@ -277,22 +273,6 @@ class Command(Program):
         setting.place(self.sealed)
 
 
-class WithoutStarter(Command):
-    """This program without the shell that stays as its parent."""
-
-    statuses: ClassVar[Mapping[str, int]] = {"unchanged": 0, "locked out": 1}
-    probe = True
-
-    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
-        return list(world.WITHOUT_STARTER), super().command(setting)[1]
-
-
-class Before(Command):
-    """This program as it was before its three packages; it wrote no line of text."""
-
-    sealed = False
-
-
 class CurlScript(Command):
     """A shell script around curl and openssl: the same statuses, the same environment."""
 
@@ -393,14 +373,8 @@ def programs(folder: Path, authority: world.Authority) -> list[Program]:
         packed = zipapp(folder / "caramel-embedded.pyz", authority)
         if packed:
             found.append(Command("caramel-embedded, zipapp", packed))
-        found.append(WithoutStarter("caramel-embedded, no starter", command))
     else:
         print("bench: the program itself is not installed, and so not measured", file=sys.stderr)
-    before = world.BUILD / "bench" / "before" / "bin" / "caramel-embedded"
-    if before.exists():
-        found.append(Before(f"caramel-embedded {BEFORE}", before))
-    else:
-        print(f"bench: {BEFORE} is not installed, and so not measured", file=sys.stderr)
     return [
         *found,
         CurlScript("curl and openssl", HERE / "caramel-curl.sh"),
@@ -428,24 +402,6 @@ def zipapp(path: Path, authority: world.Authority) -> Path | None:
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar on standard error, where that is a terminal; a line now and then where it isn't."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.started, self.said = steps, 0, time.monotonic(), 0.0
-
-    def step(self, what: str) -> None:
-        self.done += 1
-        share = min(1.0, self.done / self.steps)
-        took = time.monotonic() - self.started
-        line = f"[{'#' * int(30 * share):30}] {100 * share:3.0f} % {took:4.0f} s  {what[:60]:60}"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="\n" if share == 1 else "", file=sys.stderr, flush=True)
-        elif took - self.said > 20 or share == 1:
-            self.said = took
-            print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 class Bench:
@@ -484,9 +440,11 @@ class Bench:
             fcntl.flock(held, fcntl.LOCK_EX)
             yield
 
-    def run(self, program: Program, stage: Stage, state: str, proxy: DelayingProxy) -> Sample:
-        """One run, with its cost. A run that ends otherwise than it should ends the benchmark: its figures
-        mean nothing."""
+    def run(
+        self, program: Program, stage: Stage, state: str, proxy: DelayingProxy, before: Sequence[str] = ()
+    ) -> Sample:
+        """One run, with its cost; `before`: what stands before the command. A run that ends otherwise than it should
+        ends the benchmark: its figures mean nothing."""
         setting = self.setting(program, stage, state, proxy.address)
         command, env = program.command(setting)
         proxy.reset()
@@ -497,8 +455,9 @@ class Bench:
                 quiet = time.monotonic() - proxy.traffic.last
                 return bool(proxy.traffic.last) and quiet > 0.5 + 2 * proxy.round_trip
 
+        line = [*before, *command]
         with self.locked(setting):
-            status, wall, cpu, memory = self.spawner.run(command, self.environment(env), setting.folder, idle)
+            status, wall, cpu, memory = self.spawner.run(line, self.environment(env), setting.folder, idle)
         traffic = proxy.wait()
         if status != program.statuses[state]:
             said = self.spawner.output.read_text(errors="replace")[-2000:]
@@ -507,66 +466,15 @@ class Bench:
 
     def traced(self, program: Program, stage: Stage, state: str, proxy: DelayingProxy) -> dict[str, int]:
         """System calls, and what they did to the file system; from a run under strace(1)."""
-        setting = self.setting(program, stage, state, proxy.address)
-        command, env = program.command(setting)
         trace = self.folder / "trace"
-        line = [_which("strace"), "-f", "-y", "-qq", "-s", "0", "-o", str(trace), *command]
-        with self.locked(setting):
-            self._quietly(program, state, line, env, setting, proxy)
+        strace = [_which("strace"), "-f", "-y", "-qq", "-s", "0", "-o", str(trace)]
+        self.run(program, stage, state, proxy, strace)
         return read_trace(trace.read_text(errors="replace"))
 
-    def instructions(self, program: Program, stage: Stage, state: str, proxy: DelayingProxy) -> int:
-        """Instructions of a run and of all it starts, under callgrind."""
-        setting = self.setting(program, stage, state, proxy.address)
-        command, env = program.command(setting)
-        for old in self.folder.glob("callgrind.*"):
-            old.unlink()
-        tool = [
-            "--tool=callgrind",
-            "--trace-children=yes",
-            f"--callgrind-out-file={self.folder}/callgrind.%p",
-        ]
-        with self.locked(setting):
-            self._quietly(program, state, [_which("valgrind"), "-q", *tool, *command], env, setting, proxy)
-        totals = (
-            re.search(r"^(?:totals|summary): (\d+)", file.read_text(), re.MULTILINE)
-            for file in self.folder.glob("callgrind.*")
-        )
-        return sum(int(found[1]) for found in totals if found)
 
-    def _quietly(
-        self,
-        program: Program,
-        state: str,
-        line: Sequence[str],
-        env: Mapping[str, str],
-        setting: Setting,
-        proxy: DelayingProxy,
-    ) -> None:
-        proxy.reset()
-        process = subprocess.Popen(
-            line,
-            env=self.environment(env),
-            cwd=setting.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=world.die_with_parent,
-        )
-        try:
-            if state in program.waits:
-                world.until("it waits", lambda: 0 < proxy.traffic.last < time.monotonic() - 2, PATIENCE)
-                os.killpg(process.pid, signal.SIGINT)
-            status = process.wait(PATIENCE)
-        finally:
-            world.end(process, 0.1)
-        if status != program.statuses[state]:
-            raise SystemExit(f"bench: {program.name}, {state}, under {Path(line[0]).name}: ended with {status}")
-
-
-#: strace's name of a descriptor of a regular file: a path, and none of a pipe, a socket, a memfd or a device.
-_REGULAR = re.compile(r"^\w+\((\d+)<(/(?!dev/|proc/|sys/|memfd:)[^>]*)>")
+#: strace's name of a descriptor of a regular file: a path, and none of a pipe, a socket, a memfd or a device; nor is
+#: it the file that takes what a run prints.
+_REGULAR = re.compile(r"^\w+\(\d+</(?!dev/|proc/|sys/|memfd:)[^>]*(?<!/output)>")
 _FLUSHES = {"fsync", "fdatasync", "sync", "syncfs", "msync", "sync_file_range"}
 _CHANGES = re.compile(r"(rename|link|symlink|unlink|mkdir|rmdir|truncate|ftruncate|f?chmod|f?l?chown|utime)")
 _WRITES = {"write", "pwrite64", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range"}
@@ -620,59 +528,43 @@ def recorded(bench: Bench, program: Program, stage: Stage) -> list[tuple[str, st
 def machine() -> dict[str, str]:
     """What the figures were made on, without anything that names it."""
     model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    versions = {
-        "nginx": re.search(r"nginx/(\S+)", _said([world.Nginx.program() or "nginx", "-v"])),
-        "curl": re.search(r"curl (\S+)", _said(["curl", "--version"])),
-        "OpenSSL": re.search(r"OpenSSL (\S+)", _said(["openssl", "version"])),
-        "urllib3": re.search(
-            r"(\S+)",
-            _said(
-                [
-                    str(world.BUILD / "bench/urllib3/bin/python"),
-                    "-c",
-                    "import urllib3 as u; print(u.__version__)",
-                ]
-            ),
-        ),
-    }
     return {
-        "processor": (model[1] if model else platform.machine()) + f", {os.cpu_count()} cores",
-        "kernel": f"Linux {platform.release().split('-')[0]}, {platform.machine()}",
+        "processor": f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores",
+        "kernel": f"{platform.system()} {platform.release().split('-')[0]}, {platform.machine()}",
         "Python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
-        **{name: found[1] if found else "?" for name, found in versions.items()},
+        "nginx": _said([world.Nginx.program() or "nginx", "-v"]),
+        "curl": _said(["curl", "--version"]),
+        "OpenSSL": _said(["openssl", "version"]),
     }
 
 
 def _said(command: Sequence[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=30)
-    return done.stdout.decode(errors="replace")
+    return done.stdout.decode(errors="replace").partition("\n")[0]
 
 
-#: What to put back into the configuration for metered fleets, to see what a line of it saves: name, line,
-#: instead.
-LINES = (
-    ("no session tickets", "ssl_session_tickets off;", ""),
-    ("TLS 1.3 only", "ssl_protocols TLSv1.3;", "ssl_protocols TLSv1.2;"),
-    ("curves X25519 and P-256 only", "ssl_ecdh_curve X25519:prime256v1;", ""),
-    ("keep-alive off", "keepalive_timeout 0;", ""),
-    ("no version in Server", "server_tokens off;", ""),
-)
-#: The lines about client certificates, and what else could stand there.
-ASKING = ("ssl_verify_client optional;", "ssl_client_certificate")
-OTHERWISE = (
-    (
-        "otherwise: optional_no_ca, without the CA's name",
-        {ASKING[0]: "ssl_verify_client optional_no_ca;", ASKING[1]: "ssl_trusted_certificate"},
-    ),
-    (
-        "otherwise: no ticket at all, `ssl_conf_command NumTickets 0` (nginx 1.19.4)",
-        {"ssl_session_tickets off;": "ssl_session_tickets off; ssl_conf_command NumTickets 0;"},
-    ),
-    (
-        "otherwise: client certificates not asked for",
-        {ASKING[0]: "ssl_verify_client off;", ASKING[1]: "ssl_trusted_certificate"},
-    ),
-)
+#: What else could stand in the configuration for metered fleets, to see what a line of it saves.
+_OPTIONAL, _OF_CLIENTS = "ssl_verify_client optional;", "ssl_client_certificate"
+_TICKETS = "ssl_session_tickets off;"
+LINES: Mapping[str, Mapping[str, str]] = {
+    report.ALL_LINES: {},
+    "without: no session tickets": {_TICKETS: ""},
+    "without: TLS 1.3 only": {"ssl_protocols TLSv1.3;": "ssl_protocols TLSv1.2;"},
+    "without: curves X25519 and P-256 only": {"ssl_ecdh_curve X25519:prime256v1;": ""},
+    "without: keep-alive off": {"keepalive_timeout 0;": ""},
+    "without: no version in Server": {"server_tokens off;": ""},
+    "otherwise: optional_no_ca, without the CA's name": {
+        _OPTIONAL: "ssl_verify_client optional_no_ca;",
+        _OF_CLIENTS: "ssl_trusted_certificate",
+    },
+    "otherwise: no ticket at all, `ssl_conf_command NumTickets 0` (nginx 1.19.4)": {
+        _TICKETS: f"{_TICKETS} ssl_conf_command NumTickets 0;"
+    },
+    "otherwise: client certificates not asked for": {
+        _OPTIONAL: "ssl_verify_client off;",
+        _OF_CLIENTS: "ssl_trusted_certificate",
+    },
+}
 
 
 def versions() -> dict[str, str]:
@@ -691,10 +583,8 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
     if quick:
         distances = distances[:1]
     runs = [(program, state) for program in contestants for state in STATES if state in program.statuses]
-    steps = sum(count for _, count in distances) * len(STATES) + len(runs) + 2 * len(contestants) + 13
-    progress = Progress(steps)
-    seen: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "runs": {}, "ratios": {}}
-    seen.update({"traces": {}, "instructions": {}})
+    seen: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds}
+    seen.update({"runs": {}, "ratios": {}, "traces": {}})
     with contextlib.ExitStack() as stack:
         plain_caramel = stack.enter_context(world.Caramel(folder / "plain", authority))
         filtered_caramel = FilteredCaramel(folder / "filtered", authority)
@@ -728,18 +618,15 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
         for distance, count in distances:
             for turn in range(count):
                 for state in STATES:
-                    if distance and state == "locked out":
-                        progress.step(state)
-                        continue
                     fitting = [program for program in contestants if state in program.statuses]
                     # Whoever comes first finds the caches as the last one left them: so it is another one
                     # each time.
                     for program in fitting[turn % len(fitting) :] + fitting[: turn % len(fitting)]:
-                        if distance and (state in program.waits or program.probe):
-                            continue  # no wall time of its own
+                        if distance and (state in program.waits or program.probe or state == "locked out"):
+                            continue  # no wall time of its own, or no network
                         sample = bench.run(program, plain, state, proxies[distance])
                         samples.setdefault((program.name, state, distance), []).append(sample)
-                    progress.step(f"{state}, {distance:g} s round trip, round {turn + 1}")
+                say(f"{distance:g} s round trip, round {turn + 1} of {count}")
         for state in STATES:
             floor = samples.get((Bare.name if state == "locked out" else Urllib3.name, state, 0.0))
             for program in contestants:
@@ -752,54 +639,37 @@ def measure(rounds: int, folder: Path, quick: bool) -> dict[str, Any]:
             seen["runs"].setdefault(state, {}).setdefault(name, {})[f"{distance:g}"] = summary(several)
 
         for program, state in runs:
-            seen["traces"].setdefault(state, {})[program.name] = bench.traced(program, plain, state, near)
-            progress.step(f"{program.name}, {state}, system calls")
-        for program in contestants:
-            for state in ("unchanged", "locked out"):
-                if state in program.statuses:
-                    counted = bench.instructions(program, plain, state, near)
-                    seen["instructions"].setdefault(state, {})[program.name] = counted
-                progress.step(f"{program.name}, {state}, instructions")
+            if state not in program.waits:
+                seen["traces"].setdefault(state, {})[program.name] = bench.traced(program, plain, state, near)
+        say("system calls")
 
         online = [p for p in contestants if "unchanged" in p.statuses and not p.probe]
         seen["wire"] = {
             name: {program.name: metered(bench, program, stage) for program in online}
             for name, stage in (("plain", plain), ("filter", filtered), ("metered", cheap))
         }
-        progress.step("bytes on the wire")
+        say("bytes on the wire")
         ours = online[0]
         if isinstance(ours, Command) and elliptic.COMMAND.exists():
             seen["elliptic"] = elliptic.measure(str(ours.path), folder / "authority")
             seen["records"] = recorded(bench, ours, cheap)
-            progress.step("everything elliptic")
-        seen["flushes"] = flushes.measure(folder / "flushes", 20 if quick else REPLACEMENTS)
-        progress.step("the second flush")
-        seen["lines"] = {"with all lines": metered(bench, ours, cheap)}
-        seen["measured with"] = ours.name
-        for name, line, instead in LINES:
-            metered_nginx.lines = {line: instead}
+            say("everything elliptic")
+
+        def served(certificate: Path, lines: Mapping[str, str]) -> dict[str, int]:
+            metered_nginx.certificate, metered_nginx.lines = certificate, lines
             metered_nginx.restart()
-            seen["lines"][f"without: {name}"] = metered(bench, ours, cheap)
-            progress.step(f"nginx without: {name}")
-        metered_nginx.lines = {}
-        for name, lines in OTHERWISE:
-            metered_nginx.lines = lines
-            metered_nginx.restart()
-            seen["lines"][name] = metered(bench, ours, cheap)
-        metered_nginx.lines = {}
-        leaf = metered_nginx.certificate
+            return metered(bench, ours, cheap)
+
+        seen["lines"] = {name: served(certificate, lines) for name, lines in LINES.items()}
         with_root = folder / "with-root.pem"
-        with_root.write_bytes(leaf.read_bytes() + authority.pem)
-        metered_nginx.certificate = with_root
-        metered_nginx.restart()
-        seen["lines"]["without: the server's certificate alone"] = metered(bench, ours, cheap)
-        metered_nginx.certificate = small_server(authority)
-        metered_nginx.restart()
-        seen["lines"]["otherwise: an elliptic key for the server"] = metered(bench, ours, cheap)
-        metered_nginx.certificate = leaf
-        metered_nginx.restart()
-        progress.step("nginx, line by line")
+        with_root.write_bytes(certificate.read_bytes() + authority.pem)
+        seen["lines"]["without: the server's certificate alone"] = served(with_root, {})
+        seen["lines"]["otherwise: an elliptic key for the server"] = served(small_server(authority), {})
     return seen
+
+
+def say(what: str) -> None:
+    print(f"bench: {what}", file=sys.stderr, flush=True)
 
 
 def small_server(authority: world.Authority) -> Path:
@@ -834,26 +704,21 @@ def summary(several: Sequence[Sample]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What one check costs, side by side with what people use today.")
     parser.add_argument("--quick", action="store_true", help="no long distances; to see that it works")
-    parser.add_argument("--again", action="store_true", help="only write the reports again from the last figures")
     options = parser.parse_args()
     # A shell's job in the background ignores it (POSIX, 2.11), and so would the programs that are ended with it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    figures = world.BUILD / "bench" / "figures.json"
-    if not options.again:
-        rounds = max(1, min(200, int(os.environ.get("BENCH_ROUNDS") or 15)))
-        folder = world.BUILD / "bench" / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        started = time.monotonic()
-        seen = measure(rounds, folder, options.quick)
-        seen["seconds"] = round(time.monotonic() - started)
-        figures.write_text(json.dumps(seen, indent=1))
-    seen = json.loads(figures.read_text())
-    page, picture = figures.parent / "bench.md", figures.parent / "bench.svg"
+    rounds = max(1, min(200, int(os.environ.get("BENCH_ROUNDS") or 15)))
+    folder = world.BUILD / "bench" / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.monotonic()
+    seen = measure(rounds, folder, options.quick)
+    seen["seconds"] = round(time.monotonic() - started)
+    figures, page = folder.parent / "figures.json", folder.parent / "bench.md"
+    figures.write_text(json.dumps(seen, indent=1))
     page.write_text(report.page(seen))
-    picture.write_text(report.picture(seen))
     print(report.targets(seen))
-    print(f"\nWritten: {page}, {picture} (from {figures})")
+    print(f"\nWritten: {page} (from {figures})")
 
 
 if __name__ == "__main__":
