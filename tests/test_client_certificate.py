@@ -149,7 +149,7 @@ def test_a_server_that_ends_the_connection_with_an_alert(
         signed.server = front.address
         run = signed.run()
     assert run.status == 0, run.err
-    assert front.connections == 1, "of two handshakes one went well"
+    assert front.handshakes == 1, "of two handshakes one went well"
     assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
 
 
