@@ -595,6 +595,23 @@ def test_started_twice_it_runs_once_and_stopped_it_is_gone(init: list[str], tmp_
     assert call(init, "stop").returncode == 0
 
 
+def test_stopped_in_a_check_the_check_is_over_too(init: list[str], tmp_path: Path) -> None:
+    """Not only told to end: whoever swaps the firmware next finds nothing that still writes or calls a hook."""
+    for name in ("until-enrolled", "chance", "keep-enrolled"):
+        shutil.copy(LIBEXEC / name, tmp_path)
+    check = tmp_path / "check"
+    ended = f"/bin/sleep 1; : >{tmp_path}/ended; exit 127"
+    forever = "while :; do /bin/sleep 0.1; done"
+    check.write_text(f'#!/bin/sh\ntrap "{ended}" TERM\n: >{tmp_path}/asked\n{forever}\n')
+    check.chmod(0o755)
+    (tmp_path / "default").write_text(f"CARAMEL_EMBEDDED={check}\n")
+    call(init, "start")
+    until("it checks", (tmp_path / "asked").exists)
+    assert call(init, "stop").stdout == "Stopping caramel-embedded: OK\n"
+    assert (tmp_path / "ended").exists()
+    assert not processes(tmp_path)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("where", ["sbin", "nowhere"])
 def test_cron_starts_it_with_a_path_of_its_own(init: list[str], tmp_path: Path, system: str, where: str) -> None:
