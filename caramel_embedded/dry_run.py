@@ -5,16 +5,19 @@ It takes the lock as a check does, and reads; nothing is made, stored or posted,
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Optional
 
 from . import certificates, device, enrollment, hook, pem
 from .enrollment import State
-from .errors import EXIT_CERTIFIED, EXIT_PENDING, UsageError
+from .errors import EXIT_CERTIFIED, EXIT_PENDING, NotReady, UsageError
 from .hardware import Hardware
 from .identity import Identity, Issued, utc
-from .keyfile import KeyFile
+from .keyfile import KeyFile, require_place
 from .log import INFO, Log
 from .session import Check
 from .settings import Settings
@@ -31,6 +34,8 @@ class _Rehearsal(Check):
 
     def _begin(self) -> Identity:
         if self._stored.identity is None:
+            self._require_key_command()
+            self._prepare()
             self._server.connect(None)
             self._server.reach()
             raise _Stop("the server was reached: a check would make a key, and send a request for it")
@@ -41,13 +46,16 @@ class _Rehearsal(Check):
             raise _Stop("the server doesn't know the request: a check would send it")
         return super()._exchange(state, identity)
 
-    def _new(self) -> Identity:
-        raise _Stop("; ".join([*self._notes, "a check would make a new key, and send a request for it"]))
+    def _require_key_command(self) -> None:
+        command = self._key_command
+        if command is not None and shutil.which(command[0]) is None:
+            reason = os.strerror(errno.EACCES if os.path.exists(command[0]) else errno.ENOENT)
+            raise NotReady("the key command %s can't be run: %s" % (command[0], reason))
 
-    def _keep(self, identity: Identity) -> None:
-        if bytes(identity) != self._data:
-            self._say("a check would store what is new")
-        self.kept = identity
+    def _new(self) -> Identity:
+        self._require_key_command()
+        self._prepare()
+        raise _Stop("; ".join([*self._notes, "a check would make a new key, and send a request for it"]))
 
 
 def rehearse(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[int, str]:
@@ -76,14 +84,22 @@ def rehearse(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[int
         refusal = device.good_identity_of_another(settings, stored)
         if refusal:
             raise UsageError(refusal)
+
+        def require() -> None:
+            require_place(settings.key_file, settings.permissions)
+
+        def store(identity: Identity) -> None:
+            before = stored.identity
+            if before is None or (before.request, before.issued) != (identity.request, identity.issued):
+                require()  # a file whose form alone is old stays as it is where it can't be replaced
+            say("a check would store what is new")
+
+        if stored.identity and file and not file.is_others and file.permissions != settings.permissions:
+            require()
+            say("a check would set owner, group and mode of the key file")
         check = _Rehearsal(
-            settings.server,
-            stored,
-            lambda identity: None,
-            settings.timeout,
-            say,
-            key_command=settings.key_command,
-            groups=settings.groups,
+            *(settings.server, stored, store, settings.timeout, say, lambda identity: None),
+            *(settings.key_command, require, settings.groups),
         )
         try:
             outcome = check.run()

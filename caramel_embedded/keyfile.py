@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Optional, Union
 
 from fasteners import InterProcessLock  # type: ignore[import-untyped, unused-ignore]
@@ -464,6 +464,26 @@ def peek(path: str) -> tuple[bytes, Optional[os.stat_result]]:
                 return read(fd, path), os.fstat(fd)
     except FileNotFoundError:
         return b"", None
+
+
+def require_place(path: str, permissions: Permissions) -> None:
+    """Raises `StorageError` if nothing can be stored at `path`, as far as that shows without writing.
+
+    A disk that is full doesn't show.
+    """
+    with doing("store", path):
+        with suppress(FileNotFoundError), Folder(path) as folder, open(folder.open(folder.name), "rb") as file:
+            if folder.is_mount_point(file.fileno()):
+                raise StorageError(MOUNT_POINT % path)
+        parent = os.path.dirname(path)
+        while not os.path.lexists(parent):
+            parent = os.path.dirname(parent)
+        if os.statvfs(parent).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        with open(os.memfd_create("owner"), "rb") as nowhere:
+            _hand_over(nowhere.fileno(), permissions)
 
 
 def remarks(path: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from needs import require
+from needs import needs, require
 from world import Authority, Caramel, Device, Run, Scripted, answers, hours, now
 
 #: What a check with `--dry-run` says before it asks, in this order.
@@ -78,6 +78,43 @@ def test_a_server_that_cannot_be_had(device: Device, caramel: Caramel, tmp_path:
         run = rehearsed(device, caramel)
     word = "vouches for" if fault == "another CA" else "can't be reached"
     assert run.status == 127 and word in lines(run)[-1] and server.requests == []
+
+
+@needs("mounts")
+@pytest.mark.parametrize(
+    ("fault", "life", "status"),
+    [
+        ("read-only", "new", 127),
+        ("mounted by itself", "signed", 127),
+        ("mounted by itself", "certified", 0),
+        ("owner", "certified", 127),
+        ("key command", "new", 127),
+        ("key command", "certified", 0),
+    ],
+)
+def test_what_a_check_could_not_store_or_make(
+    device: Device, caramel: Caramel, fault: str, life: str, status: int
+) -> None:
+    """It ends as the check right after it, which finds the same."""
+    if life != "new":
+        pending(device)
+        caramel.sign(str(device.client_id))
+    if life == "certified":
+        assert device.run().status == 0
+    folder, file = str(device.folder), str(device.key_file)
+    mounted = {
+        "read-only": f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}"',
+        "mounted by itself": f'test ! -e "{file}" || mount --bind "{file}" "{file}"',
+    }
+    before = ["unshare", "--mount", "sh", "-c", mounted.get(fault, "true") + ' && exec "$@"', "sh"]
+    if fault == "owner":
+        before += ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    options = {"owner": ("--owner", "1234"), "key command": ("--key-command", "/there/is/none")}.get(fault, ())
+    rehearsed = device.run("--dry-run", *options, before=before)
+    real = device.run(*options, before=before)
+    assert (rehearsed.status, real.status) == (status, status), (rehearsed, real)
+    if status == 127:
+        assert rehearsed.err.strip().rpartition(": ")[2] in real.err
 
 
 def test_a_clock_in_1970(device: Device, caramel: Caramel) -> None:
