@@ -11,8 +11,6 @@ import pytest
 import world
 from powercut import runs, stores, verdict, volatile
 from powercut.load import content
-from powercut.machine import Failed
-from powercut.rig import Rig
 from powercut.verdict import DRAFT, KEY_FILE, File
 from torture.fleet import Fleet, key_file_parts
 
@@ -30,16 +28,6 @@ def disk_with(*letters: bytes) -> volatile.Disk:
 
 def letters_on(disk: volatile.Disk) -> bytes:
     return bytes(disk.data[::SECTOR])
-
-
-def test_a_cut_takes_back_what_was_not_flushed() -> None:
-    disk = disk_with(b"a", b"b", b"c")
-    disk.write(0, b"1" * SECTOR)
-    disk.write(SECTOR, b"2" * SECTOR * 2)
-    disk.write(SECTOR, b"3" * SECTOR)
-    assert letters_on(disk) == b"132"
-    assert disk.cut(random.Random(0), "none") == 4
-    assert letters_on(disk) == b"abc"
 
 
 def test_a_cut_leaves_what_was_flushed() -> None:
@@ -108,11 +96,6 @@ def test_what_a_cut_has_left_of_the_replaces(files: list[File], floor: Optional[
     assert verdict.of_replaces(EXT4, files, floor)[0] == word
 
 
-def test_every_replace_leaves_another_content() -> None:
-    assert len({content(number) for number in range(500)}) == 500
-    assert all(verdict.number_of(content(number)) == number for number in (1, 77, 12345678))
-
-
 def test_what_was_lost_fails_unless_it_is_documented() -> None:
     rows = [verdict.Row(EXT4), verdict.Row(replace(EXT4, promised=False))]
     for row in rows:
@@ -121,15 +104,6 @@ def test_what_was_lost_fails_unless_it_is_documented() -> None:
         row.count("lost", "cut 2")
         assert row.lines == ["lost: cut 2"]
     assert [row.failed for row in rows] == [True, False]
-    assert "| ext4 | 2 | 1 | 0 | 0 | 1 |" in verdict.table(rows)
-
-
-def test_pieces_with_a_secret_are_counted() -> None:
-    row = verdict.Row(FAT)
-    piece = File("FSCK0000.REC", 0o600, 0, 0, content(3)[:2048])
-    saved = row.count_beside([piece, replace(piece, path="FSCK0001.REC", data=b"\0"), key_file(b"", path=DRAFT)])
-    assert [file.path for file in saved] == ["FSCK0000.REC", "FSCK0001.REC"]
-    assert (row.drafts, row.saved, row.saved_secrets) == (1, 2, 1)
 
 
 @pytest.fixture(scope="module")
@@ -162,17 +136,3 @@ def test_what_a_cut_has_left_of_a_run(authority: world.Authority) -> None:
     assert word(older.replace(parts.certificate, renewed)) == "lost"  # from where?
     history.certificate = renewed
     assert word(older.replace(parts.certificate, renewed)) == "new"
-
-
-@pytest.mark.parametrize("check, refused, seen", [("e2fsck", 0, 2), ("e2fsck", 32, 1), ("", 32, None)])
-def test_what_mounts_only_after_the_check_at_boot_is_counted(check: str, refused: int, seen: Optional[int]) -> None:
-    store = replace(EXT4, look="look", check=check, mount="mount", unmount="unmount")
-    machine = SimpleNamespace(shell=lambda script: (refused if script == "look" else 0, ""), done=lambda *_, **__: [])
-    rig = Rig.__new__(Rig)
-    rig.store, rig.machine, rig.unmountable = store, cast(Any, machine), 0
-    if seen is None:
-        with pytest.raises(Failed):
-            rig.looked()
-        return
-    assert len(rig.looked()) == seen
-    assert rig.unmountable == (refused != 0)
