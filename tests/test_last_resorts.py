@@ -99,12 +99,6 @@ def test_an_interface_that_the_driver_knows_nothing_of() -> None:
     assert hardware._asked_of_driver("no-such-one") is None
 
 
-def test_nothing_is_baked_in_and_no_ca_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "baked", lambda _name: None)
-    with pytest.raises(UsageError, match="no CA certificate"):
-        settings.Settings.read({"CARAMEL_CONFIG": "/dev/null"}, {}).ca_cert()
-
-
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -128,24 +122,6 @@ def test_what_went_wrong_in_a_line(error: Exception, text: str, log: bool, capfd
     said = capfd.readouterr().err
     assert said.startswith("caramel-embedded: " + text) and said.count("\n") == 1
     assert "PRIVATE" not in said
-
-
-def test_no_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OSError, match="standard output is closed"):
-        entry._print("help", False)
-
-
-def test_descriptors_that_are_closed_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-
-    def closed(fd: int) -> os.stat_result:
-        raise OSError(errno.EBADF, "")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fstat", closed)
-        patched.setattr(os, "open", lambda *arguments: opened.append(arguments))
-        assert entry._open_standard_descriptors() is False
-    assert opened == [("/dev/null", os.O_RDWR)] * 3
 
 
 def test_a_file_system_that_keeps_no_mode_is_said_and_nothing_is_replaced(

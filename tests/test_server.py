@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 import time
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -35,26 +35,40 @@ def test_an_address_needs_no_look_up() -> None:
     assert threading.active_count() == before
 
 
-def test_a_look_up_that_fails_says_why() -> None:
-    with pytest.raises(OSError, match="name look-up failed"):
-        server.look_up("no-such-host.invalid", 443, soon())
+def is_asked(monkeypatch: pytest.MonkeyPatch, says: Callable[[], Any]) -> None:
+    """The system's look-up finds no address in the name itself, and then does this."""
+
+    def getaddrinfo(*_: Any, flags: int = 0, **__: Any) -> Any:
+        if flags:
+            raise socket.gaierror("not an address")
+        return says()
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
-def test_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def out_of_memory() -> Any:
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize(
+    ("says", "text"), [(lambda: [], "no address"), (out_of_memory, "name look-up failed: no room")]
+)
+def test_a_look_up_that_finds_nothing_says_why(
+    monkeypatch: pytest.MonkeyPatch, says: Callable[[], Any], text: str
+) -> None:
+    is_asked(monkeypatch, says)
+    with pytest.raises(OSError, match=text):
+        server.look_up("caramel.example", 443, soon())
+
+
+def test_a_name_that_is_none() -> None:
     with pytest.raises(OSError, match="name look-up failed"):
         server.look_up("a" * 64 + ".example", 443, soon())
 
 
 def test_a_look_up_that_never_answers_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
-
-    def silent(*arguments: Any, flags: int = 0, **options: Any) -> Any:
-        if flags:
-            raise socket.gaierror("not an address")
-        answered.wait(20)
-        return []
-
-    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    is_asked(monkeypatch, lambda: answered.wait(20))
     with pytest.raises(TimeoutError):
         server.look_up("caramel.example", 443, limit(0.2))
     answered.set()
@@ -82,16 +96,6 @@ def test_no_room_for_a_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_of_a_family_that_the_system_lacks() -> None:
     with pytest.raises(OSError, match="Address family not supported"):
         Tcp((4711, socket.SOCK_STREAM, 0, "", ("::1", 1)), soon())
-
-
-def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, flags=0, **__: [] if not flags else _no_address())
-    with pytest.raises(OSError, match="no address"):
-        server.look_up("caramel.example", 443, soon())
-
-
-def _no_address() -> None:
-    raise socket.gaierror("not an address")
 
 
 def test_a_server_that_sends_its_chain_byte_by_byte_makes_nobody_wait_longer() -> None:
@@ -168,12 +172,3 @@ def test_a_certificate_that_is_early_even_without_dates_ends_the_run(monkeypatch
     with pytest.raises(Untrusted):
         asked.reach()
     assert tries == [True, False]
-
-
-def test_whatever_a_look_up_raises_is_said_in_the_runs_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, flags: int = 0, **__: Any) -> Any:
-        raise socket.gaierror("not an address") if flags else MemoryError("no room")
-
-    monkeypatch.setattr(socket, "getaddrinfo", broken)
-    with pytest.raises(OSError, match="name look-up failed: no room"):
-        server.look_up("caramel.example", 443, soon())
