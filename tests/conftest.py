@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 import world
 from needs import EVERYTHING, account, passed_before, require
-from talking import Talking
+from talking import Talking, server_of
 from torture.fleet import Fleet
 from world import Authority, Caramel, Device, Front, Nginx, any_front
 
@@ -170,6 +170,12 @@ def device(tmp_path: Path, front: Front, authority: Authority, request: pytest.F
     """A new device with nothing on its disk and a client ID that no other test uses."""
     unique = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:10]
     return Device(tmp_path / "device", front.address, authority.certificate_file, f"fe{unique}")
+
+
+@pytest.fixture(scope="session")
+def pem(authority: Authority) -> Path:
+    """A server's certificate and key."""
+    return server_of(authority)
 
 
 @pytest.fixture

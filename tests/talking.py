@@ -19,7 +19,8 @@ key = functools.cache(world.new_key)
 
 
 @functools.cache
-def _server(authority: Authority) -> Path:
+def server_of(authority: Authority) -> Path:
+    """Certificate and key of the server that the scripts play."""
     return authority.server(file="talking.pem")
 
 
@@ -76,7 +77,7 @@ class Talking(Device):
             surplus.append(asked)
             return None
 
-        with Scripted(by or _server(self.authority), answered, **{"client_ca": self.ca, **server}) as asking:
+        with Scripted(by or server_of(self.authority), answered, **{"client_ca": self.ca, **server}) as asking:
             self.server = asking.address
             run = self.run(*options, **how)
         self.asked, self.connections = asking.requests, asking.connections

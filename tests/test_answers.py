@@ -202,7 +202,7 @@ PROXIES = {
     "empty": answer(403),
     "html-type": answer(403, FORBIDDEN, "Content-Type: text/html"),
     "json": answer(403, FORBIDDEN, "Content-Type: application/json"),
-    "other-status": answer(403, b'{"status":502,"title":"Bad Gateway"}', PROBLEM),
+    "other-status": answer(403, FORBIDDEN.replace(b"403", b"502"), PROBLEM),
     "page": answer(403, b"<html></html>", PROBLEM),
     "list": answer(403, b"[403]", PROBLEM),
     "text": answer(403, b'"status"', PROBLEM),

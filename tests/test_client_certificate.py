@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import ssl
 from pathlib import Path
 
@@ -10,36 +9,34 @@ import pytest
 import world
 from cryptography import x509
 from needs import needs
-from world import Apache, Authority, Caramel, Device, Front, Nginx, Scripted, TlsFront, answers, hours, now
-
-import caramel_embedded
-
-ID = "fffbeec0ffee"
-
-
-@pytest.fixture(scope="module")
-def pem(authority: Authority) -> Path:
-    return authority.server(file="client-certificate.pem")
+from talking import Talking
+from world import Answer, Apache, Authority, Caramel, Device, Front, Nginx, TlsFront, answers, hours, now
 
 
 @pytest.fixture
-def signed(device: Device, caramel: Caramel) -> Device:
-    """A device whose request is signed, and which hasn't seen that yet."""
-    assert device.run().status == 69
-    caramel.sign(str(device.client_id))
-    return device
+def signed(new: Talking, device: Device, caramel: Caramel) -> Talking:
+    """A device whose request is signed by the real server, and which hasn't seen that yet."""
+    new.server, new.client_id = device.server, device.client_id
+    assert new.run().status == 69
+    caramel.sign(str(new.client_id))
+    return new
 
 
-def gives(device: Device, certificate: bytes) -> None:
+def gives(device: Talking, certificate: bytes) -> None:
     """Puts a certificate for the device's own request into its file."""
     key, request = (block for label, block in device.blocks() if label != "CERTIFICATE")
     device.has(key + certificate + request)
 
 
+def has_newest(device: Talking, caramel: Caramel) -> bool:
+    """Whether it has what the server has signed last."""
+    return device.block("CERTIFICATE") == caramel.certificates(device.request_hash())[-1]
+
+
 @pytest.mark.parametrize("protocols", ["TLSv1.2", "TLSv1.3"])
 @needs("nginx")
 def test_a_server_that_demands_one_sees_ours_once_we_have_it(
-    signed: Device, caramel: Caramel, pem: Path, tmp_path: Path, protocols: str
+    signed: Talking, caramel: Caramel, pem: Path, tmp_path: Path, protocols: str
 ) -> None:
     """Enrolled where none is demanded, as on the network of the factory."""
     assert signed.run().status == 0
@@ -57,7 +54,7 @@ def test_a_server_that_demands_one_sees_ours_once_we_have_it(
 @pytest.mark.parametrize("good", [True, False])
 @needs("apache2")
 def test_an_apache_that_asks_for_it_below_a_path_only(
-    signed: Device, caramel: Caramel, authority: Authority, pem: Path, tmp_path: Path, verify: str, good: bool
+    signed: Talking, caramel: Caramel, authority: Authority, pem: Path, tmp_path: Path, verify: str, good: bool
 ) -> None:
     """It asks after the handshake, which under TLS 1.3 takes a client that has offered that (RFC 8446, 4.2.6). What
     isn't good for Apache is in nobody's way where it demands none."""
@@ -75,7 +72,7 @@ def test_an_apache_that_asks_for_it_below_a_path_only(
 
 @needs("nginx")
 def test_a_server_that_demands_one_before_there_is_any_is_no_reason_to_lose_anything(
-    signed: Device, caramel: Caramel, pem: Path, tmp_path: Path
+    signed: Talking, caramel: Caramel, pem: Path, tmp_path: Path
 ) -> None:
     before = signed.snapshot()
     with Nginx(tmp_path / "nginx", caramel, pem, verify_client="on") as front:
@@ -86,44 +83,36 @@ def test_a_server_that_demands_one_before_there_is_any_is_no_reason_to_lose_anyt
     assert signed.snapshot() == before
 
 
-def test_with_an_expired_one_in_the_file_the_new_one_comes(
-    signed: Device, authority: Authority, front: Front, caramel: Caramel
-) -> None:
-    gives(signed, authority.sign(signed.request, not_after=now() - hours(1)))
+def test_with_an_expired_one_in_the_file_the_new_one_comes(signed: Talking, front: Front, caramel: Caramel) -> None:
+    gives(signed, signed.signed(not_before=now() - hours(4), not_after=now() - hours(1)))
     with front.watched() as seen:
         assert signed.run().status == 0
     assert [(asked.verify, asked.status) for asked in seen] == [("NONE", 200)]
-    assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
+    assert has_newest(signed, caramel)
 
 
 @needs("faketime", "nginx")
 def test_with_one_that_has_ended_but_not_by_our_clock_the_new_one_comes(
-    signed: Device, authority: Authority, nginx: Nginx, caramel: Caramel, tmp_path: Path
+    signed: Talking, nginx: Nginx, caramel: Caramel
 ) -> None:
     """It slept through its certificate's life and woke up in 1970: nginx answers 400 to that for ever."""
-    gives(signed, authority.sign(signed.request, not_before=now() - hours(4), not_after=now() - hours(1)))
+    gives(signed, signed.signed(not_before=now() - hours(4), not_after=now() - hours(1)))
     # Of a firmware without its build's time, which could tell that this end has passed.
-    source = Path(caramel_embedded.__file__).parent
-    shutil.copytree(source, tmp_path / "caramel_embedded", ignore=shutil.ignore_patterns("__pycache__", "baked.*"))
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from caramel_embedded.__main__ import main; "
-        "main(sys.argv[1:])"
-    )
-    signed.command = [str(Path(world.PLAIN).parent / "python"), "-I", "-B", "-c", code]
+    signed.changed("from caramel_embedded import settings\nsettings.baked = lambda name: None")
     with nginx.watched() as seen:
         run = signed.run(before=["faketime", "--exclude-monotonic", "1970-01-01 00:00:10"])
     assert run.status == 0, run.err
     assert [asked.status for asked in seen] == [400, 200]
     assert seen[0].verify.startswith("FAILED") and seen[1].verify == "NONE"
-    assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
+    assert has_newest(signed, caramel)
 
 
 @needs("nginx")
 def test_with_one_that_is_foreign_to_the_front_end_the_new_one_comes(
-    signed: Device, authority: Authority, caramel: Caramel, pem: Path, tmp_path: Path
+    signed: Talking, caramel: Caramel, pem: Path, tmp_path: Path
 ) -> None:
     """The front end believes in another CA than the device: a roll-over that is done by half."""
-    gives(signed, authority.sign(signed.request, not_before=now() - hours(1)))
+    gives(signed, signed.signed())
     other = Authority(tmp_path / "other", [("CN", "other")])
     with Nginx(tmp_path / "nginx", caramel, pem, client_ca=other.certificate_file) as front:
         signed.server = front.address
@@ -133,15 +122,15 @@ def test_with_one_that_is_foreign_to_the_front_end_the_new_one_comes(
     assert [asked.status for asked in seen] == [400, 200]
     assert seen[0].verify.startswith("FAILED") and seen[1].verify == "NONE"
     assert seen[0].if_modified_since and not seen[1].if_modified_since
-    assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
+    assert has_newest(signed, caramel)
 
 
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_server_that_ends_the_connection_with_an_alert(
-    signed: Device, authority: Authority, caramel: Caramel, pem: Path, tmp_path: Path, newest: ssl.TLSVersion
+    signed: Talking, caramel: Caramel, pem: Path, tmp_path: Path, newest: ssl.TLSVersion
 ) -> None:
     """Under TLS 1.3 that is seen only when the first answer is read."""
-    gives(signed, authority.sign(signed.request, not_before=now() - hours(1)))
+    gives(signed, signed.signed())
     other = Authority(tmp_path / "other", [("CN", "other")])
     front = TlsFront(caramel, pem, client_ca=other.certificate_file)
     front.context.maximum_version = newest
@@ -150,83 +139,55 @@ def test_a_server_that_ends_the_connection_with_an_alert(
         run = signed.run()
     assert run.status == 0, run.err
     assert front.handshakes == 1, "of two handshakes one went well"
-    assert signed.block("CERTIFICATE") == caramel.certificates(signed.request_hash())[-1]
+    assert has_newest(signed, caramel)
+
+
+# --- What a scripted server sees ---
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
-def test_there_is_one_more_try_and_no_third(tmp_path: Path, authority: Authority, pem: Path, status: int) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    before = device.snapshot()
-    with Scripted(pem, [answers.page(status)], client_ca=device.ca) as server:
-        device.server = server.address
-        run = device.run()
-    assert run.status == 127 and str(status) in run.err
-    assert [bool(asked.client_certificate) for asked in server.requests] == [True, False]
-    assert device.snapshot() == before
+def test_there_is_one_more_try_and_no_third(certified: Talking, status: int) -> None:
+    """A front end may say this because of the client certificate."""
+    page = answers.page(status)
+    assert str(status) in certified.keeps(page, page).err
+    assert [bool(asked.client_certificate) for asked in certified.asked] == [True, False]
 
 
-def test_a_server_that_ends_every_connection_is_tried_twice(tmp_path: Path, authority: Authority, pem: Path) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    before = device.snapshot()
-    with Scripted(pem, [None], client_ca=device.ca) as server:
-        device.server = server.address
-        assert device.run().status == 127
-    assert server.connections == 2
-    assert device.snapshot() == before
+def test_a_server_that_ends_every_connection_is_tried_twice(certified: Talking) -> None:
+    certified.keeps(None, None)
+    assert certified.connections == 2
 
 
-@pytest.mark.parametrize("answer", [answers.REJECTED, answers.problem(400, "Bad Request"), answers.page(500)])
-def test_what_caramel_itself_says_is_not_put_down_to_the_certificate(
-    tmp_path: Path, authority: Authority, pem: Path, answer: bytes
-) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    with Scripted(pem, [answer, None], client_ca=device.ca) as server:
-        device.server = server.address
-        assert device.run().status == 127
-    assert all(asked.client_certificate for asked in server.requests)
-    assert [asked.method for asked in server.requests].count("GET") == 1
+@pytest.mark.parametrize(
+    "says", [[answers.REJECTED, None, None], [answers.problem(400, "Bad Request")], [answers.page(500)]]
+)
+def test_what_caramel_itself_says_is_not_put_down_to_the_certificate(certified: Talking, says: list[Answer]) -> None:
+    assert certified.hears(*says).status == 127
+    # (Where the connection breaks, the POST goes out once more on one that has none to show.)
+    assert all(asked.client_certificate for asked in certified.asked[:2])
+    assert certified.methods.count("GET") == 1
 
 
-def test_without_one_a_server_that_fails_is_asked_once(tmp_path: Path, authority: Authority, pem: Path) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, certified=False))
-    with Scripted(pem, [answers.page(400)], client_ca=device.ca) as server:
-        device.server = server.address
-        assert device.run().status == 127
-    assert [asked.client_certificate for asked in server.requests] == [None]
+def test_without_one_a_server_that_fails_is_asked_once(pending: Talking) -> None:
+    pending.keeps(answers.page(400))
+    assert [asked.client_certificate for asked in pending.asked] == [None]
 
 
-def test_what_is_shown_is_what_is_in_the_file(tmp_path: Path, authority: Authority, pem: Path) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    with Scripted(pem, [answers.PENDING], client_ca=device.ca) as server:
-        device.server = server.address
-        assert device.run().status == 69
-    shown = server.requests[0].client_certificate
-    assert shown and x509.load_der_x509_certificate(shown) == device.certificate
+def test_what_is_shown_is_what_is_in_the_file_and_a_new_identity_does_not_ride_on_it(certified: Talking) -> None:
+    """The connection is the old one, and so is what was shown on it; the next run's is not."""
+    in_file = certified.certificate
+    assert certified.hears(answers.REJECTED, answers.PENDING, answers.PENDING).status == 69
+    shown = certified.asked[0].client_certificate
+    assert shown and x509.load_der_x509_certificate(shown) == in_file
+    assert certified.hears(answers.PENDING).status == 69
+    assert certified.asked[0].client_certificate is None
+    assert world.Snapshot.of(certified.key_file).mode == 0o600
 
 
 @needs("nginx")
-def test_a_server_that_wants_none_gets_none(signed: Device, caramel: Caramel, pem: Path, tmp_path: Path) -> None:
+def test_a_server_that_wants_none_gets_none(signed: Talking, caramel: Caramel, pem: Path, tmp_path: Path) -> None:
     assert signed.run().status == 0
     with Nginx(tmp_path / "nginx", caramel, pem, verify_client=None) as front:
         signed.server = front.address
         assert signed.run().status == 0
         assert [(asked.verify, asked.status) for asked in front.seen()] == [("NONE", 200)]
-
-
-def test_a_new_identity_does_not_ride_on_the_old_ones_certificate(
-    tmp_path: Path, authority: Authority, pem: Path
-) -> None:
-    """The connection is the old one, and so is what was shown on it; the next run's is not."""
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    with Scripted(pem, [answers.REJECTED, answers.PENDING, answers.PENDING], client_ca=device.ca) as server:
-        device.server = server.address
-        assert device.run().status == 69
-        assert device.run().status == 69
-    assert server.requests[-1].client_certificate is None
-    assert world.Snapshot.of(device.key_file).mode == 0o600
