@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """What a key in a TPM costs an unchanged check, on a device of Debian 13: beside a key in the file, and one in the
-file with OpenSSL's provider active. `make bench-keys` prints the table; docs/keys-in-hardware.md has it.
+file with OpenSSL's provider active. `make bench-keys` prints the table; docs/keys-in-hardware.md has its figures.
 
 The TPM is swtpm, whose own time is not in the figures. Needs root.
 """
