@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,17 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from needs import slow
-from world import COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, Scripted, answers, hours, now
+from talking import ID, Talking
+from world import COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, answers
 
-ID = "fffbeec0ffee"
 PYTHON = str(Path(PLAIN).parent / "python")
 
 
-@pytest.fixture(scope="module")
-def pem(authority: Authority) -> Path:
-    return authority.server(file="exit-status.pem")
-
-
 @pytest.fixture
-def nobody(tmp_path: Path, authority: Authority) -> Device:
+def nobody(certified: Talking) -> Talking:
     """A device in good order, whose server is not there."""
-    device = Device(tmp_path / "device", "localhost:9", authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    return device
+    certified.server = "localhost:9"
+    return certified
 
 
 def shell(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -61,7 +54,7 @@ def shell(script: str, *arguments: str, **options: Any) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     "option, starts", [("--version", "caramel-embedded "), ("--help", "usage: "), ("-h", "usage: ")]
 )
-def test_asking_for_a_text_is_no_failure(nobody: Device, option: str, starts: str) -> None:
+def test_asking_for_a_text_is_no_failure(nobody: Talking, option: str, starts: str) -> None:
     run = nobody.run(option, bare=True)
     assert (run.status, run.err) == (0, "")
     assert run.out.startswith(starts) and run.out.endswith("\n")
@@ -69,24 +62,14 @@ def test_asking_for_a_text_is_no_failure(nobody: Device, option: str, starts: st
     assert nobody.run("--config", "/nonexistent", option, bare=True).status == 0
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--nonsense"],
-        ["-x"],
-        ["surplus"],
-        ["--server"],
-        ["--ser", "localhost"],
-        ["-v", "-q"],
-        ["--timeout"],
-        ["--verbose=yes"],
-        ["--status=yes"],
-        ["--"],
-        ["", ""],
-        ["-"],
-    ],
-)
-def test_wrong_usage(nobody: Device, arguments: list[str]) -> None:
+USAGES: list[list[str]] = [
+    *(["--nonsense"], ["-x"], ["surplus"], ["--server"], ["--ser", "localhost"], ["-v", "-q"], ["--timeout"]),
+    *(["--verbose=yes"], ["--status=yes"], ["--"], ["", ""], ["-"]),
+]
+
+
+@pytest.mark.parametrize("arguments", USAGES, ids=" ".join)
+def test_wrong_usage(nobody: Talking, arguments: list[str]) -> None:
     nobody.server = None
     before = nobody.snapshot()
     run = nobody.run(*arguments)
@@ -131,32 +114,25 @@ def fingerprint(pem: bytes) -> str:
 
 
 @pytest.mark.parametrize("what", ["another CA", "a chain", "another name", "pending", "rejected"])
-def test_lines_that_people_act_on_about_the_server(tmp_path: Path, authority: Authority, what: str) -> None:
+def test_lines_that_people_act_on_about_the_server(
+    new: Talking, tmp_path: Path, authority: Authority, what: str
+) -> None:
     """Whole lines, and nothing is sent to somebody who isn't the server."""
     other = Authority(tmp_path / "other", [("O", "Another")])
     strange = other.server()
     if what == "a chain":
         strange.write_bytes(strange.read_bytes() + other.pem)
-    certificate = {
-        "another name": lambda: authority.server(
-            ["ca.example.com", "CN=a folder", "*.example.org"], file="names.pem"
-        ),
-        "another CA": lambda: strange,
-        "a chain": lambda: strange,
-    }.get(what, lambda: authority.server(file="lines.pem"))()
-    says = [answers.REJECTED, answers.PENDING, answers.PENDING] if what == "rejected" else [answers.PENDING]
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    if what == "pending":
-        device.has(authority.identity(ID, certified=False))
-    with Scripted(certificate, says) as server:
-        device.server = server.address
-        run = device.run()
-    if what in ("another CA", "a chain", "another name"):
-        assert (run.status, server.requests) == (127, [])
-    waits = f"request {device.request_hash()} waits to be signed on the server"
+    certificate = strange if what in ("another CA", "a chain") else None
+    if what == "another name":
+        certificate = authority.server(["ca.example.com", "CN=a folder", "*.example.org"], file="names.pem")
+    new.pending() if what == "pending" else new.certified()
+    says = [answers.REJECTED, answers.PENDING] if what == "rejected" else []
+    run = new.hears(*says, answers.PENDING, by=certificate)
+    if certificate:
+        assert (run.status, new.asked) == (127, [])
+    waits = f"request {new.request_hash()} waits to be signed on the server"
     waits += " (Caramel: caramel_tool INI --list, then --sign=ID)"
-    wrong = f"{server.address} can't show a certificate that the trusted CA vouches for"
+    wrong = f"{new.server} can't show a certificate that the trusted CA vouches for"
     ours = "C=SE, ST=Östergötland, L=Linköping, O=Example AB, OU=Caramel, CN=Caramel Signing Certificate "
     ours += f"{fingerprint(authority.pem)}"
     line = {
@@ -172,12 +148,12 @@ def test_lines_that_people_act_on_about_the_server(tmp_path: Path, authority: Au
     assert run.err == f"caramel-embedded: {ID}: {line[what]}\n"
 
 
-def test_arguments_that_are_no_text(nobody: Device) -> None:
+def test_arguments_that_are_no_text(nobody: Talking) -> None:
     assert shell("exec $0 --server $(printf 'a\\377b') --config /dev/null").returncode == 127
 
 
 @pytest.mark.parametrize("option", ["--version", "--help", "--status"])
-def test_a_closed_or_full_output_is_not_taken_for_success(nobody: Device, option: str) -> None:
+def test_a_closed_or_full_output_is_not_taken_for_success(nobody: Talking, option: str) -> None:
     line = [str(word) for word in nobody.arguments(option)[1:]]
     assert shell('exec "$0" "$@" >&-', *line).returncode == 127
     assert shell('exec "$0" "$@" >/dev/full', *line).returncode == 127
@@ -196,7 +172,7 @@ def test_a_closed_or_full_output_is_not_taken_for_success(nobody: Device, option
 @pytest.mark.parametrize("blocking", [True, False])
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("option", ["--json", "--help"])
-def test_an_output_that_nobody_reads_keeps_no_run(nobody: Device, option: str, late: bool, blocking: bool) -> None:
+def test_an_output_that_nobody_reads_keeps_no_run(nobody: Talking, option: str, late: bool, blocking: bool) -> None:
     """A full pipe; what is read in time, however late, arrives whole."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -240,54 +216,32 @@ def test_a_check_needs_no_standard_files(device: Device, closed: str) -> None:
 # --- What a device lacks ---
 
 
-def without(device: Device, tmp_path: Path, module: str, instead: str) -> None:
-    """The device's Python has something else in the place of a module."""
+MISSING = "raise ModuleNotFoundError(\"No module named 'cryptography'\", name='cryptography')"
+LIBRARY = "raise ImportError('libssl.so.1.1: cannot open shared object file')"
+#: What Python has in the place of a module, and whether the line names it.
+INSTEAD: list[tuple[str, str, bool]] = [
+    *(
+        ("cryptography", text, True)
+        for text in (MISSING, LIBRARY, "raise SystemExit(1)", "raise RuntimeError", "1 /")
+    ),
+    *((name, "raise ImportError(name=__name__)", True) for name in ("ssl", "http", "socket", "hashlib")),
+    *((name, "import sys; sys.exit(2)", False) for name in ("ssl", "http", "socket", "hashlib")),
+]
+
+
+@pytest.mark.parametrize(("module", "instead", "named"), INSTEAD)
+def test_a_device_without_a_part_of_python_says_so(
+    new: Talking, tmp_path: Path, module: str, instead: str, named: bool
+) -> None:
+    """Nothing is made, and nobody is asked."""
     folder = tmp_path / "broken"
-    path = folder / (module.replace(".", "/") + ".py")
-    path.parent.mkdir(parents=True)
-    path.write_text(instead)
-    code = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); from caramel_embedded.__main__ import main; "
-        "main(sys.argv[1:])"
-    )
-    device.command = [PYTHON, "-I", "-B", "-c", code]
-
-
-@pytest.mark.parametrize(
-    "instead",
-    [
-        "raise ModuleNotFoundError(\"No module named 'cryptography'\", name='cryptography')",
-        "raise ImportError('libssl.so.1.1: cannot open shared object file')",
-        "raise SystemExit(1)",
-        "raise RuntimeError('built for another Python')",
-        "1 /",
-    ],
-    ids=["missing", "library", "exit", "other-python", "damaged"],
-)
-def test_a_device_without_cryptography_says_so(tmp_path: Path, authority: Authority, pem: Path, instead: str) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    without(device, tmp_path, "cryptography", instead)
-    with Scripted(pem, [answers.UNKNOWN]) as server:
-        device.server = server.address
-        run = device.run()
-    assert (run.status, run.out, server.requests) == (127, "", [])
-    assert run.err.count("\n") == 1 and "cryptography" in run.err
-    assert not device.key_file.exists()
-
-
-@pytest.mark.parametrize("module", ["ssl", "http", "socket", "hashlib"])
-@pytest.mark.parametrize(
-    "instead", ["raise ImportError(name=__name__)", "raise SystemExit(1)", "import sys; sys.exit(2)"]
-)
-def test_a_device_without_a_part_of_python_says_so(nobody: Device, tmp_path: Path, module: str, instead: str) -> None:
-    before = nobody.snapshot()
-    without(nobody, tmp_path, module, instead)
-    run = nobody.run()
-    assert (run.status, run.out) == (127, "")
+    folder.mkdir()
+    (folder / f"{module}.py").write_text(instead)
+    new.changed(f"sys.path.insert(0, {str(folder)!r})")
+    run = new.keeps(answers.UNKNOWN)
     assert run.err.startswith("caramel-embedded: ") and "Traceback" not in run.err
-    if "ImportError" in instead:
-        assert module in run.err
-    assert nobody.snapshot() == before
+    assert not named or module in run.err
+    assert new.asked == []
 
 
 def test_a_launcher_without_its_package(tmp_path: Path) -> None:
@@ -301,51 +255,25 @@ def test_a_launcher_without_its_package(tmp_path: Path) -> None:
     assert "caramel_embedded" in run.err
 
 
-def test_a_launcher_without_its_interpreter(tmp_path: Path) -> None:
-    command = tmp_path / "bin" / "caramel-embedded"
-    command.parent.mkdir()
-    shutil.copy(PLAIN, command)
-    python = command.parent / "python3"
-    for content, mode in (("", 0o755), ("#!/nonexistent\n", 0o755), ("\x7fELF", 0o755)):
-        python.write_text(content)
-        python.chmod(mode)
-        run = Device(tmp_path / "device", command=[str(command)]).run()
-        # An empty file is a script that does nothing well, for execvp(3) of shells; nothing else is.
-        assert run.status == 127 or content == "", (content, run)
-        assert run.out == ""
-
-
-def test_a_bug_is_127_and_its_words_stay_inside(nobody: Device, tmp_path: Path) -> None:
+def test_a_bug_is_127_and_its_words_stay_inside(nobody: Talking) -> None:
     """The text of an error that nobody foresaw may hold anything, a key too."""
-    code = (
-        "import sys\n"
+    nobody.changed(
         "from caramel_embedded import session\n"
-        "from caramel_embedded.__main__ import main\n"
-        "def run(self):\n"
-        "    raise ZeroDivisionError('-----BEGIN PRIVATE KEY-----')\n"
-        "session.Check.run = run\n"
-        "main(sys.argv[1:])\n"
+        "def run(self):\n    raise ZeroDivisionError('-----BEGIN PRIVATE KEY-----')\nsession.Check.run = run"
     )
-    nobody.command = [PYTHON, "-I", "-c", code]
     run = nobody.run("-v")
     assert run.status == 127 and "PRIVATE" not in run.err
-    assert "internal error: ZeroDivisionError at <string>:5" in run.err
+    assert "internal error: ZeroDivisionError at <string>:4" in run.err
     assert "Traceback" not in run.err
 
 
 @pytest.mark.parametrize(
     "error", ["SystemExit(0)", "SystemExit(1)", "KeyboardInterrupt()", "MemoryError()", "GeneratorExit()"]
 )
-def test_nothing_that_is_raised_gets_out(nobody: Device, error: str) -> None:
-    code = (
-        "import sys\n"
-        "from caramel_embedded import settings\n"
-        "from caramel_embedded.__main__ import main\n"
-        f"def parse(*_):\n    raise {error}\n"
-        "settings.parse = parse\n"
-        "main(sys.argv[1:])\n"
+def test_nothing_that_is_raised_gets_out(nobody: Talking, error: str) -> None:
+    nobody.changed(
+        f"from caramel_embedded import settings\ndef parse(*_):\n    raise {error}\nsettings.parse = parse"
     )
-    nobody.command = [PYTHON, "-I", "-c", code]
     run = nobody.run()
     assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)
 
@@ -354,104 +282,75 @@ def test_nothing_that_is_raised_gets_out(nobody: Device, error: str) -> None:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path) -> Iterator[Path]:
+def hostile(tmp_path: Path) -> Path:
     """A folder full of modules that end Python with status 1."""
     folder = tmp_path / "hostile"
     folder.mkdir()
     for name in ("sitecustomize", "usercustomize", "ssl", "os", "json", "cryptography", "caramel_embedded", "signal"):
         (folder / f"{name}.py").write_text("import posix; posix._exit(1)\n")
-    yield folder
+    return folder
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("PYTHONPATH", "{hostile}"),
-        ("PYTHONHOME", "{hostile}"),
-        ("PYTHONSTARTUP", "{hostile}/os.py"),
-        ("PYTHONUSERBASE", "{hostile}"),
-        ("PYTHONINSPECT", "1"),
-        ("PYTHONWARNINGS", "error"),
-        ("PYTHONDEVMODE", "1"),
-        ("PYTHONMALLOC", "nonsense"),
-        ("PYTHONHASHSEED", "nonsense"),
-        ("PYTHONIOENCODING", "nonsense"),
-        ("PYTHONUTF8", "nonsense"),
-        ("PYTHONOPTIMIZE", "2"),
-        ("PYTHONTRACEMALLOC", "nonsense"),
-        ("PYTHONBREAKPOINT", "nonsense"),
-        ("PYTHONSAFEPATH", ""),
-        ("LC_ALL", "nonsense"),
-        ("LC_ALL", "C"),
-        ("LC_ALL", "tr_TR.UTF-8"),
-        ("TZ", "nonsense"),
-        ("TZ", "Pacific/Kiritimati"),
-        ("PATH", "/nonexistent"),
-        ("CARAMEL_UNKNOWN", "x"),
-        ("CARAMEL_CA", ""),
-        ("COLUMNS", "nonsense"),
-    ],
-)
-def test_the_environment_steers_nothing(nobody: Device, hostile: Path, pem: Path, name: str, value: str) -> None:
-    """Seen with a certificate that is good, so that the status would be 0."""
+def unchanged(device: Talking, **how: Any) -> None:
+    """A run that a server confirms, so that the status would be 0."""
+    device.keeps(answers.certificate(device.block("CERTIFICATE") or b""), status=0, **how)
+
+
+#: One at a time they are in `test_faults.py`.
+ENVIRONMENTS = {
+    "folders": "PYTHONPATH={0} PYTHONHOME={0} PYTHONSTARTUP={0}/os.py PYTHONUSERBASE={0} PATH=/nonexistent",
+    "switches": "PYTHONINSPECT=1 PYTHONWARNINGS=error PYTHONDEVMODE=1 PYTHONOPTIMIZE=2 PYTHONSAFEPATH= CARAMEL_CA=",
+    "nonsense": "PYTHONMALLOC=x PYTHONHASHSEED=x PYTHONIOENCODING=x PYTHONUTF8=x PYTHONTRACEMALLOC=x "
+    "PYTHONBREAKPOINT=x LC_ALL=x TZ=x CARAMEL_UNKNOWN=x COLUMNS=x",
+    "places": "LC_ALL=tr_TR.UTF-8 TZ=Pacific/Kiritimati",
+    "C": "LC_ALL=C",
+}
+
+
+@pytest.mark.parametrize("what", ENVIRONMENTS)
+def test_the_environment_steers_nothing(nobody: Talking, hostile: Path, what: str) -> None:
     nobody.command = [PLAIN]
-    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
-        nobody.server = server.address
-        run = nobody.run(env={name: value.format(hostile=hostile)})
-    assert (run.status, run.out, run.err.count("\n")) == (0, "", 1), run
+    words = ENVIRONMENTS[what].format(hostile).split()
+    unchanged(nobody, env=dict(word.split("=", 1) for word in words))
 
 
-def test_modules_in_the_current_folder_are_not_loaded(nobody: Device, hostile: Path, pem: Path) -> None:
+def test_modules_in_the_current_folder_are_not_loaded(nobody: Talking, hostile: Path) -> None:
     nobody.command = [PLAIN]
     for path in hostile.iterdir():
         shutil.copy(path, nobody.folder)
-    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
-        nobody.server = server.address
-        assert nobody.run().status == 0
+    unchanged(nobody)
 
 
-def test_a_command_that_is_called_by_a_link(nobody: Device, tmp_path: Path, pem: Path) -> None:
+def test_a_command_that_is_called_by_a_link(nobody: Talking, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(PLAIN)
     nobody.command = [str(link)]
-    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
-        nobody.server = server.address
-        assert nobody.run().status == 0
+    unchanged(nobody)
 
 
-def test_as_python_runs_modules(nobody: Device, pem: Path) -> None:
+def test_as_python_runs_modules(nobody: Talking) -> None:
     nobody.command = [PYTHON, "-m", "caramel_embedded"]
-    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
-        nobody.server = server.address
-        assert nobody.run().status == 0
-        nobody.server = None
-        assert nobody.run("--nonsense").status == 127
+    unchanged(nobody)
+    assert nobody.run("--nonsense").status == 127
 
 
-def test_the_folder_is_gone_in_which_it_starts(nobody: Device, tmp_path: Path, pem: Path) -> None:
+def test_the_folder_is_gone_in_which_it_starts(nobody: Talking) -> None:
     nobody.command = [PLAIN]
-    with Scripted(pem, [answers.certificate(nobody.block("CERTIFICATE") or b"")]) as server:
-        nobody.server = server.address
-        line = nobody.arguments()
-        script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
-        done = subprocess.run(["sh", "-c", script, "sh", *line], cwd=tmp_path, env=world.environment(), timeout=60)
-    assert done.returncode == 0
+    same = answers.certificate(nobody.block("CERTIFICATE") or b"")
+    gone = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    assert nobody.hears(same, before=["sh", "-c", gone, "sh"]).status == 0  # some shells have a line to say, too
 
 
 @pytest.mark.parametrize("limit", ["--nofile=5", "--nofile=6", "--fsize=512"])
-def test_a_device_that_has_too_little(tmp_path: Path, authority: Authority, pem: Path, limit: str) -> None:
+def test_a_device_that_has_too_little(pending: Talking, limit: str) -> None:
     """Too few descriptors, no room in a file: 127, and the content is as it was."""
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
     # Without the launcher: some shells need descriptors of their own, and end with 2 before they have read a word.
-    device.command = [PYTHON, "-I", "-m", "caramel_embedded"]
-    device.has(authority.identity(ID, certified=False))
-    before = device.snapshot()
-    with Scripted(pem, [answers.certificate(authority.sign(device.request))]) as server:
-        device.server = server.address
-        run = device.run(before=["prlimit", limit])
+    pending.command = [PYTHON, "-I", "-B", "-m", "caramel_embedded"]
+    before = pending.snapshot()
+    run = pending.hears(lambda _: answers.certificate(pending.signed()), before=["prlimit", limit])
     assert (run.status, run.out) == (127, ""), run
     assert "Traceback" not in run.err
-    assert device.snapshot() == before
+    assert pending.snapshot() == before
 
 
 # --- Signals ---
@@ -461,51 +360,41 @@ IGNORED = ("PIPE", "XFSZ")
 ENDING = ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "XCPU", "PWR", "IO", *IGNORED]
 
 
+def signalled(device: Talking, name: str, answer: Answer, *before: str) -> Run:
+    """A run that gets this signal while it waits for the first answer."""
+    pid = device.folder / "pid"
+    # The process that a caller knows: exec(1) keeps its number.
+    before = (*before, "sh", "-c", f'echo $$ >{pid}; exec "$@"', "sh")
+
+    def says(asked: HttpRequest) -> Answer:
+        os.kill(int(pid.read_text()), getattr(signal, "SIG" + name))
+        return answer
+
+    run = device.hears(says, before=before, timeout=30)
+    pid.unlink()
+    return run
+
+
 @pytest.mark.parametrize(
     "name", [name if name in ("HUP", "INT", "TERM", "PIPE") else pytest.param(name, marks=slow) for name in ENDING]
 )
-def test_a_signal_while_the_server_keeps_it_waiting(
-    tmp_path: Path, authority: Authority, pem: Path, name: str
-) -> None:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    started: list[subprocess.Popen[str]] = []
-
-    def says(asked: HttpRequest) -> Answer:
-        world.until("it is known", lambda: started)
-        os.kill(started[0].pid, getattr(signal, "SIG" + name))
-        return answers.PENDING if name in IGNORED else [10.0, answers.PENDING]
-
-    with Scripted(pem, says) as server:
-        device.server = server.address
-        started.append(device.start())
-        run = device.finish(started[0], 30)
+def test_a_signal_while_the_server_keeps_it_waiting(new: Talking, name: str) -> None:
     if name in IGNORED:
-        assert run.status == 69
+        assert signalled(new, name, answers.PENDING).status == 69
     else:
+        run = signalled(new, name, [10.0, answers.PENDING])
         assert (run.status, run.out, run.err.count("\n")) == (127, "", 1), run
         assert "signal" in run.err
-    assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
-    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}
-    assert subprocess.run(["flock", "-n", str(device.key_file), "true"], timeout=30).returncode == 0
+    assert new.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
+    assert {path.name for path in new.folder.iterdir()} == {"empty.conf", "identity.pem"}
+    assert subprocess.run(["flock", "-n", str(new.key_file), "true"], timeout=30).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["HUP", "INT", "TERM"])
-def test_a_signal_that_the_caller_ignores_stays_ignored(
-    tmp_path: Path, authority: Authority, pem: Path, name: str
-) -> None:
+def test_a_signal_that_the_caller_ignores_stays_ignored(new: Talking, name: str) -> None:
     """nohup(1), and what a shell does for what it starts in the background."""
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    started: list[subprocess.Popen[str]] = []
-
-    def says(asked: HttpRequest) -> Answer:
-        world.until("it is known", lambda: started)
-        os.kill(started[0].pid, getattr(signal, "SIG" + name))
-        return answers.PENDING
-
-    with Scripted(pem, says) as server:
-        device.server = server.address
-        started.append(device.start(before=["sh", "-c", f"trap '' {name}; exec \"$@\"", "sh"]))
-        assert device.finish(started[0], 30).status == 69
+    run = signalled(new, name, answers.PENDING, "sh", "-c", f"trap '' {name}; exec \"$@\"", "sh")
+    assert run.status == 69, run
 
 
 @pytest.mark.parametrize("name", ["HUP", "TERM", "PWR"])
@@ -558,8 +447,3 @@ def told(script: str, line: list[str]) -> str:
         ["sh", "-c", script, "sh", *line], stdout=subprocess.PIPE, env=world.environment(), timeout=60
     )
     return done.stdout.decode()
-
-
-def test_a_status_is_one_of_four(device: Device) -> None:
-    runs: list[Run] = [device.run(), device.run("--nonsense"), device.run("--version")]
-    assert [run.status for run in runs] == [69, 127, 0]

@@ -8,48 +8,64 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 import pytest
 import world
 from needs import needs, slow
+from talking import Talking
 from torture import machine, power, report
 from torture.fleet import Fleet, key_file_parts
-from torture.namespaces import cover, isolated
+from torture.namespaces import isolated
 from torture.report import Case
 from world import Authority, Device, Run, Scripted, answers
 
+#: Misfortunes of the machine, and at least how many cases of each there are.
+FAULTS: dict[str, tuple[Callable[[Fleet], Sequence[Case]], int]] = {
+    "a full disk and a read-only one": (lambda fleet: machine.disks(fleet, full=False), 9),
+    "stopped for a while": (lambda fleet: [machine.stopped(fleet)], 1),
+    "an interpreter that cannot start": (lambda fleet: machine.cannot_start(fleet, full=False), 7),
+    "an etc that is empty or unreadable": (machine.etc, 3),
+    "too few descriptors, too little memory": (lambda fleet: machine.starved(fleet, full=False), 15),
+    "no entropy": (machine.entropy, 8),
+    "outputs that are closed or full": (lambda fleet: machine.outputs(fleet, full=False), 10),
+    "a signal": (lambda fleet: machine.signals(fleet, full=False), 15),
+    "a missing package": (lambda fleet: broken_parts(fleet, " without "), 12),
+    "a broken module": (lambda fleet: report.sample(broken_parts(fleet, ": "), 16), 16),
+    "a signal to the starter": (lambda fleet: report.sample(machine.starter(fleet, full=False), 12), 12),
+    "signals that the caller ignores": (lambda fleet: machine.ignored(fleet, full=False), 10),
+    "a hostile environment": (lambda fleet: machine.environments(fleet, full=False), 23),
+}
+#: The first four are quick enough for `make test`.
+QUICK = list(FAULTS)[:4]
 
-def survived(cases: Sequence[Case], least: int) -> None:
-    row = report.tried("", cases)
+
+def broken_parts(fleet: Fleet, what: str) -> list[Case]:
+    return [case for case in machine.missing(fleet, full=False) if what in case.name]
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=() if what in QUICK else slow) for what in FAULTS])
+def test_a_machine_that_fails_costs_a_device_nothing(fleet: Fleet, what: str) -> None:
+    """A sample of what `make torture` does in full: it ends with the right status, and nothing is lost."""
+    make, least = FAULTS[what]
+    row = report.tried(what, make(fleet))
     assert not row.lost, "\n".join(row.lost)
     assert row.cases >= least
 
 
-def test_a_full_disk_and_a_read_only_one_lose_nothing(fleet: Fleet) -> None:
-    survived(machine.disks(fleet, full=False), 9)
-
-
 @needs("mounts")
 @pytest.mark.parametrize("answer", [answers.UNKNOWN, answers.REJECTED, answers.NOT_MODIFIED])
-def test_a_key_file_that_is_a_mount_point_is_said_before_a_key_is_made(
-    device: Device, authority: Authority, tmp_path: Path, answer: bytes
-) -> None:
+def test_a_key_file_that_is_a_mount_point_is_said_before_a_key_is_made(new: Talking, answer: bytes) -> None:
     """A container that mounts the one file: nothing can be put in its place, rename(2) says EBUSY."""
-    device.has(b"" if answer == answers.UNKNOWN else authority.identity(str(device.client_id)))
-    before = device.key_file.read_bytes()
-
-    def there() -> Run:
-        cover(device.key_file, device.key_file)
-        return device.run("-v")
-
-    with Scripted(authority.server(), [answer]) as server:
-        device.server = server.address
-        run = isolated(there)
+    new.has(b"") if answer == answers.UNKNOWN else new.certified()
+    mounted = f'mount --bind "{new.key_file}" "{new.key_file}" && exec "$@"'
+    before = new.key_file.read_bytes()
+    run = new.hears(answer, options=["-v"], before=("unshare", "-m", "sh", "-c", mounted, "sh"))
     assert run.status == (0 if answer == answers.NOT_MODIFIED else 127), run
-    assert f"{device.key_file} is mounted by itself, and can't be replaced: mount its folder" in run.err
-    assert "making a key" not in run.err and "POST" not in {asked.method for asked in server.requests}
-    assert device.key_file.read_bytes() == before
-    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}
+    assert f"{new.key_file} is mounted by itself, and can't be replaced: mount its folder" in run.err
+    assert "making a key" not in run.err and "POST" not in new.methods
+    assert new.key_file.read_bytes() == before
+    assert {path.name for path in new.folder.iterdir()} == {"empty.conf", "identity.pem"}
 
 
 #: What a root file system in memory, or an overlay with one, looks like.
@@ -88,78 +104,20 @@ def test_a_key_file_that_the_next_boot_has_not_is_said_each_time(
 
 
 @needs("root")
-def test_a_folder_that_cannot_be_read_is_no_reason_to_fail(device: Device, authority: Authority) -> None:
+def test_a_folder_that_cannot_be_read_is_no_reason_to_fail(new: Talking) -> None:
     """It can be written to, and can't be opened to be flushed: 2.0.0 stored, and ended with 127."""
-    state = device.folder / "state"
+    state = new.folder / "state"
     state.mkdir()
-    device.key_file = state / "caramel" / "identity.pem"
+    new.key_file = state / "caramel" / "identity.pem"
     state.chmod(0o311)
     powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
-    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING]) as server:
-        device.server = server.address
-        run = device.run(before=powerless)
-        device.key_file.parent.chmod(0o311)
-        content = device.key_file.read_bytes()
-        device.key_file.write_bytes(world.unsealed(content))
-        assert (run.status, device.run(before=powerless).status) == (69, 69), run
-    assert device.key_file.read_bytes() == content, "it was written anew"
-
-
-@slow
-def test_too_few_descriptors_and_too_little_memory_lose_nothing(fleet: Fleet) -> None:
-    survived(machine.starved(fleet, full=False), 15)
-
-
-@slow
-def test_without_entropy_there_is_no_weak_key_and_no_wait(fleet: Fleet) -> None:
-    survived(machine.entropy(fleet), 8)
-
-
-@slow
-def test_outputs_that_are_closed_or_full_change_no_status_and_never_reach_the_key_file(fleet: Fleet) -> None:
-    survived(machine.outputs(fleet, full=False), 10)
-
-
-@slow
-def test_a_signal_is_127_or_comes_too_late_and_loses_nothing(fleet: Fleet) -> None:
-    survived(machine.signals(fleet, full=False), 15)
-
-
-def test_being_stopped_for_a_while_loses_nothing(fleet: Fleet) -> None:
-    survived([machine.stopped(fleet)], 1)
-
-
-@slow
-def test_a_missing_package_is_127_with_its_name_where_it_is_needed(fleet: Fleet) -> None:
-    survived([case for case in machine.missing(fleet, full=False) if " without " in case.name], 12)
-
-
-@slow
-def test_a_missing_or_broken_module_is_127_and_loses_nothing(fleet: Fleet) -> None:
-    survived(report.sample([case for case in machine.missing(fleet, full=False) if ": " in case.name], 16), 16)
-
-
-def test_an_interpreter_that_cannot_start_is_127(fleet: Fleet) -> None:
-    survived(machine.cannot_start(fleet, full=False), 7)
-
-
-@slow
-def test_a_signal_to_the_starter_is_127_or_comes_too_late_and_loses_nothing(fleet: Fleet) -> None:
-    survived(report.sample(machine.starter(fleet, full=False), 12), 12)
-
-
-@slow
-def test_signals_that_the_caller_ignores_change_nothing(fleet: Fleet) -> None:
-    survived(machine.ignored(fleet, full=False), 10)
-
-
-def test_an_etc_that_is_empty_or_cannot_be_read_loses_nothing(fleet: Fleet) -> None:
-    survived(machine.etc(fleet), 3)
-
-
-@slow
-def test_nobodys_environment_changes_how_a_run_ends(fleet: Fleet) -> None:
-    survived(machine.environments(fleet, full=False), 23)
+    new.enrolls(before=powerless)
+    new.key_file.parent.chmod(0o311)
+    content = new.key_file.read_bytes()
+    new.key_file.write_bytes(world.unsealed(content))
+    run = new.hears(answers.PENDING, before=powerless)
+    assert run.status == 69, run
+    assert new.key_file.read_bytes() == content, "it was written anew"
 
 
 @pytest.mark.parametrize("variable", ["PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__"])
