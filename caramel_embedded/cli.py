@@ -34,18 +34,19 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog=NAME,
         description="Keep this device's key and certificate up to date with a Caramel server: one check, then gone.",
-        epilog="Of a setting's values the later wins: built into the firmware, configuration file, environment, "
-        "option; all but the last have the name in parentheses. Exit status: 0 the certificate is good; "
-        "1 another process holds the lock; 69 the request waits to be signed; 127 everything else.",
+        epilog="A setting can be built into the firmware, or stand in the configuration file, the environment or an "
+        "option; the later of these wins. The first three use the names in parentheses. Exit status: 0 the "
+        "certificate is good; 1 another process holds the lock; 69 the request waits to be signed; "
+        "127 everything else.",
         allow_abbrev=False,
         add_help=False,
     )
     for name, _, flag, placeholder, text in SETTINGS:
         made.add_argument(flag, metavar=placeholder, dest=name, help="%s (%s)" % (text, name))
     paths = (INSTANCE_CONFIG_FILE % "NAME", INSTANCE_KEY_FILE % "NAME")
-    made.add_argument("--instance", metavar="NAME", help="of one service: %s, client ID NAME, %s" % paths)
+    made.add_argument("--instance", metavar="NAME", help="identity of one service: %s, client ID NAME, %s" % paths)
     made.add_argument(
-        "--replace", action="store_true", help="start over although a good identity of another name is stored"
+        "--replace", action="store_true", help="start over, even if a good identity of another name is stored"
     )
     instead = made.add_mutually_exclusive_group()
     instead.add_argument("--status", action="store_true", help="print what the key file holds, and exit")
