@@ -10,161 +10,169 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 import world
 from needs import needs, slow
-from world import Authority, Device, HttpRequest, Scripted, answers, hours, now
+from talking import ID, Talking, key
+from world import Authority, HttpRequest, Scripted, answers, hours, now
 
-ID = "fffbeec0ffee"
 
-
-@dataclass
-class Hooked:
+class Hooked(Talking):
     """A device with a hook that writes down each of its calls, and a server that hands out what it is given."""
 
-    folder: Path
-    authority: Authority
-    device: Device
-    server: Scripted
-    certificates: list[bytes] = field(default_factory=list)
+    asking: Scripted
 
-    @property
-    def script(self) -> Path:
-        return self.folder / "hook"
+    def __init__(self, folder: Path, authority: Authority) -> None:
+        super().__init__(folder / "device", authority)
+        self.beside = folder
+        self.certificates: list[bytes] = []
+        self.script = folder / "hook"
+        #: That the hook has succeeded.
+        self.note = self.folder / ".identity.pem.hook"
 
     def hook(self, *lines: str, shebang: str = "#!/bin/sh\n") -> None:
         """What the hook does after it has written down that it was called."""
-        log = f'echo "$CARAMEL_CN $CARAMEL_KEY_FILE $CARAMEL_NOT_AFTER" >>{self.folder}/calls\n'
+        log = f'echo "$CARAMEL_CN $CARAMEL_KEY_FILE $CARAMEL_NOT_AFTER" >>{self.beside}/calls\n'
+        text = "\n".join([shebang + log, *lines]).encode()
         # Written by another process: a script that this one has open for writing can't be executed by a fork of it.
-        subprocess.run(
-            ["tee", str(self.script)],
-            input="\n".join([shebang + log, *lines]).encode(),
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
+        subprocess.run(["tee", str(self.script)], input=text, stdout=subprocess.DEVNULL, check=True)
         self.script.chmod(0o755)
 
     @property
     def calls(self) -> list[str]:
-        log = self.folder / "calls"
+        log = self.beside / "calls"
         return log.read_text().splitlines() if log.exists() else []
 
     def sign(self, life: int = 48) -> bytes:
         """The server has a new certificate from now on."""
-        self.certificates.append(
-            self.authority.sign(self.device.request, not_before=now() - hours(1), not_after=now() + hours(life))
-        )
+        self.certificates.append(self.signed(not_after=now() + hours(life)))
         return self.certificates[-1]
 
-    def run(self, *options: str, before: tuple[str, ...] = ()) -> world.Run:
-        return self.device.run("--hook", str(self.script), *options, before=before)
+    def arguments(self, *options: str) -> list[str]:
+        """With the hook, unless another one is named."""
+        return super().arguments(*(() if "--hook" in options else ("--hook", str(self.script))), *options)
 
-    @property
-    def note(self) -> Path:
-        return self.device.folder / ".identity.pem.hook"
-
-    @property
-    def litter(self) -> set[str]:
-        """What is beside the key file and the note that the hook has succeeded."""
-        return set(os.listdir(self.device.folder)) - {"identity.pem", "empty.conf", self.note.name}
-
-
-@pytest.fixture(scope="module")
-def key() -> world.PrivateKey:
-    return world.new_key()
+    def ends(self, status: int, calls: int, *options: str, before: Sequence[str] = ()) -> world.Run:
+        """A run that ends with this status, after which the hook has been called so often; nothing is left over."""
+        run = self.run(*options, before=before)
+        assert (run.status, len(self.calls)) == (status, calls), run
+        assert {path.name for path in self.folder.iterdir()} <= {"identity.pem", "empty.conf", self.note.name}
+        return run
 
 
 @pytest.fixture
-def hooked(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> Iterator[Hooked]:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, key=key, certified=False))
+def hooked(tmp_path: Path, authority: Authority, pem: Path) -> Iterator[Hooked]:
+    device = Hooked(tmp_path, authority)
+    device.pending()
 
     def says(asked: HttpRequest) -> bytes:
-        return answers.certificate(made.certificates[-1]) if made.certificates else answers.PENDING
+        return answers.certificate(device.certificates[-1]) if device.certificates else answers.PENDING
 
-    with Scripted(authority.server(file="hook.pem"), says, client_ca=authority.certificate_file) as server:
-        device.server = server.address
-        made = Hooked(tmp_path, authority, device, server)
-        made.hook()
-        yield made
+    with Scripted(pem, says, client_ca=authority.certificate_file) as device.asking:
+        device.server = device.asking.address
+        device.hook()
+        yield device
+
+
+@pytest.fixture
+def owed(hooked: Hooked) -> Hooked:
+    """A device whose hook has failed once for a new certificate, and would succeed now."""
+    hooked.hook("exit 1")
+    hooked.sign()
+    hooked.ends(127, 1)
+    hooked.hook()
+    return hooked
 
 
 @contextmanager
-def started(hooked: Hooked, *options: str) -> Iterator[subprocess.Popen[str]]:
+def started(hooked: Hooked, *options: str, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
     """A run that is still at it."""
-    process = hooked.device.start("--hook", str(hooked.script), *options)
+    process = hooked.start(*options, before=before)
     try:
         yield process
     finally:
         world.end(process)
 
 
+def injecting(*what: str) -> list[str]:
+    """strace(1) that does this to the one process of a run without starter."""
+    return ["strace", "-qq", "-o", os.devnull, *(word for each in what for word in ("-e", f"inject={each}"))]
+
+
+@pytest.fixture
+def alone(hooked: Hooked) -> Hooked:
+    """Without the starter, which stays as the parent: for what is traced, or killed, as one process."""
+    hooked.command = [*world.WITHOUT_STARTER]
+    return hooked
+
+
 # --- When it is called ---
 
 
 def test_it_is_called_once_for_each_new_certificate(hooked: Hooked) -> None:
-    assert (hooked.run().status, hooked.calls) == (69, [])
+    hooked.ends(69, 0)
     hooked.sign()
-    end = f"{hooked.device.folder}/identity.pem"
-    assert hooked.run().status == 0
-    assert len(hooked.calls) == 1 and hooked.calls[0].startswith(f"{ID} {end} ")
-    assert (hooked.run().status, hooked.run().status, len(hooked.calls)) == (0, 0, 1)
+    hooked.ends(0, 1)
+    assert hooked.calls[0].startswith(f"{ID} {hooked.folder}/identity.pem ")
+    for _ in range(2):
+        hooked.ends(0, 1)
     hooked.sign(72)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert hooked.litter == set()
+    for _ in range(2):
+        hooked.ends(0, 2)
 
 
 def test_it_is_not_called_for_a_new_request(hooked: Hooked) -> None:
-    hooked.device.key_file.unlink()
-    assert (hooked.run().status, hooked.calls) == (69, [])
+    hooked.key_file.unlink()
+    hooked.ends(69, 0)
 
 
 def test_it_finds_the_new_certificate_in_the_file_and_the_lock_free(hooked: Hooked) -> None:
     hooked.hook(
-        f'cp "$CARAMEL_KEY_FILE" {hooked.folder}/seen',
-        f'flock -n "$CARAMEL_KEY_FILE" true; echo $? >>{hooked.folder}/lock',
+        f'cp "$CARAMEL_KEY_FILE" {hooked.beside}/seen',
+        f'flock -n "$CARAMEL_KEY_FILE" true; echo $? >>{hooked.beside}/lock',
     )
     pem = hooked.sign()
-    assert hooked.run().status == 0
-    assert pem in (hooked.folder / "seen").read_bytes()
-    assert (hooked.folder / "lock").read_text() == "0\n"
+    hooked.ends(0, 1)
+    assert pem in (hooked.beside / "seen").read_bytes()
+    assert (hooked.beside / "lock").read_text() == "0\n"
 
 
 def test_it_is_told_when_the_certificate_ends_and_where_the_file_really_is(hooked: Hooked) -> None:
-    real = hooked.device.key_file
-    link = hooked.folder / "link.pem"
-    link.symlink_to(real)
-    hooked.device.key_file = link
+    real = hooked.key_file
+    hooked.key_file = hooked.beside / "link.pem"
+    hooked.key_file.symlink_to(real)
     hooked.sign()
-    assert hooked.run().status == 0
-    certificate = hooked.device.certificate
-    assert certificate
-    end = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"
-    assert hooked.calls == [f"{ID} {real} {end}"]
+    hooked.ends(0, 1)
+    assert hooked.certificate
+    assert hooked.calls == [f"{ID} {real} {hooked.certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC"]
+
+
+def without_hook(hooked: Hooked, **how: Any) -> world.Run:
+    """A run that has no hook by an option."""
+    line = Talking.arguments(hooked)[len(hooked.command) :]
+    return hooked.run(*line, bare=True, **how)
 
 
 def test_a_hook_that_is_set_later_is_called_once_for_what_is_there(hooked: Hooked) -> None:
     hooked.sign()
-    assert hooked.device.run().status == 0 and not hooked.note.exists()
-    assert [(hooked.run().status, len(hooked.calls)) for _ in range(2)] == [(0, 1)] * 2
+    assert without_hook(hooked).status == 0 and not hooked.note.exists()
+    for _ in range(2):
+        hooked.ends(0, 1)
 
 
 def test_the_setting_works_in_a_file_and_in_the_environment(hooked: Hooked) -> None:
     hooked.sign()
-    assert hooked.device.run(env={"CARAMEL_HOOK": str(hooked.script)}).status == 0
-    assert len(hooked.calls) == 1
-    assert hooked.device.config
-    hooked.device.config.write_text(f'CARAMEL_HOOK="{hooked.script} again"\n')
+    assert without_hook(hooked, env={"CARAMEL_HOOK": str(hooked.script)}).status == 0
+    assert hooked.config and len(hooked.calls) == 1
+    hooked.config.write_text(f'CARAMEL_HOOK="{hooked.script} again"\n')
     hooked.sign(72)
-    assert (hooked.device.run().status, len(hooked.calls)) == (0, 2)
+    assert (without_hook(hooked).status, len(hooked.calls)) == (0, 2)
 
 
 # --- How it is called ---
@@ -173,32 +181,30 @@ def test_the_setting_works_in_a_file_and_in_the_environment(hooked: Hooked) -> N
 def test_its_output_goes_to_standard_error_and_its_input_is_empty(hooked: Hooked) -> None:
     hooked.hook("echo to output", "echo to error >&2", "cat")
     hooked.sign()
-    run = hooked.run(before=("sh", "-c", 'echo typed | "$@"', "sh"))
-    assert (run.status, run.out) == (0, "")
-    assert run.err.splitlines()[:2] == ["to output", "to error"] and len(run.err.splitlines()) == 3
+    run = hooked.ends(0, 1, before=("sh", "-c", 'echo typed | "$@"', "sh"))
+    assert run.out == "" and run.err.splitlines()[:2] == ["to output", "to error"] and run.err.count("\n") == 3
 
 
 def test_it_gets_words_and_no_shell(hooked: Hooked) -> None:
-    hooked.hook(f'printf "%s\\n" "$@" >{hooked.folder}/arguments')
+    hooked.hook(f'printf "%s\\n" "$@" >{hooked.beside}/arguments')
     hooked.sign()
-    options = f'{hooked.script} "two words" $HOME;touch {hooked.folder}/touched *'
-    assert hooked.device.run("--hook", options).status == 0
-    seen = (hooked.folder / "arguments").read_text().splitlines()
-    assert seen == ["two words", "$HOME;touch", f"{hooked.folder}/touched", "*"]
-    assert not (hooked.folder / "touched").exists()
+    hooked.ends(0, 1, "--hook", f'{hooked.script} "two words" $HOME;touch {hooked.beside}/touched *')
+    seen = (hooked.beside / "arguments").read_text().splitlines()
+    assert seen == ["two words", "$HOME;touch", f"{hooked.beside}/touched", "*"]
+    assert not (hooked.beside / "touched").exists()
 
 
 def test_a_shell_can_be_the_command(hooked: Hooked) -> None:
     hooked.sign()
-    assert hooked.device.run("--hook", f"sh -c 'echo \"$CARAMEL_CN\" | tr f F >{hooked.folder}/said'").status == 0
-    assert (hooked.folder / "said").read_text() == "FFFbeec0FFee\n"
+    hooked.ends(0, 0, "--hook", f"sh -c 'echo \"$CARAMEL_CN\" | tr f F >{hooked.beside}/said'")
+    assert (hooked.beside / "said").read_text() == "FFFbeec0FFee\n"
 
 
 def test_what_it_leaves_running_goes_on(hooked: Hooked) -> None:
-    hooked.hook(f"sleep 60 >/dev/null 2>&1 & echo $! >{hooked.folder}/pid")
+    hooked.hook(f"sleep 60 >/dev/null 2>&1 & echo $! >{hooked.beside}/pid")
     hooked.sign()
     run = hooked.run()
-    left = int((hooked.folder / "pid").read_text())
+    left = int((hooked.beside / "pid").read_text())
     try:
         assert (run.status, run.seconds < 20) == (0, True)
         os.kill(left, 0)
@@ -212,81 +218,75 @@ def test_what_it_leaves_running_goes_on(hooked: Hooked) -> None:
 def test_its_failure_is_127_the_certificate_stays_and_it_is_called_again(hooked: Hooked) -> None:
     hooked.hook("exit 3")
     hooked.sign()
-    run = hooked.run()
-    assert run.status == 127
+    run = hooked.ends(127, 1)
     assert "new certificate, valid until " in run.err and f"the hook {hooked.script} failed with status 3" in run.err
-    assert len(run.err.splitlines()) == 1
-    before = hooked.device.snapshot()
-    assert hooked.device.labels == ["PRIVATE KEY", "CERTIFICATE", "NEW CERTIFICATE REQUEST"]
-    run = hooked.run()
-    assert (run.status, len(hooked.calls)) == (127, 2)
-    assert "certificate unchanged, valid until " in run.err
+    assert run.err.count("\n") == 1
+    before = hooked.snapshot()
+    assert hooked.labels == ["PRIVATE KEY", "CERTIFICATE", "NEW CERTIFICATE REQUEST"]
+    assert "certificate unchanged, valid until " in hooked.ends(127, 2).err
     hooked.hook()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 3)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 3)
-    assert hooked.device.snapshot() == before
-    assert hooked.litter == set()
+    for _ in range(2):
+        hooked.ends(0, 3)
+    assert hooked.snapshot() == before
 
 
-def test_its_death_by_a_signal_is_a_failure(hooked: Hooked) -> None:
-    hooked.hook("kill -9 $$")
+#: Ways to fail: the hook, its file's mode, what starts it, what is said, and whether it has written down its call.
+IGNORING = (
+    "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+FAILURES: dict[str, tuple[list[str], int, str, Sequence[str], str, int]] = {
+    "a signal": (["kill -9 $$"], 0o755, "#!/bin/sh\n", (), "was ended by signal 9", 1),
+    "not executable": ([], 0o644, "#!/bin/sh\n", (), "can't be run: ", 0),
+    "no program": ([], 0o755, "", (), "can't be run: ", 0),
+    "missing": ([], 0, "#!/bin/sh\n", (), "can't be run: ", 0),
+    # Where SIGCHLD is ignored the kernel keeps no exit status (wait(2)): 1.0.0 took a failure for success.
+    "its caller ignores the end of its children": (
+        *(["exit 3"], 0o755, "#!/bin/sh\n", (sys.executable, "-c", IGNORING)),
+        *("failed with status 3", 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_hook_that_fails_in_any_way_is_owed(hooked: Hooked, what: str) -> None:
+    lines, mode, shebang, before, words, calls = FAILURES[what]
+    hooked.hook(*lines, shebang=shebang)
+    hooked.script.chmod(mode) if mode else hooked.script.unlink()
     hooked.sign()
-    run = hooked.run()
-    assert (run.status, "was ended by signal 9" in run.err) == (127, True)
-    assert (hooked.run().status, len(hooked.calls)) == (127, 2)
-
-
-@pytest.mark.parametrize("what", ["missing", "not executable", "no program"])
-def test_a_hook_that_cannot_be_run_is_owed(hooked: Hooked, what: str) -> None:
-    if what == "missing":
-        hooked.script.unlink()
-    elif what == "not executable":
-        hooked.script.chmod(0o644)
-    else:
-        hooked.hook(shebang="")
-    hooked.sign()
-    run = hooked.run()
-    assert (run.status, f"the hook {hooked.script} can't be run: " in run.err) == (127, True)
+    assert f"the hook {hooked.script} {words}" in hooked.ends(127, calls, before=before).err
     hooked.hook()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
+    hooked.ends(0, calls + 1, before=before)
 
 
 def test_it_is_called_though_the_server_is_down(hooked: Hooked) -> None:
     hooked.hook("exit 1")
     hooked.sign()
-    assert hooked.run().status == 127
-    hooked.server.stop()
-    run = hooked.run()
-    assert (run.status, len(hooked.calls)) == (127, 2)
+    hooked.ends(127, 1)
+    hooked.asking.stop()
     # One line has both that went wrong.
+    run = hooked.ends(127, 2)
     assert "can't be reached" in run.err and "failed with status 1" in run.err and run.err.count("\n") == 1
     hooked.hook()
-    run = hooked.run()
-    assert (run.status, len(hooked.calls)) == (127, 3)
-    assert "can't be reached" in run.err and "hook" not in run.err
-    assert (hooked.run().status, len(hooked.calls)) == (127, 3)
+    for _ in range(2):
+        run = hooked.ends(127, 3)
+        assert "can't be reached" in run.err and "hook" not in run.err
 
 
-def test_it_is_not_called_for_an_identity_that_is_wiped(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
-    hooked.sign()
-    assert (hooked.run().status, len(hooked.calls)) == (127, 1)
-    hooked.server.answers = [answers.REJECTED, answers.PENDING, answers.PENDING]
-    hooked.server.requests.clear()
-    assert (hooked.run().status, len(hooked.calls)) == (69, 1)
-    assert hooked.device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
+def test_it_is_not_called_for_an_identity_that_is_wiped(owed: Hooked) -> None:
+    owed.asking.answers = [answers.REJECTED, answers.PENDING, answers.PENDING]
+    owed.asking.requests.clear()
+    owed.ends(69, 1)
+    assert owed.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
 
 
 @pytest.mark.parametrize("victim", ["hook", "run"])
-def test_a_power_cut_while_it_is_at_work_calls_it_again(hooked: Hooked, victim: str) -> None:
-    hooked.device.command = [*world.WITHOUT_STARTER]
-    hooked.hook("kill -9 $PPID" + (" $$" if victim == "hook" else ""))
-    hooked.sign()
-    assert hooked.run().status == -9
-    hooked.hook()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert hooked.litter == set()
+def test_a_power_cut_while_it_is_at_work_calls_it_again(alone: Hooked, victim: str) -> None:
+    alone.hook("kill -9 $PPID" + (" $$" if victim == "hook" else ""))
+    alone.sign()
+    assert alone.run().status == -9
+    alone.hook()
+    for _ in range(2):
+        alone.ends(0, 2)
 
 
 @pytest.mark.parametrize(
@@ -300,201 +300,146 @@ def test_a_power_cut_while_it_is_at_work_calls_it_again(hooked: Hooked, victim: 
     ],
 )
 @needs("strace")
-def test_an_end_at_any_moment_never_forgets_it(hooked: Hooked, call: str, number: int, calls: list[int]) -> None:
-    hooked.sign()
-    hooked.device.command = [*world.WITHOUT_STARTER]
-    end = ("strace", "-qq", "-o", os.devnull, "-e", f"inject={call}:signal=KILL:when={number}")
-    assert (hooked.run(before=end).status, len(hooked.calls)) == (-9, calls[0])
-    assert [(hooked.run().status, len(hooked.calls)) for _ in range(2)] == [(0, calls[1])] * 2
-    assert hooked.litter == set()
+def test_an_end_at_any_moment_never_forgets_it(alone: Hooked, call: str, number: int, calls: list[int]) -> None:
+    alone.sign()
+    end = injecting(f"{call}:signal=KILL:when={number}")
+    assert (alone.run(before=end).status, len(alone.calls)) == (-9, calls[0])
+    for _ in range(2):
+        alone.ends(0, calls[1])
 
 
-def test_a_signal_to_the_run_ends_the_hook_which_stays_owed(hooked: Hooked) -> None:
-    hooked.hook(f"echo $$ >{hooked.folder}/pid", "sleep 60 & sleep 60")
+@pytest.mark.parametrize("end", ["its time limit", "a signal"])
+def test_an_end_of_the_run_ends_all_of_it_and_it_stays_owed(hooked: Hooked, end: str) -> None:
+    # `nothing_left_behind` sees that all are gone.
+    hooked.hook("trap '' TERM" if end == "its time limit" else "", "sleep 60 & sleep 60")
     hooked.sign()
-    with started(hooked) as process:
-        world.until("the hook is at work", lambda: (hooked.folder / "pid").exists())
-        process.send_signal(signal.SIGTERM)
-        run = hooked.device.finish(process, 20)
-    assert (run.status, "ended by a signal" in run.err) == (127, True)
+    with started(hooked, "--timeout", "2" if end == "its time limit" else "60") as process:
+        world.until("the hook is at work", lambda: hooked.calls)
+        if end == "a signal":
+            process.send_signal(signal.SIGTERM)
+        run = hooked.finish(process, 20)
+    assert run.status == 127 and ("ended by a signal" if end == "a signal" else "after 2 seconds") in run.err, run
     hooked.hook()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-
-
-def test_a_caller_that_ignores_the_end_of_its_children_hides_no_failure(hooked: Hooked) -> None:
-    """Where SIGCHLD is ignored the kernel keeps no exit status (wait(2)): 1.0.0 took a failure for success."""
-    hooked.hook("exit 3")
-    hooked.sign()
-    ignoring = (sys.executable, "-c", IGNORING)
-    run = hooked.run(before=ignoring)
-    assert (run.status, "failed with status 3" in run.err) == (127, True), run.err
-    hooked.hook()
-    assert (hooked.run(before=ignoring).status, len(hooked.calls)) == (0, 2)
-
-
-#: Becomes the command of its arguments, with SIGCHLD ignored.
-IGNORING = (
-    "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execvp(sys.argv[1], sys.argv[1:])"
-)
-
-
-def test_its_time_limit_ends_all_of_it(hooked: Hooked) -> None:
-    # `nothing_left_behind` sees that both are gone.
-    hooked.hook("trap '' TERM", "sleep 60 & sleep 60")
-    hooked.sign()
-    run = hooked.run("--timeout", "2")
-    assert (run.status, run.seconds < 20) == (127, True)
-    assert "after 2 seconds" in run.err
-    hooked.hook()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+    hooked.ends(0, 2)
 
 
 def test_a_note_that_cannot_be_read_is_said(hooked: Hooked) -> None:
     hooked.sign()
-    assert (hooked.run().status, len(hooked.calls)) == (0, 1)
+    hooked.ends(0, 1)
     hooked.note.unlink()
     hooked.note.mkdir()
-    run = hooked.run()
-    assert (run.status, f"{hooked.note} is no regular file" in run.err, len(hooked.calls)) == (127, True, 1), run
+    assert f"{hooked.note} is no regular file" in hooked.ends(127, 1).err
 
 
 @needs("strace")
-def test_a_note_that_cannot_be_written_is_said(hooked: Hooked) -> None:
-    hooked.sign()
-    hooked.device.command = [*world.WITHOUT_STARTER]
-    run = hooked.run(before=("strace", "-qq", "-o", os.devnull, "-e", "inject=renameat:error=EROFS:when=2"))
-    assert (run.status, len(hooked.calls)) == (127, 1)
-    assert "new certificate" in run.err and f"can't store {hooked.note}: Read-only file system" in run.err
-    assert (hooked.run().status, len(hooked.calls), hooked.litter) == (0, 2, set())
+def test_a_note_that_cannot_be_written_is_said(alone: Hooked) -> None:
+    alone.sign()
+    run = alone.ends(127, 1, before=injecting("renameat:error=EROFS:when=2"))
+    assert "new certificate" in run.err and f"can't store {alone.note}: Read-only file system" in run.err
+    alone.ends(0, 2)
 
 
 # --- With others around ---
 
 
-def test_of_many_runs_at_once_one_calls_it(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
-    hooked.sign()
-    assert hooked.run().status == 127
-    hooked.hook("sleep 1")
+def test_of_many_runs_at_once_one_calls_it(owed: Hooked) -> None:
+    owed.hook("sleep 1")
     with ThreadPoolExecutor(12) as pool:
-        runs = list(pool.map(lambda _: hooked.run(), range(12)))
+        runs = list(pool.map(lambda _: owed.run(), range(12)))
     assert {run.status for run in runs} <= {0, 1}, [run.err for run in runs]
-    assert len(hooked.calls) == 2
-    assert hooked.litter == set()
+    owed.ends(0, 2)
 
 
 @needs("strace")
-def test_a_run_that_comes_too_late_to_the_note_does_not_call_it(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
-    hooked.sign()
-    assert hooked.run().status == 127
-    hooked.hook()
+def test_a_run_that_comes_too_late_to_the_note_does_not_call_it(owed: Hooked) -> None:
     # The key file's lock is taken and given back; the third is that on the note. By then it is open, and another run
     # does what it asks for.
     delay = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=flock:delay_enter=2000000:when=3")
-    asked = len(hooked.server.requests)
-    late = hooked.device.start("--hook", str(hooked.script), before=delay)
-    try:
-        world.until("the late run asks the server", lambda: len(hooked.server.requests) > asked)
-        world.until("another run has the key file", lambda: hooked.run().status == 0, pause=0.1)
-        assert (late.poll(), len(hooked.calls)) == (None, 2)
-        assert hooked.device.finish(late, 20).status == 0
-    finally:
-        world.end(late)
-    assert len(hooked.calls) == 2
+    asked = len(owed.asking.requests)
+    with started(owed, before=delay) as late:
+        world.until("the late run asks the server", lambda: len(owed.asking.requests) > asked)
+        world.until("another run has the key file", lambda: owed.run().status == 0, pause=0.1)
+        assert (late.poll(), len(owed.calls)) == (None, 2)
+        assert owed.finish(late, 20).status == 0
+    assert len(owed.calls) == 2
 
 
-def test_a_run_that_is_locked_out_does_not_call_it(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
-    hooked.sign()
-    assert hooked.run().status == 127
-    run = hooked.device.run("--hook", str(hooked.script), before=("flock", str(hooked.device.key_file)))
-    assert (run.status, len(hooked.calls)) == (1, 1)
+def test_a_run_that_is_locked_out_does_not_call_it(owed: Hooked) -> None:
+    owed.ends(1, 1, before=("flock", str(owed.key_file)))
 
 
 @needs("strace")
-def test_the_success_of_an_older_certificates_hook_does_not_pay_for_a_newer_one(hooked: Hooked) -> None:
+def test_the_success_of_an_older_certificates_hook_does_not_pay_for_a_newer_one(alone: Hooked) -> None:
     """2.0.0 looked whether the note was its own, and removed the newer one that had come meanwhile."""
-    hooked.sign()
-    hooked.device.command = [*world.WITHOUT_STARTER]
+    alone.sign()
     delay = ("unlinkat:delay_enter=3000000:when=4", "renameat:delay_enter=3000000:when=2")  # 2.0.0's, and now
-    line = ["strace", "-qq", "-o", os.devnull, *(word for what in delay for word in ("-e", f"inject={what}"))]
-    old = hooked.device.start("--hook", str(hooked.script), before=line)
-    try:
-        world.until("the hook has been called", lambda: hooked.calls)
-        hooked.hook("exit 1")
-        hooked.sign(72)
-        world.until("the next run has the key file", lambda: hooked.run().status != 1, pause=0.1)
-        assert old.poll() is None and hooked.device.block("CERTIFICATE") == hooked.certificates[-1]
-        assert hooked.device.finish(old, 20).status == 0
-    finally:
-        world.end(old)
-    called = len(hooked.calls)
-    hooked.hook()
-    assert [(hooked.run().status, len(hooked.calls) - called) for _ in range(2)] == [(0, 1)] * 2
+    with started(alone, before=injecting(*delay)) as old:
+        world.until("the hook has been called", lambda: alone.calls)
+        alone.hook("exit 1")
+        alone.sign(72)
+        world.until("the next run has the key file", lambda: alone.run().status != 1, pause=0.1)
+        assert old.poll() is None and alone.block("CERTIFICATE") == alone.certificates[-1]
+        assert alone.finish(old, 20).status == 0
+    called = len(alone.calls)
+    alone.hook()
+    for _ in range(2):
+        alone.ends(0, called + 1)
 
 
 @needs("strace")
-@pytest.mark.parametrize("owed", [True, False])
-def test_a_newer_certificate_that_cannot_be_stored_changes_nothing(hooked: Hooked, owed: bool) -> None:
-    hooked.hook("exit %d" % owed)
-    hooked.sign()
-    assert (hooked.run().status, len(hooked.calls)) == (127 if owed else 0, 1)
-    hooked.sign(72)
-    hooked.hook()
-    fault = ("strace", "-qq", "-f", "-o", os.devnull, "-e", "inject=fsync:error=EIO:when=1")
-    hooked.device.command = [*world.WITHOUT_STARTER]
-    run = hooked.run(before=fault)
-    assert (run.status, "can't store" in run.err, len(hooked.calls)) == (127, True, 1 + owed)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2 + owed)
+@pytest.mark.parametrize("owes", [True, False])
+def test_a_newer_certificate_that_cannot_be_stored_changes_nothing(alone: Hooked, owes: bool) -> None:
+    alone.hook("exit %d" % owes)
+    alone.sign()
+    alone.ends(127 if owes else 0, 1)
+    alone.sign(72)
+    alone.hook()
+    assert "can't store" in alone.ends(127, 1 + owes, before=injecting("fsync:error=EIO:when=1")).err
+    alone.ends(0, 2 + owes)
 
 
 def test_a_run_ends_when_the_hook_has_and_not_later(hooked: Hooked) -> None:
     hooked.hook("sleep 1")
     hooked.sign()
-    began = time.monotonic()
-    assert hooked.run().status == 0
-    assert 1 <= time.monotonic() - began < 20
+    assert 1 <= hooked.ends(0, 1).seconds < 20
 
 
 # --- Whose word counts ---
 
 
-@pytest.mark.parametrize("owed", [True, False])
+@pytest.mark.parametrize("owes", [True, False])
 @pytest.mark.parametrize("answer", [None, answers.NOT_MODIFIED], ids=["no server", "unchanged"])
 @pytest.mark.parametrize("whose", ["another device's", "another CA's", "another CA's, sealed"])
 def test_it_is_not_called_for_what_this_very_run_has_not_found_good(
-    hooked: Hooked, key: world.PrivateKey, tmp_path: Path, whose: str, answer: Optional[bytes], owed: bool
+    hooked: Hooked, tmp_path: Path, whose: str, answer: Optional[bytes], owes: bool
 ) -> None:
     """2.0.0 had root call it for whatever the owner of the folder, or the card of another device, had there."""
-    content = hooked.authority.identity("fffbeec0ffff", key=key)
+    content = hooked.authority.identity("fffbeec0ffff", key=key())
     if whose != "another device's":
-        content = Authority(tmp_path / "other").identity(ID, key=key, line=False)
+        content = Authority(tmp_path / "other").identity(ID, key=key(), line=False)
     if "sealed" in whose:  # SHA-256 of what everybody may know: it protects against accidents
         content = world.sealed(content, hooked.authority.pem, ID)
-    hooked.device.has(content)
-    if owed:
-        owed_for = hashlib.sha256(hooked.device.block("CERTIFICATE") or b"").hexdigest()
-        hooked.note.write_text(owed_for + "\n")  # as 2.0.0 wrote it
-    with Scripted(hooked.authority.server(file="unchanged.pem"), [answer]) as server:
-        hooked.device.server = server.address if answer else "localhost:9"
-        run = hooked.run()
-    assert (run.status, hooked.calls) == (127, []), run
+    hooked.has(content)
+    if owes:
+        # As 2.0.0 wrote it.
+        hooked.note.write_text(hashlib.sha256(hooked.block("CERTIFICATE") or b"").hexdigest() + "\n")
+    hooked.asking.answers = [answer]
+    if not answer:
+        hooked.server = "localhost:9"
+    hooked.ends(127, 0)
 
 
-def test_it_gets_what_was_judged_and_not_what_the_files_line_says(hooked: Hooked) -> None:
-    hooked.hook("exit 1")
-    hooked.sign()
-    assert hooked.run().status == 127
-    good = hooked.calls
-    line, _, content = hooked.device.key_file.read_bytes().partition(b"\n")
+def test_it_gets_what_was_judged_and_not_what_the_files_line_says(owed: Hooked) -> None:
+    owed.hook("exit 1")
+    good = owed.calls
+    line, _, content = owed.key_file.read_bytes().partition(b"\n")
     forged = re.sub(rb"until=\S+", b"until=$(reboot)", line.partition(b" seal=")[0])
-    under = b"".join(hashlib.sha256(text).digest() for text in (hooked.authority.pem, hooked.authority.pem, b"RSA"))
+    under = b"".join(hashlib.sha256(text).digest() for text in (owed.authority.pem, owed.authority.pem, b"RSA"))
     seal = hashlib.sha256(b"\n".join((forged, under, content))).hexdigest().encode()
     for end in (b"", b" seal=" + seal):
-        hooked.device.has(forged + end + b"\n" + content)
-        hooked.run()
-    assert hooked.calls == good * 3
+        owed.has(forged + end + b"\n" + content)
+        owed.run()
+    assert owed.calls == good * 3
 
 
 # --- Its surroundings ---
@@ -502,58 +447,52 @@ def test_it_gets_what_was_judged_and_not_what_the_files_line_says(hooked: Hooked
 
 def test_inside_of_it_the_program_neither_waits_nor_calls_one_whatever_the_server_signs(hooked: Hooked) -> None:
     """2.0.0, and a server that signs at each question: 194 inside of each other."""
-    again = " ".join(hooked.device.arguments("--hook", str(hooked.script)))
-    hooked.hook(
-        "[ $(wc -l <%s/calls) -gt 3 ] && exit 0" % hooked.folder, "env", again, f"echo $? >{hooked.folder}/inner"
-    )
-    hooked.server.answers = lambda _: answers.certificate(hooked.sign(48 + len(hooked.certificates)))
-    run = hooked.run()
-    assert (run.status, len(hooked.calls), len(hooked.certificates)) == (0, 1, 2), run.err
-    assert "CARAMEL_IN_HOOK=1\n" in run.err and (hooked.folder / "inner").read_text() == "0\n"
+    again = " ".join(hooked.arguments())
+    stop = f"[ $(wc -l <{hooked.beside}/calls) -gt 3 ] && exit 0"
+    hooked.hook(stop, "env", again, f"echo $? >{hooked.beside}/inner")
+    hooked.asking.answers = lambda _: answers.certificate(hooked.sign(48 + len(hooked.certificates)))
+    run = hooked.ends(0, 1)
+    assert len(hooked.certificates) == 2, run.err
+    assert "CARAMEL_IN_HOOK=1\n" in run.err and (hooked.beside / "inner").read_text() == "0\n"
     # It is owed for the certificate that the run inside has stored.
     hooked.hook()
-    hooked.server.answers = [answers.NOT_MODIFIED]
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
-    assert (hooked.run().status, len(hooked.calls)) == (0, 2)
+    hooked.asking.answers = [answers.NOT_MODIFIED]
+    for _ in range(2):
+        hooked.ends(0, 2)
 
 
 def test_inside_of_it_another_configuration_is_another_identity(hooked: Hooked) -> None:
-    two = hooked.folder / "two.conf"
-    two.write_text(f"CARAMEL_CN=two\nCARAMEL_KEY_FILE={hooked.folder}/two.pem\nCARAMEL_CA_CERT={hooked.device.ca}\n")
-    hooked.hook(f"{world.COMMAND} --config {two} --status --json >{hooked.folder}/told; true")
+    two = hooked.beside / "two.conf"
+    two.write_text(f"CARAMEL_CN=two\nCARAMEL_KEY_FILE={hooked.beside}/two.pem\nCARAMEL_CA_CERT={hooked.ca}\n")
+    hooked.hook(f"{world.COMMAND} --config {two} --status --json >{hooked.beside}/told; true")
     hooked.sign()
-    assert hooked.run().status == 0
-    told = json.loads((hooked.folder / "told").read_text())
-    assert (told["client_id"], told["key_file"]) == ("two", f"{hooked.folder}/two.pem")
+    hooked.ends(0, 1)
+    told = json.loads((hooked.beside / "told").read_text())
+    assert (told["client_id"], told["key_file"]) == ("two", f"{hooked.beside}/two.pem")
 
 
 def test_it_has_the_callers_environment_and_the_sbin_folders(hooked: Hooked) -> None:
     """cron's PATH has none of them; what steers OpenSSL is kept from this program alone."""
     kept = {"OPENSSL_CONF": "/etc/admins.cnf", "SSL_CERT_FILE": "/etc/admins.pem", "SSL_CERT_DIR": "/etc/admins"}
-    (hooked.folder / "sbin").mkdir()
     hooked.sign()
-    hook = ("--hook", "sh -c 'env; command -v ldconfig'")
-    run = hooked.device.run(*hook, env={**kept, "PATH": f"{hooked.folder}:/usr/bin:/bin"})
+    path = f"{hooked.beside}:/usr/bin:/bin"
+    run = hooked.run("--hook", "sh -c 'env; command -v ldconfig'", env={**kept, "PATH": path})
     assert run.status == 0, run
     assert kept.items() <= dict(line.partition("=")[::2] for line in run.err.splitlines()).items()
-    assert f"PATH={hooked.folder}:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n" in run.err
+    assert f"PATH={path}:/usr/local/sbin:/usr/sbin:/sbin\n" in run.err
 
 
 @pytest.mark.parametrize("end", ["its time limit", "a signal"])
-def test_what_it_has_sent_into_other_sessions_ends_with_it_and_nothing_else(hooked: Hooked, end: str) -> None:
+def test_what_it_has_sent_into_other_sessions_ends_with_it_and_nothing_else(alone: Hooked, end: str) -> None:
     # `nothing_left_behind` sees what is left.
-    hooked.hook("setsid sleep 61 & setsid sh -c 'sleep 62 & sleep 63' &", "(setsid setsid sleep 64 &)", "sleep 65")
-    hooked.sign()
-    hooked.device.command = [*world.WITHOUT_STARTER]
+    alone.hook("setsid sleep 61 & setsid sh -c 'sleep 62 & sleep 63' &", "(setsid setsid sleep 64 &)", "sleep 65")
+    alone.sign()
     # A child that the process had before it became this program.
-    before = ("sh", "-c", f'sleep 60 >/dev/null 2>&1 & echo $! >{hooked.folder}/pid; exec "$@"', "sh")
-    process = hooked.device.start("--hook", str(hooked.script), "--timeout", "2", before=before)
-    try:
+    before = ("sh", "-c", f'sleep 60 >/dev/null 2>&1 & echo $! >{alone.beside}/pid; exec "$@"', "sh")
+    with started(alone, "--timeout", "2", before=before) as process:
         if end == "a signal":
-            world.until("the hook is at work", lambda: hooked.calls)
+            world.until("the hook is at work", lambda: alone.calls)
             time.sleep(0.3)
             process.send_signal(signal.SIGTERM)
-        assert hooked.device.finish(process, 20).status == 127
-        os.kill(int((hooked.folder / "pid").read_text()), signal.SIGKILL)
-    finally:
-        world.end(process)
+        assert alone.finish(process, 20).status == 127
+        os.kill(int((alone.beside / "pid").read_text()), signal.SIGKILL)
