@@ -583,15 +583,23 @@ def describe(certificate: bytes) -> Optional[Description]:
 
 
 def label(chain: Sequence[bytes]) -> str:
-    """A few words by which a person tells a chain, PEM, from others: who it is for, by whom, and the beginning of the
-    last certificate's fingerprint as ``openssl x509 -fingerprint -sha256`` prints it."""
+    """A few words by which a person tells a chain, PEM, from others: who it is for, and by whom.
+
+    If the last certificate is a root, the beginning of its fingerprint too, as ``openssl x509 -fingerprint -sha256``
+    prints it.
+    """
     first, last = describe(chain[0]), describe(chain[-1])
-    fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(chain[-1].decode("ascii"))).hexdigest().upper()
-    who = "something that can't be read"
-    if first and last:
-        who = first.subject if first.subject == last.issuer else "%s by %s" % (first.subject, last.issuer)
-    short = ":".join(fingerprint[at : at + 2] for at in range(0, 16, 2))
-    return "%s (SHA-256 %s...)" % (printable(who), short)
+    if not first or not last:
+        return "something that can't be read"
+    is_root = last.subject == last.issuer
+    # Short enough each that a long one doesn't push out the other.
+    who = printable(first.subject, 160)
+    if not is_root or len(chain) > 1:
+        who += " by " + printable(last.issuer, 160)
+    if is_root:
+        fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(chain[-1].decode("ascii"))).hexdigest().upper()
+        who += " (SHA-256 %s...)" % ":".join(fingerprint[at : at + 2] for at in range(0, 16, 2))
+    return who
 
 
 def key_size(identity: Identity) -> tuple[str, int]:

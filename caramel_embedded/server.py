@@ -33,6 +33,7 @@ MAXIMUM_BODY = 65536  # bytes
 MAXIMUM_WAIT = 86400  # seconds; a Retry-After of a broken server must not keep a device away for years
 NOT_YET_VALID, HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*, see X509_STORE_CTX_get_error(3)
 MISMATCHES = (62, 64)  # of a host name, of an address
+STRANGERS = (2, 7, 18, 19, 20, 21)  # nothing trusted has signed the chain
 # What TLS front ends say to a client certificate that they don't like: nginx 400, others 401 or 403.
 CERTIFICATE_REFUSALS = (400, 401, 403)
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -280,7 +281,8 @@ class Server:
                 if error.verify_code == HAS_EXPIRED:
                     _look_at_clock(context)
                 elif error.verify_code != NOT_YET_VALID:
-                    raise Untrusted(in_our_terms(error)[1] + self._shown(address, error.verify_code)) from None
+                    reason = in_our_terms(error)[1].rstrip(".")
+                    raise Untrusted(reason + self._shown(address, error.verify_code)) from None
             raise
 
     def _shown(self, address: Any, code: int) -> str:
@@ -291,14 +293,15 @@ class Server:
         try:
             from . import certificates  # costs as much as all else
 
-            tcp = Tcp(address, self._limits)
-            if code not in MISMATCHES:
-                sent = certificates.chain_sent(tcp, self.address[0])
+            if code in STRANGERS:
+                sent = certificates.chain_sent(Tcp(address, self._limits), self.address[0])
                 return "; it shows %s, and trusted is %s" % (
                     certificates.label([ssl.DER_cert_to_PEM_cert(one).encode() for one in sent]),
                     " or ".join(certificates.label([one]) for one in pem.certificates(self.trust.ca_cert)),
                 )
-            with closing(tcp):
+            if code not in MISMATCHES:
+                return ""
+            with closing(Tcp(address, self._limits)) as tcp:
                 context = client_context(self.trust, dates=False)
                 context.check_hostname = False
                 peer = Tls(tcp, context, self.address[0], directly).peer

@@ -176,7 +176,9 @@ class Check:
             return outcome
         except CaramelError as error:
             if not isinstance(error, KeyUnusable):
-                error.args = ("; ".join([str(error), *filter(None, [self._problem_of_chip(False)])]),)
+                # That the request was rejected, say.
+                learned = [note for note in self._notes[len(self._stored.notes) :] if note not in str(error)]
+                error.args = ("; ".join([*learned, str(error), *filter(None, [self._problem_of_chip(False)])]),)
             if self._retry_after is not None:
                 error.retry_after = self._retry_after
                 error.args = ("%s, %s" % (error, wish(self._retry_after)),)

@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from needs import slow
 from talking import ID, Talking
-from world import COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, answers
+from world import CLIENT_AUTH, COMMAND, PLAIN, Answer, Authority, Device, HttpRequest, Run, answers
 
 PYTHON = str(Path(PLAIN).parent / "python")
 
@@ -113,37 +113,50 @@ def fingerprint(pem: bytes) -> str:
     return f"(SHA-256 {text}...)"
 
 
-@pytest.mark.parametrize("what", ["another CA", "a chain", "another name", "pending", "rejected"])
+@pytest.mark.parametrize(
+    "what",
+    ["another CA", "a chain", "long names", "another name", "for clients", "pending", "rejected", "and no new key"],
+)
 def test_lines_that_people_act_on_about_the_server(
     new: Talking, tmp_path: Path, authority: Authority, what: str
 ) -> None:
     """Whole lines, and nothing is sent to somebody who isn't the server."""
-    other = Authority(tmp_path / "other", [("O", "Another")])
+    other = Authority(tmp_path / "other", [("O", "Another" * (9 if what == "long names" else 1))])
     strange = other.server()
-    if what == "a chain":
+    if what in ("a chain", "long names"):
         strange.write_bytes(strange.read_bytes() + other.pem)
-    certificate = strange if what in ("another CA", "a chain") else None
+    certificate = strange if what in ("another CA", "a chain", "long names") else None
     if what == "another name":
         certificate = authority.server(["ca.example.com", "CN=a folder", "*.example.org"], file="names.pem")
+    if what == "for clients":
+        certificate = authority.server(file="clients.pem", usage=[CLIENT_AUTH])
     new.pending() if what == "pending" else new.certified()
-    says = [answers.REJECTED, answers.PENDING] if what == "rejected" else []
-    run = new.hears(*says, answers.PENDING, by=certificate)
+    says = [answers.REJECTED, answers.PENDING] if what in ("rejected", "and no new key") else []
+    options = ("--key-command", "/none") if what == "and no new key" else ()
+    run = new.hears(*says, answers.PENDING, by=certificate, options=options)
     if certificate:
         assert (run.status, new.asked) == (127, [])
     waits = f"request {new.request_hash()} waits to be signed on the server"
     waits += " (Caramel: caramel_tool INI --list, then --sign=ID)"
+    rejected = "the administrator rejected the request (status 403, Forbidden)"
     wrong = f"{new.server} can't show a certificate that the trusted CA vouches for"
     ours = "C=SE, ST=Östergötland, L=Linköping, O=Example AB, OU=Caramel, CN=Caramel Signing Certificate "
     ours += f"{fingerprint(authority.pem)}"
+    chain = "self-signed certificate in certificate chain"
+    long = "Another" * 9
     line = {
         "another CA": f"{wrong}: unable to get local issuer certificate; it shows O=Another, CN=localhost by "
-        f"O=Another {fingerprint(strange.read_bytes())}, and trusted is {ours}",
-        "a chain": f"{wrong}: self-signed certificate in certificate chain; it shows O=Another, CN=localhost "
-        f"by O=Another {fingerprint(other.pem)}, and trusted is {ours}",
-        "another name": f"{wrong}: Hostname mismatch, certificate is not valid for 'localhost'.; the trusted CA does "
+        f"O=Another, and trusted is {ours}",
+        "a chain": f"{wrong}: {chain}; it shows O=Another, CN=localhost by O=Another {fingerprint(other.pem)}, and "
+        f"trusted is {ours}",
+        "long names": f"{wrong}: {chain}; it shows O={long}, CN=localhost by O={long} {fingerprint(other.pem)}, and "
+        f"trusted is {ours}",
+        "for clients": f"{wrong}: unsuitable certificate purpose",
+        "another name": f"{wrong}: Hostname mismatch, certificate is not valid for 'localhost'; the trusted CA does "
         "vouch for the server, for other names: ca.example.com, *.example.org",
         "pending": waits,
-        "rejected": "the administrator rejected the request (status 403, Forbidden); the old key is gone; " + waits,
+        "rejected": f"{rejected}; the old key is gone; {waits}",
+        "and no new key": f"{rejected}; the key command /none can't be run: No such file or directory",
     }
     assert run.err == f"caramel-embedded: {ID}: {line[what]}\n"
 
