@@ -19,6 +19,8 @@ class Case(NamedTuple):
 
     name: str
     act: Callable[[], list[str]]
+    #: How many it counts as.
+    weight: int = 1
 
 
 @dataclass
@@ -40,22 +42,22 @@ def tried(what: str, cases: Iterable[Case], workers: int = WORKERS) -> Row:
     started = time.monotonic()
     row = Row(what)
     with ThreadPoolExecutor(workers) as pool:
-        for name, wrong in pool.map(_act, cases):
-            row.cases += 1
+        for case, wrong in pool.map(_act, cases):
+            row.cases += case.weight
             if wrong:
-                row.lost.append(f"{name}: {'; '.join(wrong)}")
+                row.lost.append(f"{case.name}: {'; '.join(wrong)}")
             else:
-                row.survived += 1
+                row.survived += case.weight
     row.seconds = time.monotonic() - started
     return row
 
 
-def _act(case: Case) -> tuple[str, list[str]]:
+def _act(case: Case) -> tuple[Case, list[str]]:
     try:
-        return case.name, case.act()
+        return case, case.act()
     except Exception as error:  # a harness that fails has shown nothing: that counts as lost
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return case.name, [f"{type(error).__name__}: {error} ({place.filename.rpartition('/')[2]}:{place.lineno})"]
+        return case, [f"{type(error).__name__}: {error} ({place.filename.rpartition('/')[2]}:{place.lineno})"]
 
 
 def sample(cases: Sequence[Case], count: int) -> list[Case]:
