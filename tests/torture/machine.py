@@ -7,7 +7,6 @@ ends where it would have ended without the fault.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -26,39 +26,28 @@ from torture.fleet import DeviceUnderTest, Fleet
 from torture.namespaces import cover, isolated, memory_disk, read_only, small_disk
 from torture.report import Case, sample
 
+#: Those that end a process, signal(7).
 SIGNALS = [
-    "HUP",
-    "INT",
-    "QUIT",
-    "TERM",
-    "USR1",
-    "USR2",
-    "ALRM",
-    "VTALRM",
-    "PROF",
-    "IO",
-    "STKFLT",
-    "XCPU",
-    "XFSZ",
-    "PWR",
-]  # that end a process, signal(7)
+    *("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM"),
+    *("VTALRM", "PROF", "IO", "STKFLT", "XCPU", "XFSZ", "PWR"),
+]
 
 
 def case(
     fleet: Fleet,
     name: str,
     make: Callable[[], DeviceUnderTest],
-    expected: Sequence[int],
     *options: str,
+    status: Optional[int] = None,
     unchanged: bool = False,
     **how: Any,
 ) -> Case:
-    """One run under `how`, whose status has to be among `expected`, and then an undisturbed one."""
+    """One run under `how`, which ends with `status` (None: as if nothing were), and then an undisturbed one."""
 
     def act() -> list[str]:
         dut = make()
         run = dut.run(*options, **how)
-        return verdict(fleet, dut, run, expected, unchanged)
+        return verdict(fleet, dut, run, (dut.status if status is None else status,), unchanged)
 
     return Case(name, act)
 
@@ -81,10 +70,9 @@ def verdict(
 # --- Disks
 
 
-def _fill(folder: Path, left: int) -> Path:
+def _fill(folder: Path, left: int) -> None:
     """Fills the file system of `folder` but for `left` bytes."""
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as file:
+    with open(folder / "filler", "wb", buffering=0) as file:
         for size in (65536, 4096, 1024, 1):
             try:
                 while file.write(b"x" * size) == size:
@@ -94,11 +82,17 @@ def _fill(folder: Path, left: int) -> Path:
         os.fsync(file.fileno())
         file.truncate(max(0, file.tell() - left))
         os.fsync(file.fileno())
-    return filler
+
+
+def _no_more_files(folder: Path) -> None:
+    """Takes all the inodes that are left."""
+    for number in range(6):
+        with suppress(OSError):
+            (folder / f"filler{number}").touch()
 
 
 def full_disk(fleet: Fleet, scenario: str, kind: str, left: int) -> Case:
-    """A scenario on a file system that has `left` bytes left."""
+    """A scenario on a file system that has `left` bytes left, or, of the kind "inodes", as many and no inode."""
 
     def on_it() -> list[str]:
         dut = fleet.scenarios[scenario]()
@@ -108,55 +102,29 @@ def full_disk(fleet: Fleet, scenario: str, kind: str, left: int) -> Case:
         if kind == "ext4":
             small_disk(folder, dut.device.folder / "disk")
         else:
-            memory_disk(folder, 65536)
+            memory_disk(folder, 65536, inodes=5 if kind == "inodes" else 0)
         for name, (data, state) in present.items():
             (folder / name).write_bytes(data)
             (folder / name).chmod(state.st_mode & 0o777)
             os.chown(folder / name, state.st_uid, state.st_gid)
         if dut.inode is not None:
             dut.inode = dut.device.key_file.stat().st_ino
-        filler = _fill(folder, left)
+        if kind == "inodes":
+            _no_more_files(folder)
+        else:
+            _fill(folder, left)
         run = dut.run()
         # With nothing left nothing new can be stored: then it has to be 127, unless a left draft made room.
-        expected = (127,) if left == 0 and scenario != "clean-up of a bad file" else (127, dut.status)
+        nothing = (left == 0 or kind == "inodes") and scenario != "clean-up of a bad file"
+        expected = (127,) if nothing else (127, dut.status)
         wrong = fleet.broken(dut, run)
         if run.status not in expected:
             wrong.append(f"exit status {run.status}, not among {expected}: {run.err!r}")
-        filler.unlink()
-        wrong += [f"next: {problem}" for problem in fleet.recovered(dut)]
-        return wrong
-
-    return Case(f"{scenario} on a {kind} with {left} bytes left", lambda: isolated(on_it))
-
-
-def no_inodes(fleet: Fleet, scenario: str) -> Case:
-    """A scenario on a file system that can't take one more file."""
-
-    def on_it() -> list[str]:
-        dut = fleet.scenarios[scenario]()
-        folder = dut.device.key_file.parent
-        folder.mkdir(exist_ok=True)
-        memory_disk(folder, 65536, inodes=5)
-        if dut.old is not None:
-            dut.device.has(dut.old, dut.mode)
-            os.chown(dut.device.key_file, dut.owner, dut.group)
-            dut.inode = dut.device.key_file.stat().st_ino
-        fillers = []
-        try:
-            for number in range(6):
-                (folder / f"filler{number}").mkdir()
-                fillers.append(folder / f"filler{number}")
-        except OSError:
-            pass
-        run = dut.run()
-        wrong = fleet.broken(dut, run)
-        if run.status != 127:
-            wrong.append(f"exit status {run.status}: {run.err!r}")
-        for filler in fillers:
-            filler.rmdir()
+        for filler in folder.glob("filler*"):
+            filler.unlink()
         return wrong + [f"next: {problem}" for problem in fleet.recovered(dut)]
 
-    return Case(f"{scenario} on a file system without inodes left", lambda: isolated(on_it))
+    return Case(f"{scenario} on a {kind} with {left} bytes left", lambda: isolated(on_it))
 
 
 def read_only_disk(fleet: Fleet, name: str, make: Callable[[], DeviceUnderTest], expected: int) -> Case:
@@ -175,14 +143,16 @@ def read_only_disk(fleet: Fleet, name: str, make: Callable[[], DeviceUnderTest],
 
 def disks(fleet: Fleet, full: bool = True) -> list[Case]:
     scenarios = list(fleet.scenarios) if full else ["first enrollment", "renewal"]
-    sizes = {"ext4": (0, 1024, 4096, 8192), "tmpfs": (0, 4096, 8192)} if full else {"ext4": (0, 1024)}
+    sizes = {"ext4": (0, 1024, 4096, 8192), "tmpfs": (0, 4096, 8192), "inodes": (65536,)}
+    if not full:
+        sizes = {"ext4": (0, 1024), "inodes": (65536,)}
     found = [
         full_disk(fleet, scenario, kind, left)
         for kind, lefts in sizes.items()
         for left in lefts
         for scenario in scenarios
+        if (kind, scenario) != ("inodes", "clean-up of a bad file")
     ]
-    found += [no_inodes(fleet, scenario) for scenario in scenarios if scenario != "clean-up of a bad file"]
     found += [
         read_only_disk(fleet, "an unchanged certificate", fleet.certified, 0),
         read_only_disk(fleet, "a pending request", fleet.pending, 69),
@@ -301,78 +271,56 @@ def outputs(fleet: Fleet, full: bool = True) -> list[Case]:
     ways += [">/dev/full 2>/dev/full"] + (["</dev/full 2>/dev/full", "<&- >/dev/full"] if full else [])
     cases = []
     for scenario, make in scenarios.items():
-        status = make_status(scenario)
         for way in ways:
             for loud in ("-v", "-q") if full else ("-v",):
-                cases.append(case(fleet, f"{scenario} {loud} {way}", make, (status,), loud, before=_shell(way)))
-        cases.append(_stuffed_pipe(fleet, scenario, make, status))
-        cases.append(_broken_pipe(fleet, scenario, make, status))
+                cases.append(case(fleet, f"{scenario} {loud} {way}", make, loud, before=_shell(way)))
+        cases += [_piped(fleet, scenario, make, how) for how in ("full", "broken")]
     for option in ("--help", "--version", "--status"):
         for way in (">&-", ">/dev/full"):
-            cases.append(
-                case(fleet, f"{option} {way}", fleet.certified, (127,), option, unchanged=True, before=_shell(way))
-            )
+            how: dict[str, Any] = {"status": 127, "unchanged": True, "before": _shell(way)}
+            cases.append(case(fleet, f"{option} {way}", fleet.certified, option, **how))
     return cases
 
 
-def make_status(scenario: str) -> int:
-    """How an undisturbed run of a scenario ends."""
-    return 0 if scenario in ("unchanged", "first certificate", "renewal", "renewal with a hook") else 69
-
-
-def _stuffed_pipe(fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
-    """Standard error is a pipe that is full and that nobody reads."""
+def _piped(fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], how: str) -> Case:
+    """Standard error is a pipe that is full and that nobody reads, or one whose reader is gone."""
 
     def act() -> list[str]:
         dut = make()
         reader, writer = os.pipe()
-        try:
-            fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)
-            try:
+        if how == "full":
+            os.set_blocking(writer, False)
+            with suppress(BlockingIOError):
                 while True:
                     os.write(writer, b"x" * 4096)
-            except BlockingIOError:
-                pass
-            fcntl.fcntl(writer, fcntl.F_SETFL, 0)
-            return verdict(fleet, dut, _with_stderr(dut, writer), (status,))
-        finally:
+            os.set_blocking(writer, True)
+        else:
             os.close(reader)
-            os.close(writer)
-
-    return Case(f"{scenario}, standard error is a full pipe", act)
-
-
-def _broken_pipe(fleet: Fleet, scenario: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
-    """Standard error is a pipe whose reader is gone."""
-
-    def act() -> list[str]:
-        dut = make()
-        reader, writer = os.pipe()
-        os.close(reader)
         try:
-            return verdict(fleet, dut, _with_stderr(dut, writer), (status,))
+            return verdict(fleet, dut, _with_stderr(dut, writer), (dut.status,))
         finally:
             os.close(writer)
+            if how == "full":
+                os.close(reader)
 
-    return Case(f"{scenario}, standard error is a broken pipe", act)
+    return Case(f"{scenario}, standard error is a {how} pipe", act)
 
 
 def _with_stderr(dut: DeviceUnderTest, fd: int) -> Run:
-    started = time.monotonic()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         dut.device.arguments(*dut.options, "-v"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=fd,
         env=world.environment(),
         start_new_session=True,
-    )
-    try:
-        status = process.wait(30)
-    except subprocess.TimeoutExpired:
-        world.end(process)
-        status = -1
-    return Run(status, "", "", time.monotonic() - started)
+    ) as process:
+        try:
+            status = process.wait(30)
+        except subprocess.TimeoutExpired:
+            world.end(process)
+            status = -1
+    return Run(status, "", "", 0)
 
 
 # --- Signals
@@ -419,7 +367,6 @@ def ignored(fleet: Fleet, full: bool = True) -> list[Case]:
             fleet,
             f"{scenario} with SIG{names} ignored",
             fleet.scenarios[scenario],
-            (make_status(scenario),),
             before=("env", f"--ignore-signal={names}"),
         )
         for names in IGNORED
@@ -473,8 +420,7 @@ def starter(fleet: Fleet, full: bool = True) -> list[Case]:
             process = dut.device.start(*dut.options)
             time.sleep(seconds)
             process.send_signal(getattr(signal, f"SIG{name}"))
-            wrong = verdict(fleet, dut, dut.device.finish(process), (127, dut.status))
-            return wrong
+            return verdict(fleet, dut, dut.device.finish(process), (127, dut.status))
 
         return Case(f"SIG{name} to the starter after {seconds:g} s", act)
 
@@ -527,31 +473,37 @@ BROKEN = {
 }
 
 
+def _covered(dut: DeviceUnderTest, target: Path, content: Optional[str], mode: int = 0o644) -> Run:
+    """A run with `content` in the place of a file; None: with an empty folder in the place of a folder."""
+    by = dut.device.folder / "instead"
+    if content is None:
+        by.mkdir()
+    else:
+        by.write_bytes(content.encode("latin-1"))
+        by.chmod(mode)
+
+    def there() -> Run:
+        cover(target, by)
+        return dut.run("--timeout=5")
+
+    return isolated(there)
+
+
 def covered(
     fleet: Fleet,
     name: str,
     scenario: str,
     target: Path,
     content: Optional[str],
-    expected: Sequence[int],
+    harmless: bool = False,
     mode: int = 0o644,
 ) -> Case:
-    """A scenario with `content` in the place of a file; None: with an empty folder in the place of a folder."""
+    """A scenario with something else in the place of a file or folder; `harmless`: it may end as if nothing were."""
 
     def act() -> list[str]:
-        dut = fleet.scenarios[scenario]() if scenario in fleet.scenarios else fleet.certified()
-        by = dut.device.folder / "instead"
-        if content is None:
-            by.mkdir()
-        else:
-            by.write_bytes(content.encode("latin-1"))
-            by.chmod(mode)
-
-        def there() -> Run:
-            cover(target, by)
-            return dut.run("--timeout=5")
-
-        return verdict(fleet, dut, isolated(there), expected)
+        dut = fleet.scenarios.get(scenario, fleet.certified)()
+        run = _covered(dut, target, content, mode)
+        return verdict(fleet, dut, run, (127, dut.status) if harmless else (127,))
 
     return Case(f"{scenario}: {name}", act)
 
@@ -572,14 +524,7 @@ def without(fleet: Fleet, folder: str, scenario: str, make: Callable[[], DeviceU
 
     def act() -> list[str]:
         dut = make()
-        empty = dut.device.folder / "instead"
-        empty.mkdir()
-
-        def there() -> Run:
-            cover(_site() / folder, empty)
-            return dut.run("--timeout=5")
-
-        run = isolated(there)
+        run = _covered(dut, _site() / folder, None)
         if dut.expected is not None and dut.old == dut.expected and not always:
             return verdict(fleet, dut, run, (dut.status,), unchanged=True)
         wrong = [] if f"lacks the Python package {package}," in run.err else [f"it says {run.err!r}"]
@@ -596,12 +541,10 @@ def missing(fleet: Fleet, full: bool = True) -> list[Case]:
         scenarios = {name: scenarios[name] for name in ("unchanged", "first enrollment", "renewal")}
     cases = [without(fleet, folder, name, make) for folder in PACKAGES for name, make in scenarios.items()]
     cases += [
-        covered(fleet, "cryptography's compiled part is empty", "first enrollment", rust, "", (127,)),
-        covered(
-            fleet, "cryptography's compiled part is rubbish", "first enrollment", rust, "\x7fELF" + "x" * 999, (127,)
-        ),
-        covered(fleet, "the program's own part is gone", "renewal", site / "caramel_embedded", None, (127,)),
-        covered(fleet, "nothing is installed", "renewal", site, None, (127,)),
+        covered(fleet, "cryptography's compiled part is empty", "first enrollment", rust, ""),
+        covered(fleet, "cryptography's compiled part is rubbish", "first enrollment", rust, "\x7fELF" + "x" * 999),
+        covered(fleet, "the program's own part is gone", "renewal", site / "caramel_embedded", None),
+        covered(fleet, "nothing is installed", "renewal", site, None),
     ]
     files = {
         "cryptography": (site / "cryptography" / "__init__.py", "first enrollment"),
@@ -627,8 +570,8 @@ def missing(fleet: Fleet, full: bool = True) -> list[Case]:
         for how, content in BROKEN.items() if full else list(BROKEN.items())[1:6:2]:
             # An empty file is no obstacle where nothing that it held is needed, nor is one that isn't read: from
             # Python 3.11 on the interpreter has some modules inside itself.
-            expected = (127, make_status(scenario)) if how == "empty" or name in ("os", "site") else (127,)
-            cases.append(covered(fleet, f"{name}: {how}", scenario, path, content, expected))
+            harmless = how == "empty" or name in ("os", "site")
+            cases.append(covered(fleet, f"{name}: {how}", scenario, path, content, harmless))
     return cases
 
 
@@ -652,35 +595,18 @@ def cannot_start(fleet: Fleet, full: bool = True) -> list[Case]:
     library = _standard("encodings").parent.parent
     interpreter = Path(_interpreter()).resolve()
     cases = [
-        covered(fleet, "no standard library", "unchanged", library, None, (127,)),
-        covered(fleet, "no standard library", "renewal", library, None, (127,)),
-        covered(fleet, "no encodings", "unchanged", library / "encodings", None, (127,)),
+        covered(fleet, "no standard library", "unchanged", library, None),
+        covered(fleet, "no standard library", "renewal", library, None),
+        covered(fleet, "no encodings", "unchanged", library / "encodings", None),
     ]
     for how, content in INTERPRETERS.items() if full else list(INTERPRETERS.items())[::3]:
-        cases.append(
-            covered(fleet, f"an interpreter that {how}", "unchanged", interpreter, content, (127,), mode=0o755)
-        )
-    cases.append(covered(fleet, "an interpreter not to be run", "unchanged", interpreter, "#!/bin/sh\n", (127,)))
+        cases.append(covered(fleet, f"an interpreter that {how}", "unchanged", interpreter, content, mode=0o755))
+    cases.append(covered(fleet, "an interpreter not to be run", "unchanged", interpreter, "#!/bin/sh\n"))
     return cases
 
 
 def etc(fleet: Fleet) -> list[Case]:
     """/etc can't be read: it is empty, it is a file, or it gives errors."""
-
-    def gone(name: str, make: Callable[[], DeviceUnderTest], status: int) -> Case:
-        def act() -> list[str]:
-            dut = make()
-            empty = dut.device.folder / "etc"
-            empty.mkdir()
-
-            def there() -> Run:
-                cover(Path("/etc"), empty)
-                return dut.run("--timeout=3")
-
-            # Without /etc/hosts the C library may not know what "localhost" is.
-            return verdict(fleet, dut, isolated(there), (127, status))
-
-        return Case(f"{name} with an empty /etc", act)
 
     def failing(name: str, make: Callable[[], DeviceUnderTest]) -> Case:
         def act() -> list[str]:
@@ -698,8 +624,9 @@ def etc(fleet: Fleet) -> list[Case]:
         return Case(f"{name}, each file of /etc in turn can't be opened", act)
 
     return [
-        gone("a first enrollment", fleet.first_enrollment, 69),
-        gone("a renewal", fleet.renewal, 0),
+        # Without /etc/hosts the C library may not know what "localhost" is.
+        covered(fleet, "an empty /etc", "first enrollment", Path("/etc"), None, harmless=True),
+        covered(fleet, "an empty /etc", "renewal", Path("/etc"), None, harmless=True),
         failing("a renewal", fleet.renewal),
     ]
 
@@ -719,21 +646,16 @@ def _openings_of_etc(fleet: Fleet, make: Callable[[], DeviceUnderTest]) -> list[
 # --- An environment that means harm
 
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
+
+
 def hostile(fleet: Fleet, folder: Path) -> Mapping[str, Mapping[str, str]]:
     """Environments: what they try, and the variables."""
     evil = folder / "evil"
     evil.mkdir(parents=True, exist_ok=True)
     marker = folder / "marker"
-    for module in (
-        "ssl",
-        "http",
-        "socket",
-        "sitecustomize",
-        "usercustomize",
-        "cryptography",
-        "caramel_embedded",
-        "gc",
-    ):
+    modules = ("ssl", "http", "socket", "sitecustomize", "usercustomize", "cryptography", "caramel_embedded", "gc")
+    for module in modules:
         (evil / f"{module}.py").write_text(f"open({str(marker)!r}, 'a').write('{module} ')\nraise SystemExit(0)\n")
     startup = evil / "startup"
     startup.write_text(f"open({str(marker)!r}, 'a').write('startup ')\n")
@@ -747,7 +669,6 @@ def hostile(fleet: Fleet, folder: Path) -> Mapping[str, Mapping[str, str]]:
     )
     nonsense = evil / "nonsense.cnf"
     nonsense.write_bytes(b"[\n= = =\0\n" * 9)
-    proxy = "http://127.0.0.1:9"
     return {
         "PYTHONPATH": {"PYTHONPATH": str(evil)},
         "PYTHONHOME": {"PYTHONHOME": "/nonexistent"},
@@ -776,18 +697,7 @@ def hostile(fleet: Fleet, folder: Path) -> Mapping[str, Mapping[str, str]]:
             "OPENSSL_ENGINES": str(evil),
         },
         "OPENSSL_CONF nonsense": {"OPENSSL_CONF": str(nonsense), "OPENSSL_ia32cap": ":0"},
-        "proxies": {
-            name: proxy
-            for name in [
-                "http_proxy",
-                "https_proxy",
-                "HTTP_PROXY",
-                "HTTPS_PROXY",
-                "all_proxy",
-                "ALL_PROXY",
-                "ftp_proxy",
-            ]
-        },
+        "proxies": {name: "http://127.0.0.1:9" for kind in PROXIES for name in (kind, kind.upper())},
         "no locale": {"LC_ALL": "xx_XX.nonsense", "LANG": "tr_TR.UTF-8", "LANGUAGE": "../../../etc"},
         "the C locale": {"LC_ALL": "C", "LANG": "", "PYTHONCOERCECLOCALE": "0"},
         "TZ": {"TZ": ":/dev/zero", "TZDIR": "/nonexistent"},
@@ -822,7 +732,7 @@ def environments(fleet: Fleet, full: bool = True) -> list[Case]:
                 dut = fleet.scenarios[scenario]()
                 marker = folder / "marker"
                 run = dut.run(env=variables)
-                wrong = verdict(fleet, dut, run, (make_status(scenario),))
+                wrong = verdict(fleet, dut, run, (dut.status,))
                 if marker.exists():
                     wrong.append(f"something else happened: {marker.read_bytes()[:99]!r}")
                     marker.unlink()
