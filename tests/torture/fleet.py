@@ -227,62 +227,54 @@ class Fleet:
         content = world.key_file_content(self.key, request, certificate)
         return world.sealed(content, self.authority.pem, str(device.client_id))
 
-    def _identity(self, device: Device) -> tuple[bytes, str]:
+    def enrolled(self) -> tuple[Device, bytes, str]:
+        """A device whose request the server has: that device, the request and its hash."""
+        device = self.device()
         request = world.signing_request(self.key, self.authority.subject_for(str(device.client_id)))
-        return request, self.admit(request, str(device.client_id))
+        return device, request, self.admit(request, str(device.client_id))
 
-    def _device_under_test(
+    def dut(
         self, device: Device, old: Optional[bytes], expected: Optional[bytes], status: int, **more: Any
     ) -> DeviceUnderTest:
+        """A device that begins with `old`; see `DeviceUnderTest`."""
         dut = DeviceUnderTest(device, old, expected, status, **more)
         if old is not None:
             device.has(old, dut.mode)
             os.chown(device.key_file, dut.owner, dut.group)
             dut.inode = device.key_file.stat().st_ino
-        dut.options += (
-            f"--owner={dut.owner}",
-            f"--group={dut.group}",
-            f"--mode={dut.mode:04o}",
-            "--timeout=20",
-        )
+        dut.options += (f"--owner={dut.owner}", f"--group={dut.group}", f"--mode={dut.mode:04o}", "--timeout=20")
         return dut
 
     def first_enrollment(self) -> DeviceUnderTest:
         """Nothing is there, not even the folder."""
-        return self._device_under_test(
-            self.device(folder_there=False), None, None, 69, owner=33, group=33, mode=0o640
-        )
+        return self.dut(self.device(folder_there=False), None, None, 69, owner=33, group=33, mode=0o640)
 
     def pending(self) -> DeviceUnderTest:
         """Key and request are there, and nobody has signed yet."""
-        device = self.device()
-        request, _ = self._identity(device)
+        device, request, _ = self.enrolled()
         content = self.content(device, request)
-        return self._device_under_test(device, content, content, 69)
+        return self.dut(device, content, content, 69)
 
     def first_certificate(self) -> DeviceUnderTest:
         """Key and request are there, and the administrator has signed."""
-        device = self.device()
-        request, sha256 = self._identity(device)
+        device, request, sha256 = self.enrolled()
         expected = self.content(device, request, self.sign(sha256))
-        return self._device_under_test(device, self.content(device, request), expected, 0)
+        return self.dut(device, self.content(device, request), expected, 0)
 
     def certified(self) -> DeviceUnderTest:
         """A certificate is there, the newest that the server has."""
-        device = self.device()
-        request, sha256 = self._identity(device)
+        device, request, sha256 = self.enrolled()
         content = self.content(device, request, self.sign(sha256))
-        return self._device_under_test(device, content, content, 0)
+        return self.dut(device, content, content, 0)
 
     def renewal(self, **more: Any) -> DeviceUnderTest:
         """A certificate is there, and the server has a newer one."""
-        device = self.device()
-        request, sha256 = self._identity(device)
+        device, request, sha256 = self.enrolled()
         hour = datetime.timedelta(hours=1)
         older = self.sign(sha256, not_before=world.now() - hour, not_after=world.now() + 10 * hour)
         newer = self.sign(sha256, not_before=world.now() - hour, not_after=world.now() + 40 * hour)
         old, new = (self.content(device, request, pem) for pem in (older, newer))
-        return self._device_under_test(device, old, new, 0, **more)
+        return self.dut(device, old, new, 0, **more)
 
     def renewal_with_hook(self) -> DeviceUnderTest:
         """The same, and a hook that wants to be called."""
@@ -296,17 +288,16 @@ class Fleet:
 
     def rejection(self) -> DeviceUnderTest:
         """A certificate is there, and the administrator has rejected the device."""
-        device = self.device()
-        request, sha256 = self._identity(device)
+        device, request, sha256 = self.enrolled()
         content = self.content(device, request, self.sign(sha256))
         self.reject(sha256)
-        return self._device_under_test(device, content, None, 69, owner=33, group=33, mode=0o640, expendable=True)
+        return self.dut(device, content, None, 69, owner=33, group=33, mode=0o640, expendable=True)
 
     def bad_file(self) -> DeviceUnderTest:
         """Half a key is there, and a draft that a power cut has left."""
         device = self.device()
         half = world.private_pem(self.key)[:700]
-        dut = self._device_under_test(device, half, None, 69, expendable=True)
+        dut = self.dut(device, half, None, 69, expendable=True)
         draft = device.key_file.with_name(".identity.pem.new")
         draft.write_bytes(half)
         draft.chmod(0o600)
