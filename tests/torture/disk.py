@@ -207,7 +207,3 @@ def cases(fleet: Fleet, states: Optional[dict[str, int]] = None) -> list[Case]:
         return Case(f"{scenario}: what is on the disk", act)
 
     return [case(scenario) for scenario in fleet.scenarios]
-
-
-def total(states: dict[str, int]) -> str:
-    return f"{sum(states.values())} states of the disk"
