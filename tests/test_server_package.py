@@ -4,6 +4,7 @@ is written on a new Debian 12 that boots (systemd-nspawn(1)).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
@@ -105,7 +106,10 @@ def make(folder: Path, **env: str) -> Path:
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
-    return make(world.BUILD)
+    # Workers share the folder, and each would clear away what another one is building.
+    with (world.BUILD / "server-package.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return make(world.BUILD)
 
 
 @slow

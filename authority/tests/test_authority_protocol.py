@@ -499,18 +499,18 @@ def test_metrics(authority: RegistrationAuthority, tmp_path: Path) -> None:
     assert list(fires) == re.findall(r"alert: (\w+)", rules)
     tests = []
     for name, given in fires.items():
-        series = [{"series": one, "values": f"{v}x2000" if "+" in v else f"{v}+0x2000"} for one, v in given]
+        series = [{"series": one, "values": f"{v}x400" if "+" in v else f"{v}+0x400"} for one, v in given]
         query = f'count(ALERTS{{alertname="{name}", alertstate="firing"}})'
-        # After two days; and not where all is well.
-        well = [
-            {"series": one, "values": "0+0x2000" if "seconds" not in one else "9999999+0x2000"} for one, _ in given
-        ]
+        # After 26 hours, which is longer than each of them waits; and not where all is well.
+        well = [{"series": one, "values": "0+0x400" if "seconds" not in one else "9999999+0x400"} for one, _ in given]
         if name == "AuthorityDown":
-            well = [{"series": "caramel_authority_healthy", "values": "1+0x2000"}]
+            well = [{"series": "caramel_authority_healthy", "values": "1+0x400"}]
         for which, expected in ((series, [{"labels": "{}", "value": 1}]), (well, [])):
-            tests.append({"interval": "2m", "input_series": which, "promql_expr_test": [
-                {"expr": query, "eval_time": "48h", "exp_samples": expected}]})  # fmt: skip
-    (tmp_path / "tests.yml").write_text(json.dumps({"rule_files": ["rules.yml"], "tests": tests}))
+            tests.append({"interval": "4m", "input_series": which, "promql_expr_test": [
+                {"expr": query, "eval_time": "26h", "exp_samples": expected}]})  # fmt: skip
+    (tmp_path / "tests.yml").write_text(
+        json.dumps({"rule_files": ["rules.yml"], "evaluation_interval": "4m", "tests": tests})
+    )
     done = subprocess.run(
         ["promtool", "test", "rules", "tests.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
