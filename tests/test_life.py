@@ -146,23 +146,6 @@ def forget(caramel: Caramel, sha256: str) -> None:
     connection.close()
 
 
-def test_an_ended_certificate_is_dropped_and_its_key_kept(
-    device: Device, caramel: Caramel, authority: Authority
-) -> None:
-    """The server still has the request, and its own certificate for it has ended, too: 202."""
-    me = str(device.client_id)
-    assert device.run().status == 69
-    ended = authority.sign(device.request, not_after=world.now() - world.hours(1))
-    key, request = (block for _, block in device.blocks())
-    device.has(key + ended + request)
-    run = device.run()
-    assert run.status == 69 and "ended" in run.err
-    assert device.labels == WITHOUT and world.unsealed(device.key_file.read_bytes()) == key + request
-    caramel.sign(me)
-    assert device.run().status == 0
-    assert device.labels == WITH and device.block("PRIVATE KEY") == key
-
-
 @pytest.mark.parametrize("word", ["-q", "-v"])
 def test_a_run_says_as_much_as_it_was_asked_to(device: Device, word: str) -> None:
     run = device.run(word)
