@@ -1,4 +1,4 @@
-# `make fleet`: what a fleet costs its server. See tests/fleet/README.md.
+# `make fleet`: what a fleet costs its server. See tests/fleet/measure.py.
 
 # Seconds that each load is measured for, and how many devices take turns.
 FLEET_SECONDS ?= 10
