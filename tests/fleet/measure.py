@@ -4,10 +4,11 @@ The load: 32 devices check at a time, without a pause, for `FLEET_SECONDS`. The 
 database has `FLEET_SIZES` devices, and at last with an index. The server is Caramel on SQLite with the filter and the
 nginx configuration of server/. It needs nginx, and its traffic stays on the loopback interface.
 
-Each device has a certificate of its own, which goes straight into the database, as if the server had signed it an hour
-ago. A check is one connection with the client certificate and the request that the program sends; a test compares the
-two. A window begins two seconds after the first check; a check counts where it ends. Latency is the device's, with the
-load generator's own waits in it. In larger fleets the rows of the devices are copied under other hashes.
+Each device has a certificate of its own, which goes straight into the database, as if the server had signed it an
+hour ago. A check is one connection with the client certificate and the request that the program sends; a test
+compares the two. A window begins two seconds after the first check; a check counts where it ends. Latency is the
+device's, with the load generator's own waits in it. In larger fleets the rows of the devices are copied under
+other hashes.
 
 docs/fleet.md and docs/morning-after.md are reports of longer programs, which the history has.
 """
