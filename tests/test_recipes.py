@@ -24,7 +24,7 @@ from typing import Callable
 import pytest
 import world
 from needs import require, slow
-from recipes import ID, PAGE, PATH, Machine, Place, Section, Tap
+from recipes import ID, PATH, Machine, Place, Section, Tap
 from world import Authority, Caramel, TlsFront
 
 Start = Callable[[str], Place]
@@ -727,9 +727,3 @@ def test_ssh(start: Start, request: pytest.FixtureRequest) -> None:
         device.renew()
         assert device.sh(through) == "in\n"
     assert "wg: " in device.sh("wg pubkey </var/lib/caramel/identity.pem", check=False)
-
-
-@pytest.mark.parametrize("heading", re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE))
-def test_a_recipe_fits_on_a_card(heading: str) -> None:
-    lines = [line for line in Section(heading).text.splitlines() if line and not line.startswith("```")]
-    assert len(lines) <= 15

@@ -48,10 +48,8 @@ def test_a_unit_of_the_server_has_what_it_needs_and_no_more(name: str) -> None:
 def test_systemd_has_nothing_to_say_about_the_units_of_the_server(tmp_path: Path) -> None:
     folder = tmp_path / "usr/lib/systemd/system"
     shutil.copytree(UNITS, folder)
-    for name in ("network.target", "multi-user.target", "timers.target", "time-sync.target"):
-        (folder / name).write_text("[Unit]\nDescription=stub\n")
-    for name in ("sysinit.target", "shutdown.target", "basic.target", "time-set.target"):
-        (folder / name).write_text("[Unit]\nDescription=stub\n")
+    for name in ["network", "multi-user", "timers", "time-sync", "sysinit", "shutdown", "basic", "time-set"]:
+        (folder / f"{name}.target").write_text("[Unit]\nDescription=stub\n")
     for program in {path for name in SERVICES for path in re.findall(r"=(/opt/\S+)", (UNITS / name).read_text())}:
         file = tmp_path / program[1:]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +80,7 @@ def test_certificates_are_renewed_before_half_of_their_life() -> None:
 def test_the_servers_package_has_this_version() -> None:
     assert f'\nversion = "{VERSION}"\n' in (SERVER / "pyproject.toml").read_text()
     assert (PACKAGING / "debian/changelog").read_text().startswith(f"caramel-embedded-server ({VERSION}) ")
-    page = PAGE.read_text()
-    assert f"./{DEB}\n" in page and f"/{WHEEL}\n" in page
-    assert not re.findall(r"caramel[_-]embedded[_-]server[_-](?!" + re.escape(VERSION) + r"[_-])\d", page)
+    assert set(re.findall(r"caramel[_-]embedded[_-]server[_-](\d[\w.]*?)[_-]", PAGE.read_text())) == {VERSION}
 
 
 # --- The packages ---
@@ -252,10 +248,6 @@ systemctl is-active logrotate.timer
 logrotate --debug /etc/logrotate.d/nginx 2>&1 | grep -c 'considering log /var/log/nginx/access.log'
 systemctl list-units --failed --no-legend --plain
 stat -c '%U' /proc/$(systemctl show -P MainPID caramel) /proc/$(systemctl show -P MainPID caramel-autosign)
-echo "--- how confined"
-for unit in caramel caramel-autosign caramel-refresh caramel-clean caramel-accesslog; do
-    systemd-analyze security --no-pager --threshold=29 $unit.service >/dev/null || echo "$unit is too open"
-done
 echo "--- the service answers at once"
 for _ in 1 2; do
     systemctl restart caramel
@@ -292,7 +284,6 @@ active
 1
 caramel
 caramel-ca
---- how confined
 --- the service answers at once
 200
 200
