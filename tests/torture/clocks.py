@@ -11,6 +11,7 @@ import datetime
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -39,21 +40,20 @@ def _said(run: Run, status: int) -> list[str]:
     return [] if run.status == status else [f"exit status {run.status}, not {status}: {run.err[-250:]!r}"]
 
 
-def _clock(
-    name: str, make: Callable[[], DeviceUnderTest], moment: Optional[datetime.datetime], status: int
-) -> Callable[[Fleet], Case]:
-    def case(fleet: Fleet) -> Case:
-        def act() -> list[str]:
-            dut = make()
-            run = dut.run(before=at(moment))
-            wrong = _said(run, status) + fleet.broken(dut, run)
-            if status == 127 and dut.old is not None and dut.content != dut.old:
-                wrong.append("127, and the key file was changed")
-            return wrong + [f"next, at the right time: {problem}" for problem in fleet.recovered(dut)]
+def set_to(
+    fleet: Fleet, name: str, make: Callable[[], DeviceUnderTest], moment: datetime.datetime, status: int
+) -> Case:
+    """A run by that clock, and one at the right time."""
 
-        return Case(name, act)
+    def act() -> list[str]:
+        dut = make()
+        run = dut.run(before=at(moment))
+        wrong = _said(run, status) + fleet.broken(dut, run)
+        if status == 127 and dut.old is not None and dut.content != dut.old:
+            wrong.append("127, and the key file was changed")
+        return wrong + [f"next, at the right time: {problem}" for problem in fleet.recovered(dut)]
 
-    return case
+    return Case(name, act)
 
 
 def life_in_1970(fleet: Fleet) -> list[str]:
@@ -83,15 +83,12 @@ def life_in_1970(fleet: Fleet) -> list[str]:
 
 def slept_for_a_year(fleet: Fleet, moment: Optional[datetime.datetime], signed: bool) -> list[str]:
     """The certificate in the file ended a year ago; the server has a newer one, or none."""
-    device = fleet.device()
-    request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
-    sha256 = fleet.admit(request, str(device.client_id))
+    device, request, sha256 = fleet.enrolled()
     ended = fleet.authority.sign(request, not_before=world.now() - 367 * DAY, not_after=world.now() - 365 * DAY)
     old = fleet.content(device, request, ended)
     expected = fleet.content(device, request, fleet.sign(sha256) if signed else b"")
     status = 0 if signed else 69
-    device.has(old)
-    dut = DeviceUnderTest(device, old, expected, status, inode=device.key_file.stat().st_ino)
+    dut = fleet.dut(device, old, expected, status)
     run = dut.run(before=at(moment))
     wrong = _said(run, status)
     # Behind its certificate's notBefore, a device can't know that the certificate has ended.
@@ -139,19 +136,19 @@ def server_ended_before_the_floor(fleet: Fleet, moment: Optional[datetime.dateti
     return wrong
 
 
+def signed_at(fleet: Fleet, begin: datetime.datetime) -> DeviceUnderTest:
+    """A pending device for which the server has a certificate that begins then."""
+    device, request, sha256 = fleet.enrolled()
+    pem = fleet.sign(sha256, not_before=begin, not_after=world.now() + 5 * DAY)
+    return fleet.dut(device, fleet.content(device, request), fleet.content(device, request, pem), 0)
+
+
 def a_day_behind_but_past_the_floor(fleet: Fleet) -> list[str]:
     """The clock seems right, and the certificate isn't valid yet: it is taken, for it is the clock that is behind.
 
     The floor is the firmware's build, which may be a minute ago: here the rest of the world is a day ahead.
     """
-    device = fleet.device()
-    request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
-    sha256 = fleet.admit(request, str(device.client_id))
-    pem = fleet.sign(sha256, not_before=world.now() + DAY, not_after=world.now() + 5 * DAY)
-    old = fleet.content(device, request)
-    device.has(old)
-    dut = DeviceUnderTest(device, old, fleet.content(device, request, pem), 0)
-    dut.inode = device.key_file.stat().st_ino
+    dut = signed_at(fleet, world.now() + DAY)
     run = dut.run()
     wrong = _said(run, 0) + fleet.broken(dut, run)
     if dut.content != dut.expected:
@@ -217,7 +214,7 @@ def each_of_a_chain(fleet: Fleet, link: str, which: str, clock: str) -> Case:
         dates = {
             "has just begun": (now - DAY / 24, now + 30 * DAY),
             "ended before the CA began": (now - 4 * YEAR, now - 3 * YEAR),
-            "ended before what the device has began": (now - 200 * DAY, now - 100 * DAY),
+            "ended before the device's own began": (now - 200 * DAY, now - 100 * DAY),
             "ended by the clock": (now - 400 * DAY, now - DAY / 24),
         }[which]
         device = fleet.device()
@@ -253,9 +250,9 @@ def chains(fleet: Fleet) -> list[Case]:
     """Every certificate of both chains, in every way, by every clock."""
     ways = (
         "has just begun",
-        "ended before the CA began",
-        "ended before what the device has began",
         "ended by the clock",
+        "ended before the CA began",
+        "ended before the device's own began",
     )
     return [each_of_a_chain(fleet, link, which, clock) for link in LINKS for which in ways for clock in CLOCKS]
 
@@ -308,21 +305,9 @@ def cases(fleet: Fleet) -> list[Case]:
     """Everything about clocks."""
     now = world.now()
 
-    def signed_now() -> DeviceUnderTest:
-        """The CA is older than a day, and the certificate that the server has begins now."""
-        device = fleet.device()
-        request = world.signing_request(fleet.key, fleet.authority.subject_for(str(device.client_id)))
-        sha256 = fleet.admit(request, str(device.client_id))
-        pem = fleet.sign(sha256, not_before=world.now(), not_after=world.now() + 5 * DAY)
-        old = fleet.content(device, request)
-        device.has(old)
-        return DeviceUnderTest(
-            device, old, fleet.content(device, request, pem), 0, inode=device.key_file.stat().st_ino
-        )
-
     def renewed_now() -> DeviceUnderTest:
-        """The same, and the file has a certificate that began an hour ago."""
-        dut = signed_now()
+        """The CA is older than a day; the certificate in the file began an hour ago, and the server's begins now."""
+        dut = signed_at(fleet, world.now())
         parts = key_file_parts(dut.expected or b"")
         assert parts is not None
         earlier = fleet.authority.sign(parts.request, not_before=world.now() - DAY / 24, not_after=world.now() + DAY)
@@ -351,38 +336,20 @@ def cases(fleet: Fleet) -> list[Case]:
         ("2080: rejection", fleet.rejection, FAR, 127),
         ("2080: a bad file", fleet.bad_file, FAR, 127),
     ]
-    found = [_clock(name, make, moment, status)(fleet) for name, make, moment, status in simple]
-    found.append(Case("1970: a whole life", lambda: life_in_1970(fleet)))
-    found.append(Case("a day behind, past the floor", lambda: a_day_behind_but_past_the_floor(fleet)))
-    moments: list[tuple[str, Optional[datetime.datetime]]] = [
-        ("the right time", None),
-        ("1970", FIRST_BOOT),
-        ("a day behind", behind),
-        ("2080", FAR),
-    ]
-    for name, moment in moments:
+    found = [set_to(fleet, *each) for each in simple]
+    found.append(Case("1970: a whole life", partial(life_in_1970, fleet)))
+    found.append(Case("a day behind, past the floor", partial(a_day_behind_but_past_the_floor, fleet)))
+    moments = {"the right time": None, "1970": FIRST_BOOT, "a day behind": behind, "2080": FAR}
+    for name, moment in moments.items():
         if name != "2080":  # then the server's certificate has ended, too
-            for signed in (True, False):
-                words = "a newer certificate" if signed else "none"
-                found.append(
-                    Case(
-                        f"slept for a year, {name}, the server has {words}",
-                        lambda moment=moment, signed=signed: slept_for_a_year(fleet, moment, signed),  # type: ignore[misc]
-                    )
-                )
-        for stored in (True, False):
-            found.append(
-                Case(
-                    f"ended before the floor, {name}, {'in the file' if stored else 'from the server'}",
-                    lambda moment=moment, stored=stored: ended_before_the_floor(fleet, moment, stored),  # type: ignore[misc]
-                )
-            )
-        found.append(
-            Case(
-                f"a server that ended before the floor, {name}",
-                lambda moment=moment: server_ended_before_the_floor(fleet, moment),  # type: ignore[misc]
-            )
-        )
+            for signed, words in ((True, "a newer certificate"), (False, "none")):
+                what = f"slept for a year, {name}, the server has {words}"
+                found.append(Case(what, partial(slept_for_a_year, fleet, moment, signed)))
+        for stored, where in ((True, "in the file"), (False, "from the server")):
+            what = f"ended before the floor, {name}, {where}"
+            found.append(Case(what, partial(ended_before_the_floor, fleet, moment, stored)))
+        what = f"a server that ended before the floor, {name}"
+        found.append(Case(what, partial(server_ended_before_the_floor, fleet, moment)))
     found += [
         jump(fleet, "from 1970 to now", FIRST_BOOT, now, (0, 127)),
         jump(fleet, "from now to 1970", now, FIRST_BOOT, (0, 127)),
