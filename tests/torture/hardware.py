@@ -73,19 +73,10 @@ class Machine:
             self.dut.device.client_id = self.enrolled
 
 
-def _kept(machine: Machine, run: Run) -> list[str]:
+def _as_it_was(machine: Machine, run: Run, status: int) -> list[str]:
+    """The run ended with this status, and nothing else has happened."""
     wrong = machine.fleet.broken(machine.dut, run)
-    if run.status != 0:
-        wrong.append(f"exit status {run.status}: {run.err[-300:]!r}")
-    if machine.dut.content != machine.dut.old:
-        wrong.append("the key file was changed")
-    return wrong
-
-
-def _left(machine: Machine, run: Run) -> list[str]:
-    """127, and nothing else has happened."""
-    wrong = machine.fleet.broken(machine.dut, run)
-    if run.status != 127:
+    if run.status != status:
         wrong.append(f"exit status {run.status}: {run.err[-300:]!r}")
     if machine.dut.content != machine.dut.old:
         wrong.append("the key file was changed")
@@ -115,14 +106,14 @@ def changed(fleet: Fleet, before: Parts, now: Parts, unreadable: bool = False) -
         run = machine.run(now, unreadable)
         seen = now - {"serial"} if unreadable else now
         if before & seen:
-            wrong = _kept(machine, run)
+            wrong = _as_it_was(machine, run, 0)
         elif unreadable or not now:
-            wrong = _left(machine, run)
+            wrong = _as_it_was(machine, run, 127)
         else:
             wrong = _another(machine, run, now)
         if before & seen or not now or unreadable:
             # And back again: nothing is left of it.
-            wrong += [f"back again: {problem}" for problem in _kept(machine, machine.run(before))]
+            wrong += [f"back again: {problem}" for problem in _as_it_was(machine, machine.run(before), 0)]
         if not wrong:
             fleet.forget(machine.dut)
         return wrong
