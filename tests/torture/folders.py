@@ -25,29 +25,23 @@ from torture.report import Case
 
 NOBODY = pwd.getpwnam("nobody")
 
-#: Takes the place to put something in, and root's file.
-_Plant = Callable[[Path, Path], None]
-
 
 class _Trap(NamedTuple):
     """What is put into the folder, under which name, and whether a run goes on nevertheless."""
 
     name: str
-    plant: _Plant
+    #: Takes the place to put something in, and root's file.
+    plant: Callable[[Path, Path], None]
     goes_on: bool
+
+
+def _nobodys(place: Path) -> None:
+    os.lchown(place, NOBODY.pw_uid, NOBODY.pw_gid)
 
 
 def _soft(place: Path, roots: Path) -> None:
     place.symlink_to(roots)
-    os.lchown(place, NOBODY.pw_uid, NOBODY.pw_gid)
-
-
-def _roots_link(place: Path, roots: Path) -> None:
-    place.symlink_to(roots)
-
-
-def _hard(place: Path, roots: Path) -> None:
-    os.link(roots, place)
+    _nobodys(place)
 
 
 def _dangling(place: Path, roots: Path) -> None:
@@ -56,26 +50,22 @@ def _dangling(place: Path, roots: Path) -> None:
 
 def _fifo(place: Path, roots: Path) -> None:
     os.mkfifo(place)
-    os.chown(place, NOBODY.pw_uid, NOBODY.pw_gid)
+    _nobodys(place)
 
 
-def _loop(place: Path, roots: Path) -> None:
-    _soft(place, place)
-
-
-def _folder(place: Path, roots: Path) -> None:
-    place.mkdir()
+def _hard(place: Path, roots: Path) -> None:
+    os.link(roots, place)
 
 
 FILE, DRAFT, NOTE = "identity.pem", ".identity.pem.new", ".identity.pem.hook"
 TRAPS: Mapping[str, _Trap] = {
     "a link to root's file": _Trap(FILE, _soft, False),
-    "a link of root's to root's file": _Trap(FILE, _roots_link, False),
+    "a link of root's to root's file": _Trap(FILE, Path.symlink_to, False),
     "a link to a file that isn't there": _Trap(FILE, _dangling, False),
-    "a link to itself": _Trap(FILE, _loop, False),
+    "a link to itself": _Trap(FILE, lambda place, _: _soft(place, place), False),
     "a hard link to root's file": _Trap(FILE, _hard, False),
     "a FIFO": _Trap(FILE, _fifo, False),
-    "a folder": _Trap(FILE, _folder, False),
+    "a folder": _Trap(FILE, lambda place, _: place.mkdir(), False),
     # A draft is nobody's: what is there goes.
     "a draft that is a link to root's file": _Trap(DRAFT, _soft, True),
     "a draft that is a link to a file that isn't there": _Trap(DRAFT, _dangling, True),
@@ -98,7 +88,7 @@ def _hand_over(dut: DeviceUnderTest) -> Path:
     folder = dut.device.key_file.parent
     folder.mkdir(exist_ok=True)
     for path in (folder, *folder.iterdir()):
-        os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
+        _nobodys(path)
     if dut.device.key_file.exists():
         dut.device.key_file.chmod(0o600)
     roots = dut.device.folder / "roots"
@@ -139,7 +129,7 @@ def planted(fleet: Fleet, scenario: str, what: str, content: str) -> Case:
         if kept is not None:
             place.write_bytes(kept)
             place.chmod(0o600)
-            os.chown(place, NOBODY.pw_uid, NOBODY.pw_gid)
+            _nobodys(place)
             dut.inode = place.stat().st_ino
         wrong += [f"next: {problem}" for problem in fleet.recovered(dut)]
         if not wrong:
