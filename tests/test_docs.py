@@ -26,7 +26,7 @@ from caramel_embedded import cli, enrollment, settings
 PAGES = [
     *(world.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((world.ROOT / "docs").glob("*.md")),
-    *(world.ROOT / name / "README.md" for name in ("server", "authority", "tests/bench", "buildroot")),
+    *(world.ROOT / name / "README.md" for name in ("server", "authority", "buildroot")),
     *(world.ROOT / "packaging" / name / "README.md" for name in ("yocto", "container")),
 ]
 DOCS = world.ROOT / "docs"

@@ -1,4 +1,4 @@
-# `make bench`: what one check costs, here and with what people use today. See tests/bench/README.md.
+# `make bench`: what one check costs, here and with what people use today. See tests/bench/measure.py.
 
 BENCH_ROUNDS ?= 15
 

@@ -1,9 +1,23 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """What one check costs: this program, what people use today, and two floors, all against one real server.
 
-`make bench` starts this. It starts the real Caramel server behind a real nginx, gives each program the same
-identity, lets them take turns (so that a busy machine is as busy for all of them) and hands what it saw to
-`report.py`. How each figure is taken stands in README.md.
+`make bench` starts this; `make bench BENCH_ROUNDS=3` for a look. It starts the real Caramel server behind a real
+nginx, with a CA of 4096 bits, gives each program the same identity, and hands what it saw to `report.py`, which
+writes build/bench/bench.md. It needs nginx, curl and strace; its traffic stays on the loopback interface, and the
+machine should do nothing else. docs/bench.md is a report that was made of it by hand; what that says of 1.0.0 and
+of the second flush was asked once, and the history has those programs.
+
+Turns: one round is one run of each program in each state, and every round begins with another program, so that a
+busy machine is as busy for all of them. With `BENCH_ROUNDS=15` there are 45 without delay, and 5 at each of the
+other round trips. The state is put back before each run, and a run with another exit status than it should have
+ends the benchmark. Figures are medians, with the bounds of the middle half; ratios are medians of the ratios of
+runs of the same round.
+
+Processor time, peak memory and wall time are wait4(2)'s, with all that the run started (`spawner.py`). Round
+trips, bytes and connections are counted by a proxy between program and nginx (`proxy.py`): a round trip for TCP's
+handshake and each time the server speaks after the device; bytes are TCP's payload. System calls, bytes written
+and flushes are of one run under strace, of those that end by themselves. What is elliptic is measured with a real
+registration authority (`elliptic.py`), and what a key in a TPM costs by `make bench-keys` (`keys.py`).
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _lines(seen: Figures) -> str:
 
 
 def page(seen: Figures) -> str:
-    """All tables. What the columns mean stands in README.md."""
+    """All tables. What the columns mean stands at the head of measure.py."""
     what = {**seen["machine"], **seen["versions"], "rounds": seen["rounds"], "seconds": seen["seconds"]}
     parts = {"Measured with": "".join(f"- {name}: {value}\n" for name, value in what.items())}
     words = {True: "reached", False: "**missed**", None: ""}
