@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from world.caramel import Caramel
-from world.processes import Daemon, Service, free_port, listens, until
+from world.processes import Daemon, Service, listens, start_at_port
 
 MODULES = ("mpm_event", "authn_core", "authz_core", "ssl", "proxy", "proxy_http")
 
@@ -36,11 +36,10 @@ class Apache(Service):
     def program() -> Optional[str]:
         return shutil.which("apache2", path="/usr/sbin:/usr/local/sbin")
 
-    def start(self) -> None:
-        self.port = free_port()
+    def _configure(self, port: int) -> None:
+        self.port = port
         modules = "\n".join(f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so" for name in MODULES)
-        configuration = self.folder / "apache.conf"
-        configuration.write_text(f"""{modules}
+        (self.folder / "apache.conf").write_text(f"""{modules}
 ServerName localhost
 ServerRoot {self.folder}
 DefaultRuntimeDir {self.folder}
@@ -59,10 +58,11 @@ SSLCACertificateFile {self.client_ca}
 </Location>
 ProxyPass "/" "{self.caramel.url}/"
 """)
-        command = [str(self.program()), "-DFOREGROUND", "-f", str(configuration)]
+
+    def start(self) -> None:
+        command = [str(self.program()), "-DFOREGROUND", "-f", str(self.folder / "apache.conf")]
         self._daemon = Daemon(command, self.folder / "output.log")
-        self._daemon.start()
-        until("Apache listens", lambda: listens(self.port))
+        start_at_port(self._daemon, 0, self._configure, lambda: listens(self.port))
 
     def stop(self) -> None:
         if self._daemon:

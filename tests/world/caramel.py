@@ -7,10 +7,10 @@ import subprocess
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from world.authority import Authority
-from world.processes import Daemon, Service, die_with_parent, environment, free_port, until
+from world.processes import Daemon, Service, die_with_parent, environment, start_at_port
 from world.programs import CARAMEL
 
 
@@ -56,6 +56,12 @@ class Caramel(Service):
         self.port = 0
         self._server = Daemon([CARAMEL / "pserve", self.ini], self.folder / "caramel.log")
 
+    def _configure(self, port: int) -> None:
+        self.port = port
+        self._write_ini()
+        if not self.database.exists():
+            self.program("caramel_initialize_db", str(self.ini))
+
     def _write_ini(self) -> None:
         short, long, auto = self.lifetimes
         self.ini.write_text(
@@ -78,23 +84,7 @@ listen = 127.0.0.1:{self.port}
 
     def start(self) -> None:
         """Starts the server; the first time on a port that the kernel chooses, later on the same one."""
-        if not self.port:
-            # waitress could choose by itself, but says which only through a logger that is silent by
-            # default.
-            self.port = free_port()
-        for _ in range(5):
-            self._write_ini()
-            if not self.database.exists():
-                self.program("caramel_initialize_db", str(self.ini))
-            self._server.start()
-            until("Caramel answers or has ended", lambda: self._answers() or not self._server.alive)
-            if self._server.alive:
-                return
-            self._server.stop()
-            if "Address already in use" not in self._server.text():
-                break
-            self.port = free_port()
-        raise AssertionError(f"Caramel doesn't start: {self._server.text()}")
+        start_at_port(self._server, self.port, self._configure, self._answers)
 
     def stop(self) -> None:
         self._server.stop()
@@ -143,31 +133,30 @@ listen = 127.0.0.1:{self.port}
             )
         return rows
 
-    def requests(self, client_id: Optional[str] = None) -> list[Request]:
-        """All requests in the database, also the rejected ones, oldest first; of one device or of all."""
+    def _rows(self, question: str, *values: str) -> list[Any]:
         connection = sqlite3.connect(str(self.database), timeout=60)
         try:
-            rows = connection.execute(
-                "SELECT csr.id, commonname, sha256sum, rejected, COUNT(certificate.id), MAX(not_after),"
-                " csr.pem FROM csr LEFT JOIN certificate ON certificate.csr_id = csr.id"
-                " GROUP BY csr.id ORDER BY csr.id"
-            ).fetchall()
+            return connection.execute(question, values).fetchall()
         finally:
             connection.close()
+
+    def requests(self, client_id: Optional[str] = None) -> list[Request]:
+        """All requests in the database, also the rejected ones, oldest first; of one device or of all."""
+        rows = self._rows(
+            "SELECT csr.id, commonname, sha256sum, rejected, COUNT(certificate.id), MAX(not_after),"
+            " csr.pem FROM csr LEFT JOIN certificate ON certificate.csr_id = csr.id"
+            " GROUP BY csr.id ORDER BY csr.id"
+        )
         found = [Request(row[0], row[1], row[2], bool(row[3]), row[4], row[5], bytes(row[6])) for row in rows]
         return [row for row in found if client_id in (None, row.client_id)]
 
     def certificates(self, sha256: str) -> list[bytes]:
         """All certificates, in PEM, signed so far for the request with this hash, oldest first."""
-        connection = sqlite3.connect(str(self.database), timeout=60)
-        try:
-            rows = connection.execute(
-                "SELECT certificate.pem FROM certificate JOIN csr ON certificate.csr_id = csr.id"
-                " WHERE sha256sum = ? ORDER BY certificate.id",
-                (sha256,),
-            ).fetchall()
-        finally:
-            connection.close()
+        rows = self._rows(
+            "SELECT certificate.pem FROM certificate JOIN csr ON certificate.csr_id = csr.id"
+            " WHERE sha256sum = ? ORDER BY certificate.id",
+            sha256,
+        )
         return [bytes(row[0]) for row in rows]
 
     def _id(self, which: Union[int, str]) -> int:

@@ -12,7 +12,7 @@ from typing import Optional
 from world.answers import HttpRequest
 from world.authority import Moment, now
 from world.caramel import Caramel
-from world.processes import Daemon, free_port, until
+from world.processes import Daemon, free_port, start_at_port
 from world.tls_front import Front, TlsFront
 
 
@@ -100,28 +100,17 @@ http {{
 }}
 """
 
+    def _configure(self, port: int) -> None:
+        self.port, self._mark = port, free_port()
+        (self.folder / "nginx.conf").write_text(self._configuration())
+
     def start(self) -> None:
         program = self.program()
         if not program:
             raise FileNotFoundError("nginx is not installed")
-        configuration = self.folder / "nginx.conf"
-        for _ in range(5):
-            self.port, self._mark = self.port or free_port(), free_port()
-            configuration.write_text(self._configuration())
-            command = [program, "-p", f"{self.folder}/", "-e", "error.log", "-c", str(configuration)]
-            self._daemon = Daemon(command, self.folder / "output.log")
-            self._daemon.start()
-            until(
-                "nginx answers or has ended",
-                lambda: self._answers() or not (self._daemon and self._daemon.alive),
-            )
-            if self._daemon.alive:
-                return
-            self._daemon.stop()
-            if "Address already in use" not in self._daemon.text():
-                break
-            self.port = 0
-        raise AssertionError(f"nginx doesn't start: {self._daemon.text() if self._daemon else ''}")
+        command = [program, "-p", f"{self.folder}/", "-e", "error.log", "-c", str(self.folder / "nginx.conf")]
+        self._daemon = Daemon(command, self.folder / "output.log")
+        start_at_port(self._daemon, self.port, self._configure, self._answers)
 
     def stop(self) -> None:
         if self._daemon:

@@ -161,6 +161,24 @@ class Daemon(Service):
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
+def start_at_port(daemon: Daemon, port: int, configure: Callable[[int], None], answers: Callable[[], bool]) -> None:
+    """Starts a server at this port (0: a free one), or at another one if somebody has that meanwhile; `configure`
+    tells the server, and whoever asks, which.
+    """
+    for _ in range(5):
+        port = port or free_port()
+        configure(port)
+        daemon.start()
+        until(f"{daemon.command[0]} answers or has ended", lambda: answers() or not daemon.alive)
+        if daemon.alive:
+            return
+        daemon.stop()
+        if "Address already in use" not in daemon.text():
+            break
+        port = 0
+    raise AssertionError(f"{daemon.command[0]} doesn't start: {daemon.text()}")
+
+
 def strays() -> list[tuple[int, str]]:
     """Children of this process that belong to nobody in this world: process ID and name. The dead ones are
     buried.
