@@ -45,8 +45,9 @@ def program(name: str, *packages: str) -> Need:
     return Need(lambda: shutil.which(name, path=_SBIN) is not None, packages or (name,))
 
 
-def _is_root() -> bool:
-    return os.geteuid() == 0
+def _made(path: str, what: str) -> Need:
+    """Something that `make` puts into build/."""
+    return Need(lambda: (BUILD / path).exists(), what=what)
 
 
 def _succeeds(*command: str) -> bool:
@@ -60,10 +61,7 @@ def _succeeds(*command: str) -> bool:
 def _python(version: str) -> Need:
     """That Python, or what fetches the Debian that has it."""
     return Need(
-        lambda: (
-            version in dict(interpreters())
-            or (version in DEBIANS and shutil.which("mmdebstrap") is not None and NEEDS["mounts"].there())
-        ),
+        lambda: version in dict(interpreters()) or (version in DEBIANS and has("mmdebstrap") and has("mounts")),
         ("mmdebstrap",) if version in DEBIANS else (),
         f"Python {version}" + (f" (or root, to fetch Debian's {DEBIANS[version]})" if version in DEBIANS else ""),
     )
@@ -103,18 +101,17 @@ NEEDS: dict[str, Need] = {
         name: program(name, package or name)
         for name, _, package in (each.partition(":") for each in _PROGRAMS.split())
     },
-    "root": Need(_is_root, what="root"),
+    "root": Need(lambda: os.geteuid() == 0, what="root"),
     "mounts": Need(
-        lambda: _is_root() and _succeeds("unshare", "--mount", "true"),
+        lambda: NEEDS["root"].there() and _succeeds("unshare", "--mount", "true"),
         what="root, and mounts of its own (unshare(1))",
     ),
     # As root it becomes another user, who then has to read the tests' files.
     "apache2": Need(lambda: Apache.program() is not None, ("apache2-bin",)),
     "ash": Need(_ash, ("busybox",), "BusyBox's shell (busybox, not busybox-static)"),
     "ca-certificates": Need(lambda: Path("/etc/ssl/certs").is_dir(), ("ca-certificates",)),
-    "caramel-client": Need(
-        lambda: (BUILD / "bench/client/bin/caramel-client").exists(),
-        what="the Python client (make build/bench/client/installed)",
+    "caramel-client": _made(
+        "bench/client/bin/caramel-client", "the Python client (make build/bench/client/installed)"
     ),
     "debian-tools": Need(
         lambda: all(shutil.which(name) for name in ("dpkg-buildpackage", "dh", "dh_python3")),
@@ -131,14 +128,16 @@ NEEDS: dict[str, Need] = {
     "localedef": Need(
         lambda: shutil.which("localedef") is not None and Path("/usr/share/i18n/charmaps").is_dir(), ("locales",)
     ),
-    "locust": Need(lambda: (BUILD / "fleet/bin/locust").exists(), what="Locust (make build/fleet/installed)"),
+    "locust": _made("fleet/bin/locust", "Locust (make build/fleet/installed)"),
     "login": Need(
         lambda: not re.search(r"/(nologin|false)$", pwd.getpwuid(os.getuid()).pw_shell),
         what="a user who may log in",
     ),
     "nginx": Need(lambda: Nginx.program() is not None, ("nginx-light",)),
     "nspawn": Need(
-        lambda: _is_root() and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists(),
+        lambda: (
+            NEEDS["root"].there() and shutil.which("systemd-nspawn") is not None and Path("/usr/bin/python3").exists()
+        ),
         ("systemd-container", "python3"),
         "root, and systemd-nspawn(1)",
     ),
@@ -157,16 +156,11 @@ NEEDS: dict[str, Need] = {
         what="a BusyBox with crond (busybox-static, unpacked into build/busybox-static)",
     ),
     "trixie": Need(
-        lambda: (
-            shutil.which("mmdebstrap") is not None and shutil.which("make") is not None and NEEDS["mounts"].there()
-        ),
+        lambda: all(NEEDS[name].there() for name in ("make", "mmdebstrap", "mounts")),
         ("make", "mmdebstrap"),
         "root, to fetch a Debian 13 with a TPM and a token",
     ),
-    "authority": Need(
-        lambda: (BUILD / "authority/bin/caramel-authority").exists(),
-        what="the registration authority, which needs Python 3.11",
-    ),
+    "authority": _made("authority/bin/caramel-authority", "the registration authority, which needs Python 3.11"),
 }
 
 

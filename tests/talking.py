@@ -70,7 +70,7 @@ class Talking(Device):
         surplus: list[HttpRequest] = []
 
         def answered(asked: HttpRequest) -> Answer:
-            if callable(says[0]):
+            if says and callable(says[0]):
                 return says[0](asked)
             if len(asking.requests) <= len(says):
                 return cast(Answer, says[len(asking.requests) - 1])

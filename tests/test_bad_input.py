@@ -6,6 +6,7 @@ import gzip
 import os
 import re
 import socket
+import stat
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -429,7 +430,11 @@ def test_something_else_stands_in_the_key_files_place(new: Talking, kind: str) -
             server.bind("identity.pem")
             os.chdir(home)
         elif kind == "device":
-            new.key_file = Path("/dev/null")
+            try:
+                # Not the machine's own: a program that fails here puts a file in its place.
+                os.mknod(new.key_file, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+            except PermissionError:
+                new.key_file = Path("/dev/null")
         else:
             new.key_file.symlink_to(new.key_file.name)
         before = new.key_file.lstat().st_mode

@@ -74,12 +74,6 @@ def test_no_run_is_longer_than_four_answers() -> None:
     assert longest(State.ASKED) == 4  # the first one without client certificate included
 
 
-@pytest.mark.parametrize("state", State)
-def test_an_identity_is_given_up_at_the_first_answer_only(state: State) -> None:
-    starts_over = [event for event in Event if transition(state, event)[1] is Action.START_OVER]
-    assert bool(starts_over) == (state in (State.ASKED, State.ASKED_PLAINLY))
-
-
 def test_the_table_has_no_line_that_only_says_what_would_happen_anyway() -> None:
     assert all(action is not Action.FAIL for row in TRANSITIONS.values() for _, action in row.values())
     assert set(TRANSITIONS) == set(State)

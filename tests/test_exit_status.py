@@ -1,17 +1,18 @@
 """Exit status: 0, 1, 69 or 127, and no other, whatever surrounds the program.
 
-What gives 0 and 69 is in `test_life.py`, 1 in `test_lock.py`, most of 127 in `test_bad_input.py`. Here is what would
-end a Python program with a status of its own.
+What gives 0 and 69 is in `test_life.py`, 1 in `test_lock.py`, most of 127 in `test_bad_input.py`; what can become of
+the starter, in `packaging/test_packaging_starter.py`. Here is what would end a Python program with a status of its
+own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -182,9 +183,14 @@ def test_a_closed_or_full_output_is_not_taken_for_success(nobody: Talking, optio
     assert done.returncode == 127, "nobody reads any more"
 
 
-@pytest.mark.parametrize("blocking", [True, False])
-@pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("option", ["--json", "--help"])
+WAITS = itertools.product(["--json", "--help"], [True, False], [True, False])
+
+
+@pytest.mark.parametrize(
+    ("option", "late", "blocking"),
+    # Of any two of them each pair is in `make test`.
+    [pytest.param(*wait, marks=slow if (wait[0] == "--json") ^ wait[1] ^ wait[2] else ()) for wait in WAITS],
+)
 def test_an_output_that_nobody_reads_keeps_no_run(nobody: Talking, option: str, late: bool, blocking: bool) -> None:
     """A full pipe; what is read in time, however late, arrives whole."""
     reader, writer = os.pipe()
@@ -257,17 +263,6 @@ def test_a_device_without_a_part_of_python_says_so(
     assert new.asked == []
 
 
-def test_a_launcher_without_its_package(tmp_path: Path) -> None:
-    """The package is gone, the command is still there: a half-removed program."""
-    environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
-    command = environment / "bin" / "caramel-embedded"
-    shutil.copy(PLAIN, command)
-    run = Device(tmp_path / "device", command=[str(command)]).run()
-    assert (run.status, run.out) == (127, "")
-    assert "caramel_embedded" in run.err
-
-
 def test_a_bug_is_127_and_its_words_stay_inside(nobody: Talking) -> None:
     """The text of an error that nobody foresaw may hold anything, a key too."""
     nobody.changed(
@@ -331,13 +326,6 @@ def test_modules_in_the_current_folder_are_not_loaded(nobody: Talking, hostile: 
     nobody.command = [PLAIN]
     for path in hostile.iterdir():
         shutil.copy(path, nobody.folder)
-    unchanged(nobody)
-
-
-def test_a_command_that_is_called_by_a_link(nobody: Talking, tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(PLAIN)
-    nobody.command = [str(link)]
     unchanged(nobody)
 
 
@@ -433,30 +421,3 @@ def test_a_signal_ends_a_run_also_inside_of_a_librarys_call(name: str) -> None:
     done = subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (127, b"ended by a signal", b"")
     assert time.monotonic() - began < 10
-
-
-# --- The idiom of init scripts ---
-
-
-def test_a_shell_tells_the_outcomes_apart(device: Device) -> None:
-    script = """
-        "$@" 2>/dev/null
-        case $? in
-            0) echo certified ;;
-            1) echo busy ;;
-            69) echo waiting ;;
-            *) echo failed ;;
-        esac
-    """
-    line = device.arguments()
-    assert told(script, line) == "waiting\n"
-    device.server = None
-    assert told(script, device.arguments()) == "failed\n"
-    assert told(f"flock {device.key_file} sh -c '{script}' sh \"$@\"", line) == "busy\n"
-
-
-def told(script: str, line: list[str]) -> str:
-    done = subprocess.run(
-        ["sh", "-c", script, "sh", *line], stdout=subprocess.PIPE, env=world.environment(), timeout=60
-    )
-    return done.stdout.decode()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 from needs import require
-from world import PLAIN, Device
+from talking import FIRST_TIME, Talking
+from world import PLAIN
 
 from caramel_embedded.errors import UsageError
 from caramel_embedded.hardware import Hardware, is_permanent_address, is_real_serial, is_shared_address
@@ -41,12 +42,9 @@ def asked(root: Path, *names: str) -> str:
 
 
 def nothing(root: Path, *names: str) -> bool:
-    try:
+    with pytest.raises(UsageError, match="--client-id"):
         asked(root, *names)
-    except UsageError as error:
-        assert "--client-id" in str(error)
-        return True
-    return False
+    return True
 
 
 def test_a_real_serial_number_comes_first(tmp_path: Path) -> None:
@@ -106,19 +104,15 @@ def test_a_real_serial_number(tmp_path: Path, text: str) -> None:
     assert asked(tmp_path) == text
 
 
-@pytest.mark.parametrize(
-    ("alphabet", "length", "form"),
-    [
-        ("0123456789", 9, "{}"),
-        ("0123456789", 12, "{}"),
-        ("0123456789", 7, "SN-{}"),
-        ("0123456789", 4, "2026W31-{}"),
-        ("0123456789abcdef", 12, "{}"),
-        ("0123456789ABCDEF", 16, "{}"),
-        ("BCDFGHJKLMNPQRSTVWXZ0123456789", 7, "{}"),  # those of a large vendor
-        ("0123456789ABCDEFGHJKLMNPQRSTUVWXYZ", 10, "{}1"),
-    ],
-)
+DIGITS, HEX = "0123456789", "0123456789ABCDEF"
+FORMS = [
+    *((DIGITS, 9, "{}"), (DIGITS, 12, "{}"), (DIGITS, 7, "SN-{}"), (DIGITS, 4, "2026W31-{}")),
+    *((HEX.lower(), 12, "{}"), (HEX, 16, "{}"), ("0123456789ABCDEFGHJKLMNPQRSTUVWXYZ", 10, "{}1")),
+    ("BCDFGHJKLMNPQRSTVWXZ0123456789", 7, "{}"),  # those of a large vendor
+]
+
+
+@pytest.mark.parametrize(("alphabet", "length", "form"), FORMS)
 def test_of_thousands_of_numbers_hardly_one_is_taken_for_a_filler(alphabet: str, length: int, form: str) -> None:
     chance = random.Random(f"{alphabet} {length} {form}")
     numbers = [form.format("".join(chance.choices(alphabet, k=length))) for _ in range(5000)]
@@ -167,56 +161,43 @@ def test_a_domain_makes_a_host_name(tmp_path: Path) -> None:
         Hardware(None, str(tmp_path)).client_id("x" * 40 + "." + "y" * 15)
 
 
-def test_a_mac_address_has_12_lower_case_hex_digits(tmp_path: Path) -> None:
-    interface(tmp_path, "eth0", "FC:FB:EE:C0:FF:EE")
-    assert Hardware(None, str(tmp_path)).client_id() == ("fcfbeec0ffee", "MAC address of eth0")
-
-
-def test_the_first_usable_interface_by_name(tmp_path: Path) -> None:
+def test_the_first_usable_interface_by_name_or_the_configured_ones_in_their_order(tmp_path: Path) -> None:
     interface(tmp_path, "wlan0", "00:1b:21:00:00:03")
-    interface(tmp_path, "eth1", "00:1b:21:00:00:02")
+    interface(tmp_path, "eth1", "00:1B:21:C0:FF:EE")
     interface(tmp_path, "docker0", "00:1b:21:00:00:01", physical=False)
-    assert asked(tmp_path) == "001b21000002"
-
-
-def test_the_configured_interfaces_in_their_order(tmp_path: Path) -> None:
-    interface(tmp_path, "eth0", "00:1b:21:00:00:01")
-    interface(tmp_path, "wlan0", "00:1b:21:00:00:02")
-    assert asked(tmp_path, "nowhere0", "wlan0", "eth0") == "001b21000002"
+    assert Hardware(None, str(tmp_path)).client_id() == ("001b21c0ffee", "MAC address of eth1"), "in lower case"
+    assert asked(tmp_path, "nowhere0", "wlan0", "eth1") == "001b21000003"
     assert nothing(tmp_path, "nowhere0")
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"address": "02:1b:21:00:00:01"},  # locally administered
-        {"address": "01:1b:21:00:00:01"},  # multicast
-        {"address": "00:00:00:00:00:00"},
-        {"address": "ff:ff:ff:ff:ff:ff"},
-        {"address": ""},
-        {"address": "00:1b:21:00:00"},
-        {"address": "00:1b:21:00:00:01:02:03"},
-        {"address": "zz:1b:21:00:00:01"},
-        {"physical": False},
-        {"kind": "772"},  # loopback
-        {"kind": "512"},  # PPP
-        {"kind": "801"},  # Wi-Fi in monitor mode
-        {"assigned": "1"},  # random
-        {"assigned": "2"},  # stolen from another
-        {"assigned": "3"},  # set by somebody
-        {"assigned": None},
-    ],
-    ids=str,
-)
-def test_never_a_random_virtual_or_local_address(tmp_path: Path, fault: dict[str, object]) -> None:
-    arguments: dict[str, object] = {"address": "00:1b:21:00:00:01", **fault}
-    interface(tmp_path, "eth0", **arguments)  # type: ignore[arg-type]
+#: What is wrong with an address, if it isn't empty, and then with the interface.
+ADDRESSES = {
+    "locally administered": "02:1b:21:00:00:01",
+    "multicast": "01:1b:21:00:00:01",
+    "zeros": "00:00:00:00:00:00",
+    "ones": "ff:ff:ff:ff:ff:ff",
+    "empty": "",
+    "short": "00:1b:21:00:00",
+    "long": "00:1b:21:00:00:01:02:03",
+    "no hex": "zz:1b:21:00:00:01",
+}
+FAULTS: dict[str, dict[str, Any]] = {
+    "virtual": {"physical": False},
+    **{f"of type {kind}": {"kind": kind} for kind in ("772", "512", "801")},  # loopback, PPP, Wi-Fi in monitor mode
+    **{f"assigned {how}": {"assigned": how} for how in ("1", "2", "3", None)},  # random, another's, somebody's
+}
+
+
+@pytest.mark.parametrize("fault", [*ADDRESSES, *FAULTS])
+def test_never_a_random_virtual_or_local_address(tmp_path: Path, fault: str) -> None:
+    interface(tmp_path, "eth0", ADDRESSES.get(fault, "00:1b:21:00:00:01"), **FAULTS.get(fault, {}))
     assert nothing(tmp_path) and nothing(tmp_path, "eth0"), "also where it is named"
 
 
-@pytest.mark.parametrize(
-    "address", ["0c:5b:8f:27:9a:64", "00:02:03:04:05:06", "00:00:00:00:00:01", "00:E0:4C:53:44:58"]
-)
+SHARED = ["0c:5b:8f:27:9a:64", "00:02:03:04:05:06", "00:00:00:00:00:01", "00:E0:4C:53:44:58"]
+
+
+@pytest.mark.parametrize("address", SHARED)
 def test_an_address_that_all_adapters_of_a_model_have_is_none(tmp_path: Path, address: str) -> None:
     interface(tmp_path, "eth0", address)
     with pytest.raises(UsageError, match="MAC address of eth0 that other devices have, too"):
@@ -255,21 +236,19 @@ def on(root: Path) -> list[str]:
     return ["unshare", "-m", "sh", "-c", script, "sh", str(root)]
 
 
-def test_the_command_finds_the_mac_address(device: Device, tmp_path: Path) -> None:
-    device.client_id = None
-    device.command = [PLAIN]
+@pytest.mark.parametrize(("address", "status"), [("00:1b:21:c0:ff:ee", 69), ("02:1b:21:c0:ff:ee", 127)])
+def test_the_command_finds_the_mac_address_or_says_that_there_is_none(
+    new: Talking, tmp_path: Path, address: str, status: int
+) -> None:
+    new.client_id = None
+    new.command = [PLAIN]
     # A name that this machine doesn't have: its driver would be asked, and knows better than the files.
-    interface(tmp_path / "root", "fake0", "00:1b:21:c0:ff:ee")
-    run = device.run("-v", before=on(tmp_path / "root"))
-    assert run.status == 69, run.err
-    assert "001b21c0ffee" in run.err and "MAC address of fake0" in run.err
-    assert f"request {device.request_hash()}" in run.err
-
-
-def test_the_command_finds_nothing_and_says_so(device: Device, tmp_path: Path) -> None:
-    device.client_id = None
-    device.command = [PLAIN]
-    interface(tmp_path / "root", "fake0", "02:1b:21:c0:ff:ee")
-    run = device.run(before=on(tmp_path / "root"))
-    assert run.status == 127 and "--client-id" in run.err and run.err.count("\n") == 1
-    assert not device.key_file.exists()
+    interface(tmp_path / "root", "fake0", address)
+    run = new.hears(*FIRST_TIME, options=["-v"], before=on(tmp_path / "root"))
+    assert run.status == status, run.err
+    if status == 69:
+        assert "001b21c0ffee" in run.err and "MAC address of fake0" in run.err
+        assert f"request {new.request_hash()}" in run.err
+    else:
+        assert "--client-id" in run.err and run.err.count("\n") == 1
+        assert not new.key_file.exists()

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 import world
 from needs import needs, slow
+from talking import Talking
 from torture import hardware, judged, report
 from torture.fleet import Fleet
-from world import Answer, Authority, Device, Run, Scripted, answers
+from world import Authority, Run, answers
 
 ETH0, ETH1, WLAN0 = "0050c2a1b2c3", "0050c2d4e5f6", "0050c2778899"
 KEY = world.new_key()
@@ -24,23 +25,17 @@ KEY = world.new_key()
 pytestmark = needs("mounts")
 
 
-@pytest.fixture(scope="module")
-def pem(authority: Authority) -> Path:
-    return authority.server(file="hardware.pem")
-
-
 def fingerprint(one: str) -> str:
     return hashlib.sha256(one.encode()).hexdigest()[:8]
 
 
-class Machine:
-    """A device, and the hardware that it has at the moment: addresses by interface, a serial number."""
+class Machine(Talking):
+    """A device, and the hardware that it has at the moment: addresses by interface, serial numbers."""
 
-    def __init__(self, device: Device, pem: Path, tmp_path: Path) -> None:
-        self.device = device
-        self.device.client_id = None
-        self.pem = pem
-        self.sys = tmp_path / "sys"
+    def __init__(self, folder: Path, authority: Authority) -> None:
+        super().__init__(folder, authority)
+        self.client_id = None
+        self.sys = folder.with_name("sys")
         self.addresses: dict[str, str] = {"lan0": ETH0}
         self.serial: Optional[str] = None
         self.board: Optional[str] = None
@@ -48,7 +43,11 @@ class Machine:
         #: Interfaces on a USB port, and what the port says of itself.
         self.removable: dict[str, str] = {}
 
-    def run(self, *says: Answer, options: Sequence[str] = ()) -> Run:
+    def becomes(self, **hardware: Any) -> None:
+        vars(self).update(hardware)
+
+    def run(self, *options: str, **how: Any) -> Run:
+        """In a mount namespace of its own, with the hardware that it has now."""
         shutil.rmtree(self.sys, ignore_errors=True)
         self.sys.mkdir()
         for name, address in self.addresses.items():
@@ -72,88 +71,78 @@ class Machine:
                 (folder / file).chmod(0o444 if self.readable else 0)
         # Root without the right to read what its mode forbids: what any other user is.
         script = f'mount --rbind "{self.sys}" /sys && exec setpriv --bounding-set -dac_override,-dac_read_search "$@"'
-        with Scripted(self.pem, says or [answers.PENDING]) as server:
-            self.device.server = server.address
-            self.asked = server.requests
-            return self.device.run(*options, before=("unshare", "-m", "sh", "-c", script, "sh"))
-
-    def enroll(self, options: Sequence[str] = ()) -> None:
-        run = self.run(answers.UNKNOWN, answers.PENDING, answers.PENDING, options=options)
-        assert run.status == 69, run.err
+        return super().run(*options, before=("unshare", "-m", "sh", "-c", script, "sh"), **how)
 
     @property
     def line(self) -> dict[str, str]:
-        fields = self.device.key_file.read_text().splitlines()[0].split()
+        fields = self.key_file.read_text().splitlines()[0].split()
         assert fields[:2] == ["#", "caramel-embedded/1"]
         return dict(word.split("=", 1) for word in fields[2:])
 
-    def keeps(self, client_id: str, options: Sequence[str] = ()) -> None:
-        before = self.device.request
-        run = self.run(options=options)
+    def holds_on(self, client_id: str, *options: str) -> None:
+        before = self.request
+        run = self.hears(answers.PENDING, options=options)
         assert (run.status, f": {client_id}: " in run.err) == (69, True), run.err
-        assert self.device.request == before
+        assert self.request == before
 
     def starts_over(self, client_id: str) -> None:
-        before = self.device.request
-        run = self.run(answers.UNKNOWN, answers.PENDING, answers.PENDING)
-        assert (run.status, "starting over" in run.err, self.line["id"]) == (69, True, client_id), run.err
-        assert self.device.request != before
+        before = self.request
+        run = self.enrolls()
+        assert ("starting over" in run.err, self.line["id"]) == (True, client_id), run.err
+        assert self.request != before
 
 
 @pytest.fixture
-def machine(tmp_path: Path, authority: Authority, pem: Path) -> Machine:
-    return Machine(Device(tmp_path / "device", None, authority.certificate_file), pem, tmp_path)
+def machine(tmp_path: Path, authority: Authority) -> Machine:
+    return Machine(tmp_path / "device", authority)
 
 
 def test_the_file_remembers_all_ids_by_their_hashes(machine: Machine) -> None:
-    machine.addresses = {"lan0": ETH0, "wifi0": WLAN0}
-    machine.serial = "SN-4711"
-    machine.enroll()
+    machine.becomes(addresses={"lan0": ETH0, "wifi0": WLAN0}, serial="SN-4711")
+    machine.enrolls()
     hashes = [fingerprint(one) for one in ("SN-4711", ETH0, WLAN0)]
     assert (machine.line["id"], machine.line["hw"].split(",")) == ("SN-4711", hashes)
     assert machine.line["kinds"] == "pmm", "a product's serial number, and two addresses"
 
 
-def test_a_usb_adapter_that_comes_first_costs_no_identity(machine: Machine) -> None:
-    machine.addresses = {"lan1": ETH1}
-    machine.enroll()
-    machine.addresses = {"lan0": ETH0, "lan1": ETH1}
-    machine.keeps(ETH1)
+#: What the machine has when it enrolls and later, and the options of each run. It stays the first one's.
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str]]] = {
+    "a USB adapter comes first": (
+        *({"addresses": {"lan1": ETH1}}, {"addresses": {"lan0": ETH0, "lan1": ETH1}}),
+        *(ETH1, []),
+    ),
+    "a driver is late at one boot": (
+        *({"addresses": {"lan1": ETH1, "wifi0": WLAN0}}, {"addresses": {"wifi0": WLAN0}}),
+        *(ETH1, ["--interfaces", "lan1,wifi0"]),
+    ),
+    "an interface has another name": ({}, {"addresses": {"enplan1": ETH0}}, ETH0, ["--interfaces", "lan0"]),
+    "a newer kernel shows a serial number": ({}, {"serial": "SN-4711"}, ETH0, []),
+    "the serial number can't be read any more": ({"serial": "SN-4711"}, {"readable": False}, "SN-4711", []),
+}
 
 
-def test_a_driver_that_is_late_at_one_boot_costs_no_identity(machine: Machine) -> None:
-    options = ("--interfaces", "lan1,wifi0")
-    machine.addresses = {"lan1": ETH1, "wifi0": WLAN0}
-    machine.enroll(options)
-    machine.addresses = {"wifi0": WLAN0}
-    machine.keeps(ETH1, options)
-
-
-def test_an_interface_with_another_name_costs_no_identity(machine: Machine) -> None:
-    machine.enroll(("--interfaces", "lan0"))
-    machine.addresses = {"enplan1": ETH0}
-    machine.keeps(ETH0, ("--interfaces", "lan0"))
-
-
-def test_a_serial_number_that_a_newer_kernel_shows_costs_no_identity(machine: Machine) -> None:
-    machine.enroll()
-    machine.serial = "SN-4711"
-    machine.keeps(ETH0)
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_comes_and_goes_costs_no_identity(machine: Machine, what: str) -> None:
+    first, later, client_id, options = CHANGES[what]
+    machine.becomes(**first)
+    machine.enrolls(*options)
+    machine.becomes(**later)
+    machine.holds_on(client_id, *options)
 
 
 def test_a_file_of_the_first_release_is_held_on_to_while_its_id_is_there(
     machine: Machine, authority: Authority
 ) -> None:
-    machine.device.has(authority.identity(ETH1, certified=False, line=False))
-    machine.addresses = {"lan0": ETH0, "lan1": ETH1}
-    machine.keeps(ETH1)
+    machine.has(authority.identity(ETH1, certified=False, line=False))
+    machine.becomes(addresses={"lan0": ETH0, "lan1": ETH1})
+    machine.holds_on(ETH1)
     assert machine.line["hw"].count(",") == 1
 
 
 def test_a_machine_that_has_none_of_them_is_another_one(machine: Machine) -> None:
     """An SD card that was cloned."""
-    machine.enroll()
-    machine.addresses = {"lan0": WLAN0}
+    machine.enrolls()
+    machine.becomes(addresses={"lan0": WLAN0})
     machine.starts_over(WLAN0)
 
 
@@ -189,32 +178,32 @@ SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("what", SHARED)
 def test_what_two_machines_share_makes_them_no_one_machine(machine: Machine, what: str) -> None:
     first, second = SHARED[what]
-    vars(machine).update(first)
-    machine.enroll()
-    vars(machine).update(second)
+    machine.becomes(**first)
+    machine.enrolls()
+    machine.becomes(**second)
     machine.starts_over(second.get("serial") or ETH1)
 
 
 def test_what_a_machine_of_its_own_gains_and_loses_is_no_other_machine(machine: Machine) -> None:
     """The other side of it: a serial number outweighs addresses, and what isn't there contradicts nothing."""
     machine.serial, machine.board = "PF2X9ABC", "R0C4F2-77"
-    machine.enroll()
+    machine.enrolls()
     machine.addresses = {"lan0": ETH1}  # another network card
-    machine.keeps("PF2X9ABC")
+    machine.holds_on("PF2X9ABC")
     machine.serial = None
-    machine.keeps("PF2X9ABC")
+    machine.holds_on("PF2X9ABC")
     machine.addresses, machine.board = {"lan0": ETH0}, None
-    machine.keeps("PF2X9ABC")
+    machine.holds_on("PF2X9ABC")
 
 
 def test_an_adapter_that_can_be_unplugged_comes_last(machine: Machine) -> None:
     machine.addresses = {"lan0": ETH0, "lan1": ETH1}
     machine.removable = {"lan0": "removable"}
-    machine.enroll()
+    machine.enrolls()
     assert machine.line["id"] == ETH1
-    machine.device.key_file.unlink()
+    machine.key_file.unlink()
     machine.removable = {"lan0": "fixed"}  # a Raspberry Pi's Ethernet
-    machine.enroll()
+    machine.enrolls()
     assert machine.line["id"] == ETH0
 
 
@@ -227,12 +216,12 @@ def test_a_device_that_enrolled_under_a_filler_stays_what_it_is(
     machine.serial, machine.addresses = serial, {"wwan0": "0c5b8f279a64"}
     content = world.unsealed(authority.identity(enrolled, certified=False))
     remembered = [fingerprint(one) for one in (serial, "0c5b8f279a64") if one]
-    machine.device.has(world.sealed(content, authority.pem, enrolled, hardware=remembered))
-    before = machine.device.snapshot()
-    machine.keeps(enrolled)
-    assert machine.device.snapshot() == before
-    machine.device.has(content)
-    machine.keeps(enrolled)
+    machine.has(world.sealed(content, authority.pem, enrolled, hardware=remembered))
+    before = machine.snapshot()
+    machine.holds_on(enrolled)
+    assert machine.snapshot() == before
+    machine.has(content)
+    machine.holds_on(enrolled)
     machine.serial, machine.addresses = None, {"lan0": ETH0}
     machine.starts_over(ETH0)
 
@@ -240,13 +229,11 @@ def test_a_device_that_enrolled_under_a_filler_stays_what_it_is(
 def test_what_2_0_0_remembered_is_understood_and_left_as_it_is(machine: Machine, authority: Authority) -> None:
     """Without kinds: any ID in common is enough, as it was. Nothing is written for the sake of a form."""
     content = world.unsealed(authority.identity(ETH1, certified=False))
-    machine.device.has(
-        world.sealed(content, authority.pem, ETH1, hardware=[fingerprint("PF2X9ABC"), fingerprint(ETH1)])
-    )
-    before = machine.device.snapshot()
+    machine.has(world.sealed(content, authority.pem, ETH1, hardware=[fingerprint("PF2X9ABC"), fingerprint(ETH1)]))
+    before = machine.snapshot()
     machine.serial, machine.addresses = "PF2X9ABC", {"lan0": ETH0}
-    machine.keeps(ETH1)
-    assert machine.device.snapshot() == before
+    machine.holds_on(ETH1)
+    assert machine.snapshot() == before
 
 
 # --- What the line says is believed under its seal only ---
@@ -273,12 +260,12 @@ def test_a_lost_bit_of_the_line_costs_no_identity(
     content = world.unsealed(authority.identity(ETH0, certified=certified))
     good = world.sealed(content, authority.pem, ETH0, hardware=[fingerprint(ETH0), fingerprint(ETH1)])
     line, newline, rest = good.partition(b"\n")
-    machine.device.has(LOST_BITS[what](line + newline) + rest)
-    says = answers.certificate(machine.device.block("CERTIFICATE") or b"") if certified else answers.PENDING
-    run = machine.run(says)
+    machine.has(LOST_BITS[what](line + newline) + rest)
+    says = answers.certificate(machine.block("CERTIFICATE") or b"") if certified else answers.PENDING
+    run = machine.hears(says)
     assert (run.status, f": {ETH0}: " in run.err) == (0 if certified else 69, True), run.err
-    assert [(asked.method, asked.path) for asked in machine.asked] == [("GET", "/" + machine.device.request_hash())]
-    assert world.unsealed(machine.device.key_file.read_bytes()) == content
+    assert [(asked.method, asked.path) for asked in machine.asked] == [("GET", "/" + machine.request_hash())]
+    assert world.unsealed(machine.key_file.read_bytes()) == content
     assert machine.line["id"] == ETH0
 
 
@@ -286,7 +273,7 @@ def test_a_lost_bit_of_the_line_costs_no_identity(
 def test_an_id_in_a_request_is_an_id_or_it_is_none(machine: Machine, authority: Authority, client_id: str) -> None:
     """Also under a good seal, which anybody can make."""
     request = world.signing_request(KEY, [*authority.subject_for("x")[:-1], ("CN", client_id[:64])])
-    machine.device.has(world.key_file_content(KEY, request))
+    machine.has(world.key_file_content(KEY, request))
     machine.starts_over(ETH0)
 
 
@@ -297,11 +284,11 @@ def test_every_lost_bit_of_a_whole_file_is_survived(fleet: Fleet) -> None:
 
 
 def test_an_explicit_id_is_not_held_against_anything(machine: Machine) -> None:
-    machine.device.client_id = "meter-7"
-    machine.enroll()
+    machine.client_id = "meter-7"
+    machine.enrolls()
     assert "hw" not in machine.line
     machine.addresses = {}
-    machine.keeps("meter-7")
+    machine.holds_on("meter-7")
 
 
 @slow
@@ -316,26 +303,19 @@ def test_whatever_comes_and_goes_costs_no_identity_while_anything_is_left(fleet:
 
 def test_a_serial_number_for_root_only_leads_to_no_other_id(machine: Machine) -> None:
     machine.serial, machine.readable = "SN-4711", False
-    run = machine.run()
+    run = machine.hears()
     assert (run.status, "product_serial" in run.err, "--client-id" in run.err) == (127, True, True)
-    assert not machine.device.key_file.exists()
+    assert not machine.key_file.exists()
 
 
 def test_it_wipes_nothing(machine: Machine) -> None:
     machine.serial = "SN-4711"
     machine.addresses = {}
-    machine.enroll()
-    before = machine.device.snapshot()
+    machine.enrolls()
+    before = machine.snapshot()
     machine.readable = False
-    assert machine.run().status == 127
-    assert machine.device.snapshot() == before
-
-
-def test_a_file_that_the_readable_ones_vouch_for_goes_on(machine: Machine) -> None:
-    machine.serial = "SN-4711"
-    machine.enroll()
-    machine.readable = False
-    machine.keeps("SN-4711")
+    assert machine.hears().status == 127
+    assert machine.snapshot() == before
 
 
 # --- Host names ---
@@ -343,11 +323,11 @@ def test_a_file_that_the_readable_ones_vouch_for_goes_on(machine: Machine) -> No
 
 def test_a_domain_makes_a_host_name_in_lower_case(machine: Machine) -> None:
     machine.serial = "SN_4711A"
-    machine.enroll(("--domain", "Devices.Example.COM"))
+    machine.enrolls("--domain", "Devices.Example.COM")
     assert machine.line["id"] == "sn-4711a.devices.example.com"
-    machine.keeps("sn-4711a.devices.example.com", ("--domain", "devices.example.com"))
+    machine.holds_on("sn-4711a.devices.example.com", "--domain", "devices.example.com")
 
 
 def test_a_domain_that_comes_later_costs_no_identity(machine: Machine) -> None:
-    machine.enroll()
-    machine.keeps(ETH0, ("--domain", "devices.example.com"))
+    machine.enrolls()
+    machine.holds_on(ETH0, "--domain", "devices.example.com")

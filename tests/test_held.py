@@ -1,6 +1,7 @@
 """Keys that a TPM or a token holds: a device with one lives its whole life, and no failing chip costs it anything.
 
-The devices are Debian 13's; swtpm plays the TPM, SoftHSM the token. See ``docs/keys-in-hardware.md``.
+The devices are Debian 13's; swtpm plays the TPM, SoftHSM the token. See ``docs/keys-in-hardware.md``. Power cuts
+at each system call are in `test_torture.py`: the TPM takes none for an attack.
 """
 
 from __future__ import annotations
@@ -132,51 +133,6 @@ def test_an_everyday_run_loads_no_x509_and_starts_no_program(certified: Device, 
     assert "/ossl-modules/tpm2.so" in text and "urllib3/" in text, "it sees what is loaded"
     assert not re.findall(r"/(?:cryptography|OpenSSL)/\S*\.(?:so|py).* = \d", text)
     assert not re.findall(r"caramel_embedded/(?:__pycache__/)?(?:held|program|certificates)\..* = \d", text)
-
-
-@slow
-def test_power_cuts_are_no_attacks_on_the_tpm(ours: Device, chip: Tpm, caramel: Caramel, nginx: Nginx) -> None:
-    """Without noda on key and parent, three locked it."""
-    assert ours.run().status == 69
-    caramel.sign(str(ours.client_id))
-    for _ in range(4):
-        assert ours.run().status == 0
-        chip.cut()
-        chip.start()
-    assert chip.attacks == 0
-    assert ours.run().status == 0
-
-
-@slow
-def test_a_power_cut_at_any_system_call_that_changes_a_file(
-    certified: Device, chip: Tpm, caramel: Caramel, nginx: Nginx
-) -> None:
-    """Program and TPM are killed together: while a certificate is stored, and while a key is made and stored."""
-    me, command = str(certified.client_id), certified.command
-    python = Path(command[-1]).with_name("python3")
-    direct = [str(python), "-I", "-B", "-c", "from caramel_embedded.__main__ import main; main()"]
-    for renewed in (True, False):
-        if renewed:
-            caramel.sign(me, hours=96)
-        else:
-            caramel.reject(me)
-        cuts = 0
-        for call in ("write", "fsync", "fchmod", "rename", "renameat", "unlinkat", "utimensat"):
-            for which in range(1, 5):
-                inject = ["strace", "-qq", "-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={which}"]
-                certified.command = [*command[:-1], *inject, *direct]
-                run = certified.run()
-                chip.cut()
-                chip.start()
-                assert certified.labels[0] == chip.label and certified.labels[-1] == REQUEST
-                assert run.status in (-9, 0, 69), run
-                if run.status != -9:
-                    break
-                cuts += 1
-        assert cuts >= 3
-        certified.command = command
-        assert certified.run().status == (0 if renewed else 69)
-    assert chip.attacks == 0
 
 
 # --- A chip that fails ---

@@ -86,12 +86,9 @@ _UNCHANGED = {
     "subprocess": "no hook is to be called; 4 ms",
     "urllib3.contrib.pyopenssl": "urllib3 itself says that it is no longer recommended",
     # From 3.13 on `pathlib` loads both, which fasteners imports.
-    **(
-        {}
-        if sys.version_info >= (3, 13)
-        else {"pwd": "owners are numbers, unless they are configured", "grp": "the same"}
-    ),
+    **({} if sys.version_info >= (3, 13) else {"pwd": "owners are numbers, or configured", "grp": "the same"}),
 }
+WORK = "device session server tls stored identity trust hardware enrollment pem"
 _LOCKED_OUT = {
     **_UNCHANGED,
     "ssl": "nobody is asked; 10 ms",
@@ -102,21 +99,7 @@ _LOCKED_OUT = {
     "urllib3": "the same; 45 ms",
     "json": "nothing is said to a machine",
     "hashlib": "nothing is judged",
-    **{
-        "caramel_embedded." + room: "another run does its work"
-        for room in (
-            "device",
-            "session",
-            "server",
-            "tls",
-            "stored",
-            "identity",
-            "trust",
-            "hardware",
-            "enrollment",
-            "pem",
-        )
-    },
+    **{"caramel_embedded." + room: "another run does its work" for room in WORK.split()},
 }
 #: What the library adds to a program that has only imported it.
 _IMPORTED = {**_LOCKED_OUT, "fasteners": "there is no file", "logging": "there is no log", "signal": "not ours"}
