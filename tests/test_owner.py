@@ -11,20 +11,15 @@ from pathlib import Path
 
 import pytest
 from needs import needs
-from world import PLAIN, WITHOUT_STARTER, Authority, Device, Scripted, answers, hours, now
-
-ID = "fffbeec0ffee"
-
-
-@pytest.fixture(scope="module")
-def pem(authority: Authority) -> Path:
-    return authority.server(file="owner.pem")
+from talking import FIRST_TIME, Talking
+from world import PLAIN, WITHOUT_STARTER, answers
 
 
 @pytest.fixture
-def device(tmp_path: Path, authority: Authority) -> Device:
+def device(new: Talking) -> Talking:
     """At its first boot, its server not there: what is to be seen here is on its own disk."""
-    return Device(tmp_path / "device", "localhost:9", authority.certificate_file, ID)
+    new.server = "localhost:9"
+    return new
 
 
 def state(path: Path) -> tuple[int, int, int]:
@@ -49,7 +44,7 @@ MINE = (os.geteuid(), os.getegid(), 0o600)
     ],
 )
 def test_as_set_or_else_the_callers_own_and_nobody_elses(
-    device: Device, umask: int, options: list[str], expected: tuple[int, int, int]
+    device: Talking, umask: int, options: list[str], expected: tuple[int, int, int]
 ) -> None:
     device.command = ["sh", "-c", f'umask {umask:04o}; exec "$@"', "sh", PLAIN]
     assert device.run(*options).status == 127
@@ -59,51 +54,41 @@ def test_as_set_or_else_the_callers_own_and_nobody_elses(
 @needs("root", "strace")
 @pytest.mark.parametrize("life", ["empty", "pending", "certified"])
 @pytest.mark.parametrize("mode", [0o644, 0o000])
-def test_a_file_that_stood_there_with_others_gets_them(
-    device: Device, authority: Authority, pem: Path, life: str, mode: int
-) -> None:
-    content = b"" if life == "empty" else authority.identity(ID, certified=life == "certified", not_before=now())
-    device.has(content, mode)
-    with Scripted(pem, [answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run(*SET).status == 69
-        assert state(device.key_file) == AS_SET
-        if content:
-            assert device.key_file.read_bytes() == content
-        # And then nothing is written any more.
-        before = device.snapshot()
-        assert device.run(*SET).status == 69
-        assert device.snapshot() == before
+def test_a_file_that_stood_there_with_others_gets_them(device: Talking, life: str, mode: int) -> None:
+    if life == "empty":
+        device.has(b"")
+    elif life == "pending":
+        device.pending()
+    else:
+        device.certified()
+    content = device.key_file.read_bytes()
+    device.key_file.chmod(mode)
+    assert device.hears(*(FIRST_TIME if life == "empty" else [answers.PENDING]), options=SET).status == 69
+    assert state(device.key_file) == AS_SET
+    assert content in (b"", device.key_file.read_bytes())
+    device.keeps(answers.PENDING, options=SET, status=69)  # and then nothing is written any more
 
 
 @needs("root")
-def test_a_certificates_time_outlives_another_owner(device: Device, authority: Authority, pem: Path) -> None:
-    device.has(authority.identity(ID, not_before=now() - hours(1)))
-    os.utime(device.key_file, (5000, 5000))
-    with Scripted(pem, [answers.NOT_MODIFIED]) as server:
-        device.server = server.address
-        assert device.run(*SET).status == 0
-    assert state(device.key_file) == AS_SET and device.key_file.stat().st_mtime == 5000
+def test_a_certificates_time_outlives_another_owner(certified: Talking) -> None:
+    os.utime(certified.key_file, (5000, 5000))
+    assert certified.hears(answers.NOT_MODIFIED, options=SET).status == 0
+    assert state(certified.key_file) == AS_SET and certified.key_file.stat().st_mtime == 5000
 
 
 @needs("root", "strace")
 @pytest.mark.parametrize("life", ["new", "readable by all", "renewed"])
-def test_no_secret_byte_is_in_a_file_that_others_can_read(
-    device: Device, authority: Authority, pem: Path, tmp_path: Path, life: str
-) -> None:
+def test_no_secret_byte_is_in_a_file_that_others_can_read(device: Talking, tmp_path: Path, life: str) -> None:
     """From the trace: a file that gets content has its owner, group and mode before, and never loses them."""
     device.command = [*WITHOUT_STARTER]
     if life != "new":
-        device.has(authority.identity(ID, certified=False), 0o644 if "all" in life else 0o600)
+        device.pending()
+        device.key_file.chmod(0o644 if "all" in life else 0o600)
     trace = tmp_path / "trace"
     calls = "open,openat,write,pwrite64,writev,fchown,fchmod,chmod,chown,fchmodat,fchownat,link,linkat,rename"
     line = ["strace", "-f", "-qq", "-y", "-s", "16", "-e", f"trace={calls},renameat,renameat2", "-o", str(trace)]
-    script = [answers.UNKNOWN, answers.PENDING, answers.PENDING]
-    if life == "renewed":
-        script = [answers.certificate(authority.sign(device.request))]
-    with Scripted(pem, script) as server:
-        device.server = server.address
-        assert device.run(*SET, before=line).status in (0, 69)
+    script = [answers.certificate(device.signed())] if life == "renewed" else FIRST_TIME
+    assert device.hears(*script, options=SET, before=line).status in (0, 69)
     done: list[str] = []
     for text in trace.read_text().splitlines():
         if str(device.folder) not in text:
@@ -123,7 +108,7 @@ def test_no_secret_byte_is_in_a_file_that_others_can_read(
 
 
 @needs("root")
-def test_an_owner_that_cannot_be_had(device: Device) -> None:
+def test_an_owner_that_cannot_be_had(device: Talking) -> None:
     device.command = [PLAIN]
     run = device.run(*SET, before=["setpriv", "--bounding-set=-all", "--inh-caps=-all"])
     assert run.status == 127 and str(device.key_file) in run.err and run.err.count("\n") == 1
@@ -134,31 +119,24 @@ def test_an_owner_that_cannot_be_had(device: Device) -> None:
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_link_is_followed_and_stays_a_link(
-    device: Device, authority: Authority, pem: Path, tmp_path: Path, relative: bool
-) -> None:
+def test_a_link_is_followed_and_stays_a_link(new: Talking, tmp_path: Path, relative: bool) -> None:
     """A read-only root file system, and the data on another partition."""
     data = tmp_path / "data"
     data.mkdir()
-    link, target = device.key_file, data / "device.pem"
+    link, target = new.key_file, data / "device.pem"
     link.symlink_to("../data/device.pem" if relative else target)
-    script = [answers.UNKNOWN, answers.PENDING, answers.PENDING]
-    with Scripted(pem, script) as server:
-        device.server = server.address
-        assert device.run().status == 69
+    new.enrolls()
     assert link.is_symlink() and target.is_file() and not target.is_symlink()
-    fresh = authority.sign(device.request)
-    with Scripted(pem, [answers.certificate(fresh)]) as server:
-        device.server = server.address
-        assert device.run().status == 0
+    fresh = new.signed()
+    assert new.hears(answers.certificate(fresh)).status == 0
     assert link.is_symlink() and not target.is_symlink()
     assert fresh in target.read_bytes()
     assert [path.name for path in data.iterdir()] == ["device.pem"], "the draft was made where the file is"
-    assert {path.name for path in device.folder.iterdir()} == {"empty.conf", "identity.pem"}
+    assert {path.name for path in new.folder.iterdir()} == {"empty.conf", "identity.pem"}
 
 
 @pytest.mark.parametrize("kind", ["to a folder that is not there yet", "to a link", "as the folder"])
-def test_other_links_are_followed_and_stay_links_too(device: Device, tmp_path: Path, kind: str) -> None:
+def test_other_links_are_followed_and_stay_links_too(device: Talking, tmp_path: Path, kind: str) -> None:
     target, link = tmp_path / "data/identity.pem", device.key_file
     if kind == "to a folder that is not there yet":
         link.symlink_to(target)

@@ -9,9 +9,8 @@ import pytest
 import world
 from cryptography import x509
 from needs import slow
+from talking import FIRST_TIME, ID, Talking
 from world import ATTRIBUTES, Authority, Caramel, Device, Front, Scripted, answers, any_front, hours, now
-
-ID = "fffbeec0ffee"
 
 #: By what is special about it; None: as Caramel's own program makes it, with 4096 bits.
 SUBJECTS: dict[str, Optional[list[tuple[str, str]]]] = {
@@ -53,11 +52,8 @@ def test_a_ca_whose_name_has_its_own_order(tmp_path: Path, kind: str) -> None:
 
 def test_a_ca_with_a_name_of_only_other_parts(tmp_path: Path) -> None:
     """Nothing is required then: the request has the client ID alone."""
-    authority = Authority(tmp_path / "ca", [("CN", "Root")])
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run().status == 69
+    device = Talking(tmp_path / "device", Authority(tmp_path / "ca", [("CN", "Root")]))
+    device.enrolls()
     assert parts(device.request) == [("CN", ID)]
 
 
@@ -65,22 +61,22 @@ def test_a_ca_with_a_name_of_only_other_parts(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def new(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+def new_root(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """The next root, of the same name."""
     return Authority(tmp_path_factory.mktemp("new"), not_before=now() - hours(2))
 
 
 @pytest.fixture(params=["old first", "new first"])
-def both(request: pytest.FixtureRequest, tmp_path: Path, authority: Authority, new: Authority) -> Path:
+def both(request: pytest.FixtureRequest, tmp_path: Path, authority: Authority, new_root: Authority) -> Path:
     """A CA file with two roots."""
     file = tmp_path / "both.crt"
-    pair = [authority.pem, new.pem]
+    pair = [authority.pem, new_root.pem]
     file.write_bytes(b"# roots\n".join(pair if request.param == "old first" else reversed(pair)))
     return file
 
 
 def test_a_device_lives_through_a_roll_over_of_the_ca(
-    tmp_path: Path, both: Path, authority: Authority, new: Authority, caramel: Caramel, front: Front
+    tmp_path: Path, both: Path, new_root: Authority, caramel: Caramel, front: Front
 ) -> None:
     device = Device(tmp_path / "device", front.address, both, "fe" + tmp_path.name[-10:].replace("_", "-"))
     assert device.run().status == 69
@@ -89,8 +85,8 @@ def test_a_device_lives_through_a_roll_over_of_the_ca(
     key = device.block("PRIVATE KEY")
 
     # The server moves to the new root, with another server certificate, and the device's request is signed by it.
-    fresh = new.sign(device.request, not_before=now() - hours(1))
-    with Scripted(new.server(), [answers.certificate(fresh)], client_ca=both) as server:
+    fresh = new_root.sign(device.request, not_before=now() - hours(1))
+    with Scripted(new_root.server(), [answers.certificate(fresh)], client_ca=both) as server:
         device.server = server.address
         run = device.run()
         assert run.status == 0 and "new certificate" in run.err
@@ -100,8 +96,8 @@ def test_a_device_lives_through_a_roll_over_of_the_ca(
     assert device.block("CERTIFICATE") == fresh and device.block("PRIVATE KEY") == key
 
     # The old root is taken away; nothing changes.
-    device.ca = new.certificate_file
-    with Scripted(new.server(), [answers.certificate(fresh)]) as server:
+    device.ca = new_root.certificate_file
+    with Scripted(new_root.server(), [answers.certificate(fresh)]) as server:
         device.server = server.address
         assert device.run().status == 0 and before
         # Judged again under another CA's text: the line of text says so, and nothing else is new.
@@ -110,48 +106,37 @@ def test_a_device_lives_through_a_roll_over_of_the_ca(
 
 @pytest.mark.parametrize("which", ["old", "new", "third"])
 def test_a_server_certificate_may_be_by_either_root_and_by_no_third(
-    tmp_path: Path, both: Path, authority: Authority, new: Authority, which: str
+    tmp_path: Path, both: Path, authority: Authority, new_root: Authority, which: str
 ) -> None:
-    device = Device(tmp_path / "device", None, both, ID)
-    ca = {"old": authority, "new": new}.get(which) or Authority(tmp_path / "third")
-    with Scripted(ca.server(file="either.pem"), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run().status == (127 if which == "third" else 69)
-    assert bool(server.requests) == (which != "third")
+    device = Talking(tmp_path / "device", authority)
+    device.ca = both
+    ca = {"old": authority, "new": new_root}.get(which) or Authority(tmp_path / "third")
+    run = device.hears(*([] if which == "third" else FIRST_TIME), by=ca.server(file="either.pem"))
+    assert run.status == (127 if which == "third" else 69)
 
 
-def test_a_request_under_either_roots_name_is_kept(tmp_path: Path, authority: Authority) -> None:
+def test_a_request_under_either_roots_name_is_kept(pending: Talking, tmp_path: Path, authority: Authority) -> None:
     """The next root has another name, and is listed first: devices that are enrolled under the old one stay so."""
     new = Authority(tmp_path / "new", [("C", "SE"), ("O", "Renamed AB"), ("CN", "Root 2")])
-    file = tmp_path / "both.crt"
-    file.write_bytes(new.pem + authority.pem)
-    device = Device(tmp_path / "device", None, file, ID)
-    device.has(authority.identity(ID, certified=False))
-    before = world.unsealed(device.key_file.read_bytes())
-    with Scripted(authority.server(), [answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run().status == 69 and world.unsealed(device.key_file.read_bytes()) == before
-    device.key_file.unlink()
-    with Scripted(new.server(), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run().status == 69
-    assert parts(device.request) == list(new.subject_for(ID)), "a new device belongs to the first"
+    pending.ca = tmp_path / "both.crt"
+    pending.ca.write_bytes(new.pem + authority.pem)
+    before = world.unsealed(pending.key_file.read_bytes())
+    assert pending.hears(answers.PENDING).status == 69
+    assert world.unsealed(pending.key_file.read_bytes()) == before
+    pending.key_file.unlink()
+    pending.enrolls(by=new.server())
+    assert parts(pending.request) == list(new.subject_for(ID)), "a new device belongs to the first"
 
 
-def test_an_ended_root_of_two_does_no_harm(tmp_path: Path, authority: Authority) -> None:
+def test_an_ended_root_of_two_does_no_harm(new: Talking, tmp_path: Path, authority: Authority) -> None:
     old = Authority(tmp_path / "old", not_before=now() - hours(99), not_after=now() - hours(1))
-    file = tmp_path / "both.crt"
-    file.write_bytes(old.pem + authority.pem)
-    device = Device(tmp_path / "device", None, file, ID)
-    with Scripted(authority.server(), [answers.UNKNOWN, answers.PENDING, answers.PENDING]) as server:
-        device.server = server.address
-        assert device.run().status == 69
-    device.has(old.identity(ID))
-    with Scripted(authority.server(), [answers.PENDING]) as server:
-        device.server = server.address
-        run = device.run()
+    new.ca = tmp_path / "both.crt"
+    new.ca.write_bytes(old.pem + authority.pem)
+    new.enrolls()
+    new.has(old.identity(ID))
+    run = new.hears(answers.PENDING)
     assert run.status == 69 and "not by the trusted CA" in run.err
-    assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
+    assert new.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
 
 
 @pytest.mark.parametrize("both", [True, False])

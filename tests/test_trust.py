@@ -15,12 +15,11 @@ import world
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from needs import needs, require
+from talking import Talking
 from world import PLAIN, Authority, Caramel, Device, Front, Scripted, answers, hours, now
 
-import caramel_embedded
 from caramel_embedded import certificates
 from caramel_embedded.certificates import Anchors, InvalidCertificate, anchors
-from caramel_embedded.tls import client_context
 from caramel_embedded.trust import Trust
 
 ID = "fffbeec0ffee"
@@ -41,13 +40,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("other"))
 
 
-@pytest.fixture
-def pending(tmp_path: Path, authority: Authority) -> Device:
-    device = Device(tmp_path / "device", None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, certified=False))
-    return device
-
-
 def clock(moment: object) -> Sequence[str]:
     """Starts a command with its clock at this moment (UTC); how fast time goes by stays as it is."""
     require("faketime")
@@ -60,19 +52,15 @@ def clock(moment: object) -> Sequence[str]:
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
 def test_no_variable_makes_a_device_trust_another_ca(
-    pending: Device, other: Authority, tmp_path: Path, variable: str
+    pending: Talking, other: Authority, tmp_path: Path, variable: str
 ) -> None:
     """It holds for the server's certificate, and for the one that it hands out."""
     (tmp_path / "folder").mkdir()
     shutil.copy(other.certificate_file, tmp_path / "folder/ca.pem")
     subprocess.run(["openssl", "rehash", str(tmp_path / "folder")], check=True)
     value = str(tmp_path / "folder") if variable.endswith("_DIR") else str(other.certificate_file)
-    before = pending.snapshot()
-    with Scripted(other.server(), [answers.REJECTED]) as server:
-        pending.server = server.address
-        run = pending.run(env={variable: value})
-    assert run.status == 127 and server.requests == []
-    assert pending.snapshot() == before
+    pending.keeps(by=other.server(), env={variable: value})
+    assert pending.asked == []
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
@@ -81,7 +69,7 @@ def test_no_variable_keeps_a_device_from_trusting_its_own_ca(device: Device, var
 
 
 @needs("mounts", "openssl", "ca-certificates")
-def test_the_systems_own_certificates_do_not_count(pending: Device, other: Authority, tmp_path: Path) -> None:
+def test_the_systems_own_certificates_do_not_count(pending: Talking, other: Authority, tmp_path: Path) -> None:
     """Somebody has put a CA of their own into the system's bundle, where every other program believes in it."""
     show = "import ssl; p = ssl.get_default_verify_paths(); print(p.openssl_cafile); print(p.openssl_capath)"
     file, folder = subprocess.run([PYTHON, "-c", show], stdout=subprocess.PIPE, check=True, text=True).stdout.split()
@@ -135,24 +123,19 @@ def test_no_proxy_is_asked(device: Device, pem: Path) -> None:
         assert proxy.connections == 0
 
 
-def test_another_ca_of_the_same_name_is_another_ca(pending: Device, other: Authority) -> None:
-    with Scripted(other.server(), [answers.REJECTED]) as server:
-        pending.server = server.address
-        run = pending.run()
-    assert run.status == 127 and "vouches for" in run.err and server.requests == []
+def test_another_ca_of_the_same_name_is_another_ca(pending: Talking, other: Authority) -> None:
+    assert "vouches for" in pending.keeps(by=other.server()).err and pending.asked == []
 
 
 def test_a_certificate_that_the_ca_signed_for_a_device_makes_it_no_ca(
-    pending: Device, authority: Authority, tmp_path: Path
+    pending: Talking, authority: Authority, tmp_path: Path
 ) -> None:
     """A stolen device signs a server's certificate with its own key, and sends its certificate along."""
     stolen = Authority(tmp_path / "stolen", [("CN", "stolen")])
-    intermediate = authority.issue(stolen.key.public_key(), [("CN", "stolen")])
-    server_file = stolen.server()
-    server_file.write_bytes(server_file.read_bytes() + intermediate)
-    with Scripted(server_file, [answers.REJECTED]) as server:
-        pending.server = server.address
-        assert pending.run().status == 127 and server.requests == []
+    server = stolen.server()
+    server.write_bytes(server.read_bytes() + authority.issue(stolen.key.public_key(), [("CN", "stolen")]))
+    pending.keeps(by=server)
+    assert pending.asked == []
 
 
 # --- The server's name ---
@@ -171,7 +154,7 @@ def test_a_certificate_that_the_ca_signed_for_a_device_makes_it_no_ca(
     ],
 )
 def test_the_servers_name_has_to_match(
-    pending: Device, authority: Authority, names: list[str], asked: str, fits: bool
+    pending: Talking, authority: Authority, names: list[str], asked: str, fits: bool
 ) -> None:
     key = world.new_key()
     # A common name doesn't count where there are alternative names (RFC 6125, 6.4.4), and Caramel always makes those.
@@ -187,24 +170,12 @@ def test_the_servers_name_has_to_match(
 # --- The clock ---
 
 
-def baked(device: Device, build_time: datetime.datetime) -> None:
+def baked(device: Talking, build_time: datetime.datetime) -> None:
     """Gives the device a firmware that was built at this time."""
-    source = Path(caramel_embedded.__file__).parent
-    firmware = device.folder / "firmware"
-    shutil.copytree(source, firmware / "caramel_embedded", ignore=shutil.ignore_patterns("__pycache__", "baked.*"))
-    (firmware / "caramel_embedded" / "baked.conf").write_text(f"BUILD_TIME={int(build_time.timestamp())}\n")
-    code = (
-        f"import sys; sys.path.insert(0, {str(firmware)!r}); from caramel_embedded.__main__ import main; "
-        "main(sys.argv[1:])"
+    conf = f"BUILD_TIME={int(build_time.timestamp())}\n".encode()
+    device.changed(
+        f"from caramel_embedded import settings\nsettings.baked = lambda name: {{'baked.conf': {conf!r}}}.get(name)"
     )
-    device.command = [PYTHON, "-I", "-c", code]
-
-
-@pytest.fixture
-def old(pending: Device) -> Device:
-    """The same device with a firmware that was built long ago, so that other things tell a later time."""
-    baked(pending, now() - hours(1000))
-    return pending
 
 
 def test_a_first_boot_in_1970_enrolls_and_gets_its_certificate(
@@ -229,124 +200,77 @@ def test_a_first_boot_in_1970_enrolls_and_gets_its_certificate(
     [("the CA's notBefore", 24), ("the stored certificate's", 1), ("the firmware's", 2)],
 )
 def test_in_1970_what_ended_before_the_floor_is_refused(
-    pending: Device, authority: Authority, floor: str, passed: int
+    pending: Talking, authority: Authority, floor: str, passed: int
 ) -> None:
     """What ended after it is believed: the device can't know better. `passed`: hours since that time."""
     baked(pending, now() - hours(passed if floor.startswith("the firmware") else 1000))
     if floor.startswith("the stored"):
         pending.has(authority.identity(ID, not_before=now() - hours(passed)))
-    before = pending.snapshot()
     for ago, good in ((passed + 1, False), (passed - 0.5, True)):
         ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(ago), file="ended.pem")
-        with Scripted(ended, [answers.PENDING]) as server:
-            pending.server = server.address
-            run = pending.run(before=clock(FIRST_BOOT))
-            assert (run.status, "ended at" in run.err, len(server.requests)) == (69 if good else 127, not good, good)
-            assert pending.snapshot() == before
-            assert pending.run().status == 127, "with the right time"
+        said = [answers.PENDING] if good else []
+        run = pending.keeps(*said, by=ended, before=clock(FIRST_BOOT), status=69 if good else 127)
+        assert ("ended at" in run.err, len(pending.asked)) == (not good, good)
+        pending.keeps(by=ended)  # with the right time
 
 
-def test_a_strangers_certificate_in_the_file_tells_no_time(pending: Device, authority: Authority, pem: Path) -> None:
+def test_a_strangers_certificate_in_the_file_tells_no_time(pending: Talking) -> None:
     """Else whoever can write a certificate could make a device believe that all others have ended."""
     foreign = Authority(pending.folder / "foreign", not_before=now() - hours(1))
     content = pending.key_file.read_bytes()
     late = foreign.sign(pending.request, not_before=now() + hours(24 * 365), not_after=now() + hours(24 * 366))
     pending.has(content.replace(b"-----BEGIN NEW", late + b"-----BEGIN NEW"))
-    with Scripted(pem, [answers.PENDING]) as server:
-        pending.server = server.address
-        run = pending.run(before=clock(FIRST_BOOT))
+    run = pending.hears(answers.PENDING, before=clock(FIRST_BOOT))
     assert run.status == 69 and "not by the trusted CA" in run.err
 
 
-def test_in_1970_the_firmwares_build_time_is_the_floor(pending: Device, authority: Authority) -> None:
-    """It is later than the CA's notBefore: the server's certificate ended in between."""
-    ended = authority.server(not_before=now() - hours(60), not_after=now() - hours(3), file="before-build.pem")
-    with Scripted(ended, [answers.PENDING]) as server:
-        pending.server = server.address
-        baked(pending, now() - hours(2))
-        run = pending.run(before=clock(FIRST_BOOT))
-        assert run.status == 127 and "ended at" in run.err and server.requests == []
-        shutil.rmtree(pending.folder / "firmware")
-        baked(pending, now() - hours(4))
-        assert pending.run(before=clock(FIRST_BOOT)).status == 69
-
-
-def test_in_1970_a_new_certificate_that_ended_before_the_floor_is_refused(
-    old: Device, authority: Authority, pem: Path
-) -> None:
-    before = old.snapshot()
-    ended = authority.sign(old.request, not_before=now() - hours(60), not_after=now() - hours(25))
-    with Scripted(pem, [answers.certificate(ended)]) as server:
-        old.server = server.address
-        run = old.run(before=clock(FIRST_BOOT))
-    assert run.status == 127 and "ended at" in run.err
-    assert old.snapshot() == before
+def test_in_1970_a_new_certificate_that_ended_before_the_floor_is_refused(pending: Talking) -> None:
+    baked(pending, now() - hours(1000))
+    ended = pending.signed(not_before=now() - hours(60), not_after=now() - hours(25))
+    assert "ended at" in pending.keeps(answers.certificate(ended), before=clock(FIRST_BOOT)).err
 
 
 def test_a_ca_that_was_ahead_once_costs_nobody_the_certificates_that_follow(
-    pending: Device, authority: Authority
+    pending: Talking, authority: Authority
 ) -> None:
     """Its clock was a year ahead for a day; the server's own certificate lasts longer than that."""
     years = authority.server(not_after=now() + hours(5 * 8766), file="years.pem")
-    ahead = authority.sign(pending.request, not_before=now() + hours(8766), not_after=now() + hours(8766 + 48))
-    good = authority.sign(pending.request, not_before=now() - hours(1), not_after=now() + hours(47))
+    ahead = pending.signed(not_before=now() + hours(8766), not_after=now() + hours(8766 + 48))
+    good = pending.signed(not_after=now() + hours(47))
     hook = ("--hook", f"touch {pending.folder}/called")
-    with Scripted(years, [answers.certificate(ahead)]) as server:
-        pending.server = server.address
-        assert pending.run().status == 0
+    assert pending.hears(answers.certificate(ahead), by=years).status == 0
     values = json.loads(pending.run("--status", "--json").out)
     assert values["clock"]["believed"] is True and any("was ahead" in remark for remark in values["remarks"])
-    with Scripted(years, [answers.certificate(good)]) as server:
-        pending.server = server.address
-        run = pending.run(*hook)
-        assert (run.status, "new certificate" in run.err) == (0, True), run.err
-        assert not server.requests[0].if_modified_since, "a date that lies ahead would get a 304 for ever"
-        assert pending.block("CERTIFICATE") == good and (pending.folder / "called").exists()
-        before = pending.snapshot()
-        assert pending.run(*hook).status == 0 and pending.snapshot() == before
+    run = pending.hears(answers.certificate(good), by=years, options=hook)
+    assert (run.status, "new certificate" in run.err) == (0, True), run.err
+    assert not pending.asked[0].if_modified_since, "a date that lies ahead would get a 304 for ever"
+    assert pending.block("CERTIFICATE") == good and (pending.folder / "called").exists()
+    pending.keeps(answers.certificate(good), by=years, options=hook, status=0)
     assert json.loads(pending.run("--status", "--json").out)["remarks"] == []
 
 
-def test_a_clock_that_is_behind_the_firmware_forgets_nothing(
-    pending: Device, authority: Authority, pem: Path
-) -> None:
+def test_a_clock_that_is_behind_the_firmware_forgets_nothing(pending: Talking) -> None:
     """The other side of it: with such a clock an old certificate is no news."""
     baked(pending, now() - hours(2))
-    newer = authority.sign(pending.request, not_before=now() - hours(1))
-    older = authority.sign(pending.request, not_before=now() - hours(20), not_after=now() - hours(3))
-    with Scripted(pem, [answers.certificate(newer), answers.certificate(older)]) as server:
-        pending.server = server.address
-        assert pending.run().status == 0
-        before = pending.snapshot()
-        run = pending.run(before=clock(now() - hours(10)))
-    assert (run.status, "ended at" in run.err) == (127, True), run.err
-    assert pending.snapshot() == before
+    older = pending.signed(not_before=now() - hours(20), not_after=now() - hours(3))
+    assert pending.hears(answers.certificate(pending.signed())).status == 0
+    assert "ended at" in pending.keeps(answers.certificate(older), before=clock(now() - hours(10))).err
 
 
 def test_a_believed_clock_takes_what_is_not_valid_yet_and_refuses_what_has_ended(
-    pending: Device, authority: Authority
+    pending: Talking, authority: Authority
 ) -> None:
     """That something isn't valid yet says that the clock is behind, and is no reason to refuse."""
     early = authority.server(not_before=now() + hours(1), not_after=now() + hours(9), file="early.pem")
     ended = authority.server(not_before=now() - hours(9), not_after=now() - hours(1), file="ended.pem")
-    for certificate, status in ((early, 69), (ended, 127)):
-        with Scripted(certificate, [answers.PENDING]) as server:
-            pending.server = server.address
-            run = pending.run()
-        assert (run.status, len(server.requests)) == (status, int(status == 69)), run.err
-    assert "expired" in run.err
+    pending.keeps(answers.PENDING, by=early, status=69)
+    assert "expired" in pending.keeps(by=ended).err and pending.asked == []
 
 
-def test_a_stored_certificate_that_has_not_begun_shows_that_the_clock_is_wrong(
-    pending: Device, authority: Authority, pem: Path
-) -> None:
+def test_a_stored_certificate_that_has_not_begun_shows_that_the_clock_is_wrong(new: Talking) -> None:
     """The clock has lost a day: what is in the file was valid once, so that day has passed."""
-    pending.has(authority.identity(ID, not_before=now() + hours(12), not_after=now() + hours(60)))
-    before = pending.snapshot()
-    with Scripted(pem, [answers.certificate(pending.block("CERTIFICATE") or b"")]) as server:
-        pending.server = server.address
-        assert pending.run().status == 0
-    assert pending.snapshot() == before
+    new.certified(not_before=now() + hours(12), not_after=now() + hours(60))
+    new.keeps(answers.certificate(new.block("CERTIFICATE") or b""), status=0)
 
 
 # --- The rule by itself ---
@@ -440,11 +364,3 @@ def test_a_ca_that_has_ended_vouches_for_nothing(dated: Authority) -> None:
     certificates.verify(certificate, [], trusted, FAR)
     with pytest.raises(InvalidCertificate, match="CA certificate has ended"):
         certificates.verify(certificate, [], trusted, FAR + 1)
-
-
-@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
-def test_a_ca_file_may_have_any_line_end_and_text_around(dated: Authority, line_end: bytes) -> None:
-    text = b"The root of 2020" + line_end + dated.pem.replace(b"\n", line_end) + line_end + b"# end"
-    assert Anchors(text).subjects == Anchors(dated.pem).subjects
-    ours, usual = (client_context(Trust(ca), True).get_ca_certs() for ca in (text, dated.pem))
-    assert ours == usual != []
