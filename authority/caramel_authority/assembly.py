@@ -15,7 +15,8 @@ from . import signer
 from .audit import Witness
 from .ca import CertificateAuthority
 from .configuration import Configuration
-from .errors import WrongUsage
+from .errors import WrongUsage, say
+from .refusals import Refusals
 from .registry import Registry, Signer
 from .signer import Child, RemoteCa
 from .store import Store, logged_since
@@ -33,15 +34,28 @@ class Parts:
 
     def registry(self, by: Signer | None = None) -> Registry:
         """Who decides. By default nothing can be signed, which nobody who decides needs."""
+        self._begin()
         return Registry(self.store, self.configuration, by or self._signer_at(_nobody))
+
+    def catch_up(self, forget: bool = False) -> int:
+        """As `Registry.catch_up`."""
+        return Registry(self.store, self.configuration, self._signer_at(_nobody)).catch_up(forget)
+
+    def _begin(self) -> None:
+        newer = self.catch_up()
+        if newer:
+            say(f"the database was an older one: {newer} decisions of {Refusals(self.configuration).path}")
 
     def answering(self) -> tuple[Registry, Child | None]:
         """The part that answers devices; and the signer, where none is configured: a child of this process."""
+        registry = self.registry()
+        self.store.release()
         if self.configuration.signer != "ca":
-            return self.registry(), None
+            return registry, None
         path = self.configuration.ca.signer_socket
         child = None if path else Child(self.sign)
-        return self.registry(self._signer_at(child.connect if child else signer.at(path))), child
+        registry.signer = self._signer_at(child.connect if child else signer.at(path))
+        return registry, child
 
     def sign(self, accept: signer.Accept) -> None:
         """The part that signs: it alone reads the CA's key, and it knows no network."""
@@ -66,6 +80,7 @@ class Parts:
         from .orders import Worker
         from .zone import Zone
 
+        self._begin()
         zone = Zone(self.configuration.dns) if self.configuration.can_set_names else None
         if self.configuration.signer == "acme":
             self._say_if_the_account_is_gone(Path(self.configuration.acme.account_key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pwd
 import re
@@ -24,6 +25,7 @@ from .assembly import Parts, assemble
 from .ca import KEY_TYPES, Certificates, describe
 from .configuration import LONG, PATH, Configuration
 from .errors import TryLater, WrongUsage
+from .refusals import Refusals
 from .rollover import Rollover, calendar
 from .signer import Child
 from .store import AUTHORIZED, REJECTED, Store
@@ -111,18 +113,27 @@ def make_backup(configuration: Configuration, options: argparse.Namespace) -> No
 
 
 def restore(configuration: Configuration, options: argparse.Namespace) -> None:
-    if options.file:
-        backup.restore(configuration.database, Path(options.file))
-        before, after = Store.upgrade(configuration.database)
+    refusals = Refusals(configuration)
+    if refusals.read() is None and not options.forget:
+        raise refusals.gone()
+
+    def catch_up(database: str) -> int:
+        parts = assemble(dataclasses.replace(configuration, database=database))
+        newer = parts.catch_up(options.forget)
+        parts.store.release()
+        return newer
+
+    def prepare(database: str) -> int:
+        before, after = Store.upgrade(database)
         if before != after:
             print(f"upgraded: {before} -> {after}")
-    registry = assemble(configuration).registry()
-    if not registry.refusals.path.exists() and not options.forget:
-        raise WrongUsage(
-            f"{registry.refusals.path} is gone: what was refused after the copy was made is not known; "
-            "say --forget if that is so"
-        )
-    print(f"{registry.restore()} decisions were newer")
+        return catch_up(database)
+
+    if options.file:
+        newer = backup.restore(configuration.database, Path(options.file), prepare)
+    else:
+        newer = catch_up(configuration.database)
+    print(f"{newer} decisions were newer")
 
 
 # --- What runs all the time ---
@@ -151,9 +162,8 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
         # What the front says of the client is believed, because nobody else reaches this port.
         front |= {"trusted_proxy": "*", "trusted_proxy_headers": "x-forwarded-for x-forwarded-proto"}
     registry, child = parts.answering()
-    newer = registry.restore()
-    if newer:
-        print(f"the database is an older one: {newer} decisions of {registry.refusals.path}", file=sys.stderr)
+    with parts.store.reading():
+        pass  # whoever would put a copy in the place of SQLite's file sees from now on that it is in use
     if child:
         threading.Thread(target=_ends_with, args=[child], daemon=True).start()
     metrics = Metrics(registry, parts.configuration)
@@ -235,15 +245,17 @@ def _print(as_json: bool, rows: Iterable[dict[str, Any]], lines: Iterable[str]) 
 
 def decide(parts: Parts, options: argparse.Namespace) -> None:
     state = AUTHORIZED if options.verb == "authorize" else REJECTED
+    registry = parts.registry()
     for which in options.which:
-        for request in parts.registry().decide(which, state, who()):
+        for request in registry.decide(which, state, who()):
             print(f"{request.sha256[:16]}  {request.state}  {request.client_id}")
 
 
 def hold(parts: Parts, options: argparse.Namespace) -> None:
     done = {"bar": "barred", "unbar": "unbarred", "suspend": "suspended", "resume": "resumed"}[options.verb]
+    deed = getattr(parts.registry(), options.verb)
     for client_id in options.ids:
-        rejected = getattr(parts.registry(), options.verb)(client_id, who())
+        rejected = deed(client_id, who())
         print(f"{done}  {client_id}" + (f"  ({rejected} requests rejected)" if rejected else ""))
 
 
@@ -271,8 +283,9 @@ def _entry(line: str) -> tuple[str, str | None] | None:
 
 
 def disallow(parts: Parts, options: argparse.Namespace) -> None:
+    registry = parts.registry()
     for client_id in options.ids:
-        rule = parts.registry().disallow(client_id, who())
+        rule = registry.disallow(client_id, who())
         if rule:
             print(f"{client_id}: the rule {rule} admits its next key; bar keeps it out", file=sys.stderr)
 

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, or_, select, updat
 from . import store
 from .configuration import Configuration
 from .errors import BadRequest, TryLater, WrongUsage
-from .refusals import Refusals
+from .refusals import REMEMBERED, Line, Refusals
 from .sightings import Sightings
 from .signing_request import SigningRequest, Subject, device_of, id_problem, in_zone, validate, zones_own
 from .store import (
@@ -49,8 +49,7 @@ from .store import (
 HOUR, DAY = 3600, 86400
 USAGES = {ExtendedKeyUsageOID.CLIENT_AUTH: "client", ExtendedKeyUsageOID.SERVER_AUTH: "server"}
 UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-#: What is remembered of a request, and who decides again.
-REMEMBERED = ("sha256", "pem", "client_id", "device", "key_sha256", "posted")
+#: Who decides again what an older database doesn't know.
 RESTORE = "restore"
 #: How many requests of one client ID may wait for a decision. A device makes a new key only when it has lost its own.
 PENDING_OF_ONE = 20
@@ -310,10 +309,13 @@ class Registry:
         present = AUTHORIZED in _states_of_key(db, key)
         values = update(requests).where(requests.c.sha256 == sha256).values(state=state).returning(requests)
         request = db.execute(values).one()
+        again = False
         if state == AUTHORIZED:
             store.insert_new(db, devices, client_id=request.device, added=now())
-            admitted = update(devices).where(devices.c.client_id == request.device).values(sha256=sha256)
+            mine = devices.c.client_id == request.device
+            admitted = update(devices).where(mine).values(sha256=sha256)
             if not present:
+                again = bool(db.execute(select(devices.c.again).where(mine)).scalar())
                 admitted = admitted.values(again=0)
             if request.address and self._addresses != "off":
                 admitted = admitted.values(address=request.address)
@@ -321,7 +323,8 @@ class Registry:
         else:
             db.execute(delete(orders).where(orders.c.sha256 == sha256))
         store.write_log(db, who, state, request.client_id, sha256)
-        if who != RESTORE and {state, before} & {REJECTED, RETIRED}:
+        # That a second key was admitted isn't to happen again in an older database, with a third one.
+        if who != RESTORE and (again or {state, before} & {REJECTED, RETIRED}):
             self.refusals.write(db, state, **{name: getattr(request, name) for name in REMEMBERED})
         if state == AUTHORIZED:
             # A device has one key. The one before is on a flash that was erased, or in other hands.
@@ -541,44 +544,73 @@ class Registry:
             self.refusals.write(db, "minimum", value=minimum)
             return minimum
 
-    def restore(self) -> int:
-        """Tells a database that comes from an older copy what was refused since; how many decisions that were."""
-        with self.store.writing() as db:
-            lines = self.refusals.newer(db)
-            if lines:
-                # Somebody else may be at the same.
-                known = store.number(db, "refusals", lock=True)
-                lines = [line for line in lines if line["n"] > known]
-            for line in lines:
-                self._refuse_again(db, line)
-                store.set_number(db, "refusals", line["n"])
-            if lines:
-                store.write_log(db, RESTORE, "restored", detail=f"{len(lines)} decisions of {self.refusals.path}")
-            return len(lines)
+    def catch_up(self, forget: bool = False) -> int:
+        """What everybody does first who decides, answers, signs or works: the database is told what only the file
+        `refusals` knows, because it comes from an older copy, and the file what only the database knows. How many
+        decisions were new to the database. Raises WrongUsage where a line can't be read, and where the file is gone
+        and nobody said `forget`.
+        """
+        there = self.refusals.read()
+        refused = store.refused
+        with self.store.reading() as db:
+            known: dict[str, int] = {row.about: row.at for row in db.execute(select(refused.c.about, refused.c.at))}
+        if there is None:
+            if known and not forget:
+                raise self.refusals.gone()
+            self.refusals.make()
+            there = {}
+        newer = [line for about, line in there.items() if line.at > known.get(about, 0)]
+        count = self._refuse_again(newer) if newer else 0
+        missing = {about for about, at in known.items() if about not in there or at > there[about].at}
+        if missing:
+            with self.store.reading() as db:
+                rows = db.execute(select(refused).order_by(refused.c.at)).all()
+            self.refusals.append(row.line for row in rows if row.about in missing)
+        return count
 
-    def _refuse_again(self, db: Connection, line: dict[str, Any]) -> None:
-        action = line["action"]
+    def _refuse_again(self, lines: list[Line]) -> int:
+        # What has to do with the numbers comes last, as in every other transaction. So does what was authorized: by
+        # then the database knows all that may speak against it.
+        lines.sort(key=lambda line: (line.action == "minimum", line.action == AUTHORIZED, line.at))
+        with self.store.writing() as db:
+            # All at once, as whoever locks several: two never wait for each other.
+            store.lock_devices(db, sorted({line.said["device"] for line in lines if "device" in line.said}))
+            # Somebody else may have been at the same.
+            new = [line for line in lines if line.at > store.refused_at(db, line.about)]
+            for line in new:
+                self._refuse_line(db, line.action, line.said)
+                store.set_refused(db, line.about, line.at, line.text)
+            if new:
+                store.write_log(db, RESTORE, "restored", detail=f"{len(new)} decisions of {self.refusals.path}")
+        return len(new)
+
+    def _refuse_line(self, db: Connection, action: str, said: dict[str, Any]) -> None:
         if action == "minimum":
-            store.set_number(db, "minimum", max(line["value"], store.number(db, "minimum")))
             # The next number has to be above it, whatever the clock says.
-            store.set_number(db, "serial", max(line["value"], store.number(db, "serial", lock=True)))
+            store.set_number(db, "serial", max(said["value"], store.number(db, "serial", lock=True)))
+            store.set_number(db, "minimum", max(said["value"], store.number(db, "minimum")))
             return
-        device = line["device"]
-        store.lock_devices(db, [device])
+        device = said["device"]
+        on_list = devices.c.client_id == device
         if action in (BARRED, SUSPENDED):
             _hold(db, device, action, RESTORE)
         elif action in ("unbarred", "resumed"):
             db.execute(delete(bars).where(bars.c.device == device))
         elif action == "disallowed":
-            db.execute(delete(devices).where(devices.c.client_id == device))
-        elif store.insert_new(db, keys, key_sha256=line["key_sha256"], device=device) or (
-            db.execute(select(keys.c.device).where(keys.c.key_sha256 == line["key_sha256"])).scalar() == device
+            db.execute(delete(devices).where(on_list))
+        elif store.insert_new(db, keys, key_sha256=said["key_sha256"], device=device) or (
+            db.execute(select(keys.c.device).where(keys.c.key_sha256 == said["key_sha256"])).scalar() == device
         ):
-            store.insert_new(db, requests, **{name: line[name] for name in REMEMBERED}, state=PENDING)
-            self._decide(db, line["sha256"], action, RESTORE)
+            row = {name: said[name] for name in REMEMBERED}
+            if store.insert_new(db, requests, **row, state=PENDING):
+                # Whoever came first after the copy was made has used up what was said about the next key.
+                db.execute(update(devices).where(on_list).values(again=0))
+            mine = select(requests.c.sha256).where(requests.c.device == device, requests.c.state == AUTHORIZED)
+            if action == AUTHORIZED and db.execute(mine.where(requests.c.sha256 != said["sha256"])).first():
+                action = RETIRED  # the one that was authorized after it
+            self._decide(db, said["sha256"], action, RESTORE)
             # Its place on the list was taken when it was decided.
-            free = (devices.c.client_id == device) & devices.c.sha256.is_(None)
-            db.execute(update(devices).where(free).values(sha256=line["sha256"]))
+            db.execute(update(devices).where(on_list, devices.c.sha256.is_(None)).values(sha256=said["sha256"]))
 
 
 def _let_others() -> None:

@@ -66,6 +66,16 @@ def check(db: Connection) -> None:
         raise WrongUsage(f"the database has version {version}, this program {HEAD}: run caramel-authority upgrade")
 
 
+def check_tables(db: Connection, metadata: MetaData) -> None:
+    """Raises WrongUsage where a table or a column is missing that this version has."""
+    found = inspect(db)
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in found.get_columns(table.name)} if found.has_table(table.name) else set()
+        missing = [column.name for column in table.columns if column.name not in there]
+        if missing:
+            raise WrongUsage(f"no sound database of an authority: {table.name} has no {', '.join(missing)}")
+
+
 def _known(version: str) -> None:
     from alembic.script import ScriptDirectory
 

@@ -164,6 +164,14 @@ zone_names = Table(
     Column("name", String(255), primary_key=True),
     Column("seen", BigInteger, nullable=False),
 )
+#: The last line of the file `refusals` about each thing (`refusals`).
+refused = Table(
+    "refused",
+    metadata,
+    Column("about", String(80), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("line", Text, nullable=False),
+)
 numbers = Table(
     "numbers",
     metadata,
@@ -187,9 +195,9 @@ log = Table(
     Index("ix_log_client_id", "client_id"),
 )
 
-#: `serial` was used last; nothing below `minimum` is accepted; `paused` is locked by who takes an order; `refusals`
-#: is the last line of that file known here; `front` is when the certificate of the TLS front ends.
-NUMBERS = ("serial", "minimum", "paused", "refusals", "front")
+#: `serial` was used last; nothing below `minimum` is accepted; `paused` is locked by who takes an order; `front` is
+#: when the certificate of the TLS front ends.
+NUMBERS = ("serial", "minimum", "paused", "front")
 
 for _what in ("UPDATE", "DELETE"):
     _never = DDL(  # type: ignore[no-untyped-call]
@@ -218,7 +226,10 @@ class Store:
         self._connect(url, "rw")
         with self.reading() as db:
             schema.check(db)
-        # Connections are a process's own: whoever forks now shares none (SQLAlchemy, "Using Connection Pools").
+        self.release()
+
+    def release(self) -> None:
+        """Connections are a process's own: whoever forks now shares none (SQLAlchemy, "Using Connection Pools")."""
         self._engine.dispose()
 
     @classmethod
@@ -242,11 +253,13 @@ class Store:
         store._connect(url, "rw")
         with store.writing() as db:
             before, after = versions = schema.upgrade(db)
+            schema.check_tables(db, metadata)
             for name in NUMBERS:
                 insert_new(db, numbers, name=name, value=0)
             if before != after:
                 # The first entry of a chain takes long where there are many before it; nobody waits for that here.
                 write_log(db, "upgrade", "upgraded", detail=f"{before} -> {after}")
+        store.release()
         return versions
 
     def _connect(self, url: str, mode: str) -> None:
@@ -344,6 +357,17 @@ def number(db: Connection, name: str, lock: bool = False) -> int:
 
 def set_number(db: Connection, name: str, value: int) -> None:
     db.execute(update(numbers).where(numbers.c.name == name).values(value=value))
+
+
+def refused_at(db: Connection, about: str) -> int:
+    """When the last decision that is known here was made about this, 0 where there was none."""
+    return int(db.execute(select(refused.c.at).where(refused.c.about == about)).scalar() or 0)
+
+
+def set_refused(db: Connection, about: str, at: int, line: str) -> None:
+    new = {"at": at, "line": line}
+    statement = _insert(db, refused).values(about=about, **new)
+    db.execute(statement.on_conflict_do_update(index_elements=[refused.c.about], set_=new))
 
 
 def next_serial(db: Connection) -> int:

@@ -4,18 +4,27 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+NEW = ".new"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A new file beside the path, of mode 0600 (mkstemp(3)), which takes its place when the block ends, and is gone
-    when the block fails.
+    when the block fails. What others left who were killed is removed; whoever is still at work has a lock on theirs.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{NEW}"):
+        with contextlib.suppress(OSError), left.open("rb") as old:
+            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for one in path.parent.glob(f"{glob.escape(left.name)}*"):  # SQLite has some beside its own
+                one.unlink()
+    handle, name = _locked(path)
     try:
         yield Path(name)
         os.fsync(handle)
@@ -27,6 +36,16 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
     flush(path.parent)
+
+
+def _locked(path: Path) -> tuple[int, str]:
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=NEW, dir=path.parent)
+        with contextlib.suppress(OSError):  # where there are no locks, nobody can remove it either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):  # nobody took it for one that was left, before it was locked
+            return handle, name
+        os.close(handle)
 
 
 def write_whole(path: Path, content: bytes, mode: int) -> None:

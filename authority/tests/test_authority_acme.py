@@ -858,9 +858,10 @@ def test_a_name_server_that_lags(tmp_path: Path, found: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_several_workers(tmp_path: Path, knot: Knot, request: pytest.FixtureRequest, kind: str) -> None:
-    database = request.getfixturevalue("postgres").url if kind == "postgresql" else None
     requests = [request_for(name(number)) for number in range(8)]
-    with Pebble(tmp_path / "pebble", knot) as pebble:
+    with contextlib.ExitStack() as own, Pebble(tmp_path / "pebble", knot) as pebble:
+        postgresql = kind == "postgresql"
+        database = own.enter_context(request.getfixturevalue("postgres").database()) if postgresql else None
         authority = made(tmp_path / "authority", pebble, knot, database=database)
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(authority.serving()) for _ in range(2)]

@@ -38,12 +38,13 @@ PROCESSES = 3
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def authority(request: pytest.FixtureRequest, tmp_path: Path) -> RegistrationAuthority:
-    """On PostgreSQL, the tests share a database: each uses client IDs of its own."""
-    database = request.getfixturevalue("postgres").url if request.param == "postgresql" else None
-    made = RegistrationAuthority(tmp_path / "authority", database=database)
-    made.create_ca()
-    return made
+def authority(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RegistrationAuthority]:
+    with contextlib.ExitStack() as stack:
+        postgresql = request.param == "postgresql"
+        own = stack.enter_context(request.getfixturevalue("postgres").database()) if postgresql else None
+        made = RegistrationAuthority(tmp_path / "authority", database=own)
+        made.create_ca()
+        yield made
 
 
 def ids(request: pytest.FixtureRequest, count: int) -> list[str]:
@@ -481,7 +482,7 @@ def test_behind_pgbouncer(postgres: Postgres, tmp_path: Path) -> None:
     port = world.free_port()
     (tmp_path / "users").write_text('"authority" ""\n')
     (tmp_path / "pgbouncer.ini").write_text(
-        f"[databases]\npostgres = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"[databases]\n* = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
         f"listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {tmp_path}/users\n"
         "pool_mode = transaction\ndefault_pool_size = 3\n"
     )
@@ -489,8 +490,11 @@ def test_behind_pgbouncer(postgres: Postgres, tmp_path: Path) -> None:
         if path.owner() == getpass.getuser() and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o711)
     user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
-    with Daemon([*user, str(Knot.program("pgbouncer")), str(tmp_path / "pgbouncer.ini")], tmp_path / "pgbouncer.log"):
-        url = f"postgresql+psycopg://authority@127.0.0.1:{port}/postgres"
+    with (
+        postgres.database() as own,
+        Daemon([*user, str(Knot.program("pgbouncer")), str(tmp_path / "pgbouncer.ini")], tmp_path / "pgbouncer.log"),
+    ):
+        url = f"postgresql+psycopg://authority@127.0.0.1:{port}/{own.rpartition('/')[2]}"
         world.until("PgBouncer answers", lambda: listens(port))
         authority = RegistrationAuthority(tmp_path / "authority", database=url)
         authority.create_ca()

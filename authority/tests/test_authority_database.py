@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -216,13 +217,15 @@ def test_a_restored_database_lets_nobody_in_again(authority: RegistrationAuthori
 def test_what_can_not_be_restored(authority: RegistrationAuthority, tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.db", tmp_path / "other.db"
     authority.command("allow", "device")
+    # Nothing was ever refused, and the file says so; without it, somebody has to say which it is.
+    assert (authority.folder / "refusals").read_bytes() == b""
     before = authority.state.read_bytes()
     for content in (b"", b"no database " * 1000):
         other.write_bytes(content)
         assert f"{other}" in authority.command("restore", str(other), status=1)
     assert authority.state.read_bytes() == before
     authority.command("backup", str(copy))
-    # Nothing was ever refused, or the file is lost: somebody has to say which.
+    (authority.folder / "refusals").unlink()
     assert "refusals is gone" in authority.command("restore", str(copy), status=1)
     assert authority.command("restore", str(copy), "--forget") == "0 decisions were newer\n"
     # What is to be replaced may be broken: that is why.
@@ -231,13 +234,338 @@ def test_what_can_not_be_restored(authority: RegistrationAuthority, tmp_path: Pa
     assert [row[3] for row in authority.log("allowed")] == ["device"]
 
 
+@pytest.fixture
+def older(authority: RegistrationAuthority, tmp_path: Path) -> RegistrationAuthority:
+    """Its database is a copy from before three decisions, put there by hand."""
+    authority.command("bar", "before")
+    authority.command("backup", str(tmp_path / "copy.db"))
+    authority.command("bar", "first", "second", "third")
+    put(tmp_path / "copy.db", authority)
+    return authority
+
+
+def put(copy: Path, authority: RegistrationAuthority) -> None:
+    for suffix in ("-wal", "-shm"):
+        authority.state.with_name(f"state.db{suffix}").unlink(missing_ok=True)
+    shutil.copy(copy, authority.state)
+
+
+def barred(authority: RegistrationAuthority) -> list[str]:
+    return sorted(row[0] for row in authority.rows("SELECT device FROM bars"))
+
+
+def lines(authority: RegistrationAuthority) -> list[str]:
+    """What stands in the file, in its order."""
+    read = [json.loads(line) for line in (authority.folder / "refusals").read_text().splitlines()]
+    return [f"{line['action']} {line.get('device', '')}".strip() for line in read]
+
+
+@pytest.mark.parametrize("verb", ["bar", "unbar", "allow", "minimum-serial"])
+def test_who_decides_in_an_older_database_decides_after_the_rest(older: RegistrationAuthority, verb: str) -> None:
+    # Barred is `second` in the file only.
+    arguments = {"bar": ["new"], "unbar": ["second"], "allow": ["device"], "minimum-serial": ["--now"]}[verb]
+    older.command(verb, *arguments)
+    changed = {"bar": {"new"}, "unbar": {"second"}}.get(verb, set())
+    assert barred(older) == sorted({"before", "first", "second", "third"} ^ changed)
+    assert [row[5].split()[0] for row in older.log("restored")] == ["3"]
+    written = {"bar": ["barred new"], "unbar": ["unbarred second"], "minimum-serial": ["minimum"]}.get(verb, [])
+    assert lines(older) == [*(f"barred {name}" for name in ("before", "first", "second", "third")), *written]
+    # And all of it is known once more to the copy of yesterday.
+    put(older.folder.parent / "copy.db", older)
+    older.command("purge")
+    assert barred(older) == sorted({"before", "first", "second", "third"} ^ changed)
+
+
+def test_a_decision_that_was_killed_before_its_end(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    """Its line is there, and its transaction isn't. It is made by the next one, and undoes none that comes later."""
+    authority.command("bar", "device", "other")
+    authority.command("backup", str(tmp_path / "copy.db"))
+    authority.command("unbar", "device")
+    put(tmp_path / "copy.db", authority)
+    authority.command("bar", "third")
+    assert barred(authority) == ["other", "third"]
+    authority.command("bar", "device")
+    put(tmp_path / "copy.db", authority)
+    authority.command("purge")
+    assert barred(authority) == ["device", "other", "third"]
+
+
+def test_a_bar_is_later_than_what_a_wrong_clock_has_written(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    authority.command("backup", str(tmp_path / "copy.db"))
+    authority.command("bar", "device", before=at(30))
+    authority.command("unbar", "device", before=at(30))
+    authority.command("bar", "device")
+    put(tmp_path / "copy.db", authority)
+    authority.command("purge")
+    assert barred(authority) == ["device"]
+
+
+@pytest.mark.parametrize("how", ["gunicorn", "work", "signer"])
+def test_whoever_answers_signs_or_works_reads_what_was_refused(older: RegistrationAuthority, how: str) -> None:
+    if how == "gunicorn":
+        program = "from caramel_authority.application import from_environment; from_environment()"
+        environment = {**os.environ, "CARAMEL_AUTHORITY_CONFIG": str(older.config)}
+        subprocess.run([BIN / "python", "-c", program], check=True, env=environment, timeout=60)
+    elif how == "work":
+        older.command("work", "--once")
+    else:
+        socket = older.folder / "socket"
+        command = list(map(str, (BIN / "caramel-authority", "--config", older.config, "signer", "--socket", socket)))
+        with world.Daemon(command, older.folder / "signer.log"):
+            world.until("it was told", lambda: len(barred(older)) == 4)
+    assert barred(older) == ["before", "first", "second", "third"]
+
+
+def test_nothing_is_done_while_it_is_not_known_what_was_refused(
+    authority: RegistrationAuthority, tmp_path: Path
+) -> None:
+    refusals, copies = authority.folder / "refusals", [tmp_path / "copy-1.db", tmp_path / "copy-2.db"]
+    # An authority that never refused anything isn't asked.
+    with authority.serving() as server:
+        assert server.get("/root.crt").status == 200
+    for copy, name in zip(copies, ("first", "second"), strict=True):
+        authority.command("backup", str(copy))
+        authority.command("bar", name)
+    kept = refusals.read_bytes()
+    refusals.unlink()
+    before = authority.state.read_bytes()
+    socket = str(authority.folder / "socket")
+    for command in (["serve"], ["work", "--once"], ["signer", "--socket", socket], ["bar", "third"], ["restore"]):
+        said = authority.command(*command, status=1)
+        assert f"{refusals} is gone" in said and said.count("\n") == 1
+    assert "refusals is gone" in authority.command("restore", str(copies[0]), status=1)
+    assert authority.state.read_bytes() == before and not refusals.exists()
+    refusals.write_bytes(kept)
+    assert authority.command("restore", str(copies[1])) == "1 decisions were newer\n"
+    # Who says that it is lost has the database's own decisions in a new one: no older copy is without them.
+    refusals.unlink()
+    authority.command("restore", "--forget")
+    assert refusals.read_bytes() == kept
+    assert authority.command("restore", str(copies[0])) == "2 decisions were newer\n"
+    assert barred(authority) == ["first", "second"]
+
+
+def test_half_a_line_takes_no_other_with_it(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    """The power was cut while it was written."""
+    refusals = authority.folder / "refusals"
+    authority.command("bar", "first")
+    authority.command("backup", str(tmp_path / "copy.db"))
+    for half in (b'{"at": 2, "act', b"\0" * 100, b"\xff", b"x" * 100000):
+        with refusals.open("ab") as file:
+            file.write(half)
+        with authority.serving() as server:
+            assert server.post(csr("first")).status == 400
+        authority.command("bar", f"after-{half[0]}")
+    assert lines(authority)[1:] == ["barred after-123", "barred after-0", "barred after-255", "barred after-120"]
+    # A whole line without its end is one; an editor may have taken that away.
+    refusals.write_bytes(refusals.read_bytes().rstrip())
+    authority.command("bar", "last")
+    assert authority.command("restore", str(tmp_path / "copy.db")) == "5 decisions were newer\n"
+    assert barred(authority) == ["after-0", "after-120", "after-123", "after-255", "first", "last"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"5", b"\xff", b"{}", b"[" * 60000, b'{"at": "2", "action": "barred", "device": "x"}', b'{"at": 2}',
+        b'{"at": 2, "action": "barred", "device": "\\ud800"}',
+        b'{"at": %s, "action": "minimum", "value": 2}' % (99 * b"9"),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(authority: RegistrationAuthority, tmp_path: Path, line: bytes) -> None:
+    refusals = authority.folder / "refusals"
+    authority.command("bar", "first", "second")
+    authority.command("backup", str(tmp_path / "copy.db"))
+    first, second = refusals.read_bytes().splitlines(keepends=True)
+    refusals.write_bytes(first + line + b"\n" + second)
+    wrong = f"caramel-authority: {refusals}, line 2: it can't be read: mend it, or take it out\n"
+    before = authority.state.read_bytes()
+    for command in (["serve"], ["bar", "third"], ["restore"], ["restore", str(tmp_path / "copy.db")]):
+        assert authority.command(*command, status=1) == wrong
+    assert authority.state.read_bytes() == before
+    refusals.write_bytes(first + second)
+    authority.command("bar", "third")
+    assert barred(authority) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("then", ["nothing", "reject"])
+def test_a_second_key_that_was_said_to_come_comes_once(
+    authority: RegistrationAuthority, tmp_path: Path, then: str
+) -> None:
+    """Whatever copy is put back: who has read the ID off the label isn't admitted as the device's next key."""
+    old, new, stranger = (csr("device") for _ in range(3))
+    authority.command("allow", "device")
+    with authority.serving() as server:
+        server.enroll(old)
+        authority.command("reject", "device")
+        authority.command("allow", "--again", "device")
+        authority.command("backup", str(tmp_path / "copy.db"))
+        assert server.enroll(new).status == 200
+        if then == "reject":
+            authority.command("reject", "device")
+    authority.command("restore", str(tmp_path / "copy.db"))
+    with authority.serving() as server:
+        assert server.enroll(stranger).status == 202
+        assert server.get(sha256(new)).status == (200 if then == "nothing" else 403)
+        # Said anew, it counts, also after the next start.
+        authority.command("allow", "--again", "device")
+    with authority.serving() as server:
+        assert server.enroll(csr("device")).status == 200
+
+
+def test_two_machines_have_a_file_each(tmp_path: Path, postgres: Postgres) -> None:
+    """Of one database. From whichever file it comes and in whatever order, the last decision counts."""
+    with postgres.database() as url:
+        first = RegistrationAuthority(tmp_path / "first", database=url)
+        first.create_ca()
+        first.command("bar", "a", "b")
+        second = RegistrationAuthority(tmp_path / "second", database=url)
+        # A new machine has decided nothing, and can't know whether a file was there.
+        assert "on a new machine, the one of another machine" in second.command("bar", "c", status=1)
+        shutil.copy(first.folder / "refusals", second.folder)
+        dump = postgres.sql("SELECT max(at) FROM refused", url)
+        second.command("bar", "c", "d")
+        first.command("unbar", "c")
+        second.command("unbar", "a")
+        first.command("bar", "a", "e")
+        last = {"a", "b", "d", "e"}
+        assert lines(first)[:2] == lines(second)[:2] == ["barred a", "barred b"]
+        for machines in ((first, second), (second, first)):
+            postgres.sql(
+                f"DELETE FROM refused WHERE at > {dump}; DELETE FROM bars WHERE device NOT IN ('a', 'b'); "
+                f"INSERT INTO bars VALUES ('a', 'barred', 0, '') ON CONFLICT DO NOTHING",
+                url,
+            )
+            machines[0].command("bar", "new")
+            machines[1].command("purge")
+            assert set(postgres.sql("SELECT device FROM bars", url).split()) == {*last, "new"}
+        # Each has all of it by now: what the other one did not have the time to write as well.
+        first.command("purge")
+        assert sorted(set(lines(first))) == sorted(set(lines(second)))
+
+
+def test_many_are_told_at_once(tmp_path: Path, postgres: Postgres) -> None:
+    """Several processes, of which each finds that the database is an older one, wait for each other."""
+    names = [f"device-{number:02}" for number in range(60)]
+    with postgres.database() as url:
+        machines = [RegistrationAuthority(tmp_path / str(number), database=url) for number in range(2)]
+        machines[0].create_ca()
+        machines[0].command("bar", *names)
+        refusals = (machines[0].folder / "refusals").read_text().splitlines(keepends=True)
+        # The same in another order.
+        (machines[1].folder / "refusals").write_text("".join(reversed(refusals)))
+        for _ in range(3):
+            postgres.sql("DELETE FROM bars; DELETE FROM refused", url)
+            with ThreadPoolExecutor(6) as pool:
+                list(pool.map(lambda number: machines[number % 2].command("bar", names[number]), range(6)))
+            assert postgres.sql("SELECT count(*) FROM bars", url) == str(len(names))
+
+
+def test_a_copy_is_judged_before_it_takes_a_place(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    authority.command("bar", "device")
+    copy = tmp_path / "copy.db"
+    for wrong, said in (
+        ("UPDATE alembic_version SET version_num = '9999'", "which a newer caramel-authority made"),
+        ("DROP TABLE bars", "bars has no device"),
+        ("ALTER TABLE devices DROP COLUMN expected", "devices has no expected"),
+        ("DROP TABLE numbers", "numbers has no name"),
+    ):
+        authority.command("backup", str(copy))
+        with contextlib.closing(sqlite3.connect(copy)) as database:
+            database.execute(wrong)
+            database.commit()
+        before = authority.state.read_bytes()
+        text = authority.command("restore", str(copy), status=1)
+        assert said in text and str(copy) in text and text.count("\n") == 1
+        assert authority.state.read_bytes() == before
+    assert not list(authority.folder.glob(".state.db*"))
+
+
+def test_a_copy_of_2_0_0_is_upgraded_before_it_is_used(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    authority.command("bar", "device")
+    with contextlib.closing(sqlite3.connect(copy)) as database:
+        database.executescript(OLD)
+    said = authority.command("restore", str(copy))
+    assert "upgraded: 0001 -> " in said and "1 decisions were newer\n" in said
+    assert barred(authority) == ["device"]
+    assert not list(authority.folder.glob(".state.db*"))
+
+
+def test_a_restore_that_is_killed_has_changed_nothing_or_is_done(
+    authority: RegistrationAuthority, tmp_path: Path
+) -> None:
+    """It dies where it makes the copy the database: at the one call that does."""
+    authority.command("bar", "before")
+    authority.command("backup", str(tmp_path / "copy.db"))
+    authority.command("bar", "after")
+    before = authority.state.read_bytes()
+    trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=rename", "--inject=rename:signal=SIGKILL:when=1"]
+    killed = [*trace, str(BIN / "caramel-authority"), "--config", str(authority.config)]
+    assert subprocess.run([*killed, "restore", str(tmp_path / "copy.db")], timeout=60).returncode != 0
+    assert barred(authority) == ["after", "before"]
+    assert authority.state.read_bytes() == before or authority.log("restored")
+
+
+def test_what_a_killed_copy_left_is_removed_by_the_next_one(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    copy = tmp_path / "b[1].db"
+    trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=rename", "--inject=rename:signal=SIGKILL:when=1"]
+    command = [*trace, str(BIN / "caramel-authority"), "--config", str(authority.config), "backup", str(copy)]
+    subprocess.run(command, timeout=60)
+    (left,) = tmp_path.glob(".b*")
+    left.with_name(f"{left.name}-journal").touch()
+    copy.unlink(missing_ok=True)
+    # Somebody else's, which is being written just now, and a file that is no such thing.
+    with (tmp_path / ".b[1].db.other.new").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        (tmp_path / ".b[1].db.kept").touch()
+        authority.command("backup", str(copy))
+        names = sorted(one.name for one in tmp_path.glob("*b*") if one.is_file())
+        assert names == [".b[1].db.kept", ".b[1].db.other.new", "b[1].db"]
+
+
+def test_a_copy_takes_no_place_that_is_not_a_file_s(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    """A running authority would go on in a file that nobody finds any more."""
+    authority.command("allow", "device")
+    state = authority.state
+    link, hard, folder, fifo = (tmp_path / name for name in ("link", "hard", "folder", "fifo"))
+    link.symlink_to(state)
+    os.link(state, hard)
+    folder.symlink_to(authority.folder)
+    os.mkfifo(fifo)
+    other = tmp_path / "other"
+    other.symlink_to(tmp_path / "nowhere")
+    with authority.serving():
+        inode = state.stat().st_ino
+        for itself in (state, link, hard, folder / "state.db", f"{state}-wal", f"{folder}/state.db-journal"):
+            assert "is the database itself" in authority.command("backup", str(itself), status=1)
+        for no_file in (fifo, other, tmp_path):
+            assert "is no regular file" in authority.command("backup", str(no_file), status=1)
+        assert state.stat().st_ino == inode and link.is_symlink() and fifo.is_fifo()
+    assert "is the database itself" in authority.command("restore", str(link), status=1)
+    assert [row[3] for row in authority.log("allowed")] == ["device"]
+
+
+@needs("root")
+def test_a_full_disk_for_copies(authority: RegistrationAuthority, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)], check=True)
+    try:
+        said = authority.command("backup", str(disk / "copy.db"), status=1)
+        assert said == f"caramel-authority: nothing was changed: free some of the disk that has {disk}/copy.db\n"
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 def test_a_copy_of_postgresql_is_its_own_affair(tmp_path: Path, postgres: Postgres) -> None:
     with postgres.database() as url:
         authority = RegistrationAuthority(tmp_path, database=url)
         authority.create_ca()
         assert "pg_dump" in authority.command("backup", str(tmp_path / "copy"), status=1)
         authority.command("bar", "device")
-        postgres.sql("DELETE FROM bars; UPDATE numbers SET value = 0 WHERE name = 'refusals'", url)
+        postgres.sql("DELETE FROM bars; DELETE FROM refused", url)
         assert authority.command("restore") == "1 decisions were newer\n"
         with authority.serving() as server:
             assert server.post(csr("device")).status == 400

@@ -48,6 +48,12 @@ def upgrade() -> None:
         sa.Column("name", sa.String(255), primary_key=True),
         sa.Column("seen", sa.BigInteger, nullable=False),
     )
+    op.create_table(
+        "refused",
+        sa.Column("about", sa.String(80), primary_key=True),
+        sa.Column("at", sa.BigInteger, nullable=False),
+        sa.Column("line", sa.Text, nullable=False),
+    )
 
     for column in (
         sa.Column("publish_after", sa.BigInteger, nullable=False, server_default="0"),
