@@ -133,4 +133,6 @@ def _written(path: Path, source: Path) -> Iterator[Path]:
         said = str(error.orig if isinstance(error, DBAPIError) else error)
         if re.search("disk is full|No space left|quota", said):
             raise WrongUsage(f"nothing was changed: free some of the disk that has {path}") from None
+        if isinstance(error, OSError):
+            raise
         raise WrongUsage(f"{source}: {said}") from None

@@ -87,15 +87,18 @@ class Refusals:
             say(f"{self.path}: {error.strerror}: a restored database won't know of this")
 
     def make(self) -> None:
-        """An empty file, where there is none: that it was there can be seen from now on."""
-        with contextlib.suppress(OSError):
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        """An empty file, where there is none: that it was there can be seen from now on. Raises WrongUsage."""
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640)
             try:
                 # Whoever may write to the folder may decide, as with SQLite's file: the signer's user as well.
-                os.fchmod(handle, self.path.parent.stat().st_mode & 0o660)
+                with contextlib.suppress(PermissionError):
+                    os.fchmod(handle, self.path.parent.stat().st_mode & 0o660)
             finally:
                 os.close(handle)
             flush(self.path.parent)
+        except OSError as error:
+            raise WrongUsage(f"{self.path}: {error.strerror}: what is refused is to be written there") from None
 
     def gone(self) -> WrongUsage:
         return WrongUsage(
