@@ -370,7 +370,8 @@ class Registry:
 
     @staticmethod
     def _meant(db: Connection, which: str, state: str) -> Row[Any]:
-        of_id = db.execute(select(requests).where(requests.c.device == device_of(which))).all()
+        mine = select(requests).where(requests.c.device == device_of(which))
+        of_id = db.execute(mine.order_by(requests.c.posted, requests.c.sha256)).all()
         of_hash: Sequence[Row[Any]] = []
         if re.fullmatch("[0-9a-f]{8,64}", which):
             of_hash = db.execute(select(requests).where(requests.c.sha256.startswith(which))).all()
@@ -384,7 +385,9 @@ class Registry:
         if by_hash:
             meant = list(of_hash)
         elif state == REJECTED:
-            meant = [one for one in of_id if one.state != REJECTED] or list(of_id[-1:])
+            # What can be used, or could be. A retired key is no use to anybody, and keeps its state.
+            usable = [one for one in of_id if one.state in (AUTHORIZED, PENDING)]
+            meant = usable or [one for one in of_id if one.state == REJECTED][-1:] or list(of_id)
         else:
             meant = [one for one in of_id if one.state == PENDING] or [one for one in of_id if one.state == state]
         if len(meant) != 1:

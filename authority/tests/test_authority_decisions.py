@@ -120,6 +120,25 @@ def test_said_twice(server: Server) -> None:
     assert [server.get(sha256(one)).status for one in (first, second, third)] == [403, 200, 202]
 
 
+def test_after_a_leak_neither_key_of_a_device_is_renewed(server: Server) -> None:
+    """`reject ID` means the key that the device has; the one before is out already."""
+    authority, keys = server.authority, [ec_key(), ec_key()]
+    authority.command("allow", "device")
+    first, second = (csr("device", key) for key in keys)
+    assert status(server, first) == 200
+    server.post(second)
+    authority.command("authorize", "device")
+    assert server.get(sha256(second)).status == 200
+    for _ in range(2):  # said twice, it is no decision about the other one
+        assert authority.command("reject", "device") == f"{sha256(second)[:16]}  rejected  device\n"
+    authority.command("minimum-serial", "--now")
+    assert [server.get(sha256(one)).status for one in (first, second)] == [202, 403]
+    assert [accepted(server, one) for one in (first, second)] == [403, 403]
+    # Nor does a rule take either of them in another request.
+    assert [status(server, csr("device", key)) for key in keys] == [202, 202]
+    assert len(authority.log("signed")) == 2
+
+
 def test_an_id_wins_over_the_beginning_of_a_hash(server: Server) -> None:
     first = csr("first")
     server.post(first)
