@@ -7,6 +7,7 @@ from the page of some proxy.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -47,7 +48,7 @@ class Application:
         `answered` is told the method and the status of each answer.
         """
         self._registry = registry
-        self._front = front
+        self._front = {address_of(one) or one for one in front}
         self._answered = answered
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -73,7 +74,8 @@ class Application:
         if request.path == "/bundle.crt" and asks:
             return Response(signer.bundle, content_type=OCTETS)
         if request.path in ("/accepted", "/health") and asks:
-            if request.remote_addr not in self._front or "X-Forwarded-For" in request.headers:
+            asks_from = address_of(request.remote_addr) or request.remote_addr
+            if asks_from not in self._front or "X-Forwarded-For" in request.headers:
                 return problem(404)
             return self._accepted(request) if request.path == "/accepted" else self._health()
         match = HASH.fullmatch(request.path)
@@ -89,10 +91,11 @@ class Application:
             return problem(411)
         if length > LONGEST:
             return problem(413)
-        return self._wait(request, sha256, self._registry.post(request.get_data(), sha256, request.remote_addr))
+        address = address_of(request.remote_addr)
+        return self._wait(request, sha256, self._registry.post(request.get_data(), sha256, address))
 
     def _tell(self, request: Request, sha256: str) -> Response:
-        status = self._registry.status(sha256, request.remote_addr)
+        status = self._registry.status(sha256, address_of(request.remote_addr))
         if status is None:
             return problem(404)
         if status.state == REJECTED:
@@ -123,6 +126,20 @@ class Application:
         """For a front that balances: can this process answer devices? Errors are 503, as they are to devices."""
         self._registry.look()
         return Response(status=204)
+
+
+def address_of(text: str | None) -> str | None:
+    """The IP address in its usual form; None where it is none, or of one link only. What a front passes on is what
+    its client says, if nobody told it better.
+    """
+    try:
+        address = ipaddress.ip_address(text or "")
+    except ValueError:
+        return None
+    if getattr(address, "scope_id", None):
+        return None
+    # What a socket for both families says of a client with IPv4 (RFC 4291, 2.5.5.2).
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _asked_since(request: Request) -> int | None:

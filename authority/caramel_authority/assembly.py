@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import signer
-from .audit import Witness
+from . import audit, signer
 from .ca import CertificateAuthority
 from .configuration import Configuration
 from .errors import WrongUsage, say
@@ -59,13 +58,8 @@ class Parts:
 
     def sign(self, accept: signer.Accept) -> None:
         """The part that signs: it alone reads the CA's key, and it knows no network."""
-        registry, witness = self.registry(self.ca), Witness(self.store, Path(self.configuration.ca.folder))
-
-        def sign(sha256: str) -> None:
-            registry.renew(sha256)
-            witness.note()
-
-        signer.run(sign, accept)
+        audit.watch(self.store, Path(self.configuration.ca.folder))
+        signer.run(self.registry(self.ca).renew, accept)
 
     @property
     def ca(self) -> CertificateAuthority:

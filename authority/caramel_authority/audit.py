@@ -2,50 +2,64 @@
 """Whether the log is still what was written.
 
 SQLite has no rights: who may add an entry may write anything into the file. There each entry has a hash over itself
-and the one before it. The signer notes the newest one beside the key now and then, where the process that answers
-can't write. So what was logged before that can't be changed without a trace, not by changing all that follows either.
+and the one before it. The signer notes the newest one beside the key every few seconds, where the process that
+answers can't write. So what was logged before that can't be changed or cut off without a trace, not by changing all
+that follows either.
 On PostgreSQL the user that serves has no right to change an entry, and that is what is looked at there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import threading
 import time
 from pathlib import Path
 
 from sqlalchemy import func, select, text
+from sqlalchemy.exc import DBAPIError
 
-from .errors import WrongUsage
+from .errors import WrongUsage, say
 from .store import LINKED, Store, last_link, link, log
 from .whole_file import write_whole
 
 #: Beside the key: number and hash of an entry.
 NOTE = "log-entry"
-#: Seconds between two notes at least: each is written through to the disk.
-BETWEEN = 60
+#: Seconds between two looks. Only a newer entry is written, because that goes through to the disk.
+BETWEEN = 5
 
 
-class Witness:
-    """Who notes, from outside of the database, which entry was the newest one."""
+def watch(database: Store, folder: Path) -> None:
+    """Notes again and again, from outside of the database and in a thread of its own, which entry is the newest one:
+    what was decided since the last certificate is as safe as what came before it.
+    """
 
-    def __init__(self, database: Store, folder: Path) -> None:
-        self._store = database
-        self._file = folder / NOTE
-        self._due = 0.0
+    def again() -> None:
+        said = ""
+        while True:
+            try:
+                problem = _note(database, folder / NOTE)
+            except (DBAPIError, OSError, ValueError) as error:
+                problem = str(error)
+            if problem and problem != said:
+                say(problem)
+            said = problem
+            time.sleep(BETWEEN)
 
-    def note(self) -> None:
-        if not self._store.path or time.monotonic() < self._due:
-            return
-        self._due = time.monotonic() + BETWEEN
-        with self._store.reading() as db:
-            for entry, hashed in _noted(self._file).items():
-                if db.execute(select(log.c.chain).where(log.c.id == entry)).scalar() != hashed:
-                    # What was noted is kept, for `verify`.
-                    print(f"the log was changed: entry {entry} is another one", file=sys.stderr, flush=True)
-                    return
-            last, chain = last_link(db)
-        write_whole(self._file, f"{last} {chain}\n".encode(), 0o644)
+    if database.path:
+        threading.Thread(target=again, daemon=True).start()
+
+
+def _note(database: Store, file: Path) -> str:
+    """What is wrong, in words. What was noted is kept then, for `verify`."""
+    noted = _noted(file)
+    with database.reading() as db:
+        for entry, hashed in noted.items():
+            if db.execute(select(log.c.chain).where(log.c.id == entry)).scalar() != hashed:
+                return f"the log was changed: entry {entry} is another one"
+        last, chain = last_link(db)
+    if noted != {last: chain}:
+        write_whole(file, f"{last} {chain}\n".encode(), 0o644)
+    return ""
 
 
 def _noted(file: Path) -> dict[int, str]:

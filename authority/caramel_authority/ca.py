@@ -7,6 +7,7 @@ certificate ever had, whichever key signs, and lives for less than a week unless
 
 While one CA follows another (`rollover`), there are more files: `next.crt` and `next.key` of the CA that will sign,
 `old.crt` and `old.key` of the one that did, and `cross.crt`, with which each of the two vouches for the other.
+`request.key` is that of a request that is at somebody else's CA, until `ca-install`; nothing else takes its place.
 `Certificates` is what everybody may read of that folder, `CertificateAuthority` is who holds the keys.
 """
 
@@ -31,6 +32,7 @@ from . import store
 from .configuration import Ca
 from .errors import BadRequest, TryLater, WrongUsage
 from .registry import Issued
+from .shown import shown
 from .signing_request import HOST_NAME, SigningRequest, Subject, prefix_of, validate
 from .store import devices
 from .whole_file import write_whole
@@ -89,7 +91,7 @@ def is_self_signed(certificate: x509.Certificate) -> bool:
 
 def describe(certificate: x509.Certificate) -> str:
     name, digest = certificate.subject.rfc4514_string(), certificate.fingerprint(hashes.SHA256()).hex()
-    return f"{name} serial {certificate.serial_number:x} sha256 {digest}"
+    return f"{shown(name)} serial {certificate.serial_number:x} sha256 {digest}"
 
 
 def _key_usage(**yes: bool) -> x509.KeyUsage:
@@ -215,7 +217,7 @@ class Certificates:
 class CertificateAuthority(Certificates):
     """The CA in the folder that the configuration names, with its keys; a Signer."""
 
-    KEYS = ("ca.key", "next.key", "old.key")
+    KEYS = ("ca.key", "next.key", "old.key", "request.key")
 
     def __init__(self, settings: Ca) -> None:
         super().__init__(settings)
@@ -226,8 +228,7 @@ class CertificateAuthority(Certificates):
 
         A command that is killed may leave it under another name than the certificate's: whichever fits is it.
         """
-        for name in self.KEYS:
-            key = self.key_in(name)
+        for key in map(self.key_in, self.KEYS):
             if key and key.public_key() == certificate.public_key():
                 return key
         raise WrongUsage(f"{self.folder}: there is no key of {describe(certificate)}")

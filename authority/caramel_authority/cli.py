@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -27,6 +27,7 @@ from .configuration import LONG, PATH, Configuration
 from .errors import TryLater, WrongUsage
 from .refusals import Refusals
 from .rollover import Rollover, calendar
+from .shown import Shown, shown
 from .signer import Child
 from .store import AUTHORIZED, REJECTED, Store
 
@@ -35,15 +36,21 @@ def who() -> str:
     """Who gives this command: as the system says, which keeps who has logged in whatever user they become
     (pam_loginuid(8)), and not as a variable says.
     """
-    user = _name(os.getuid())
+    user, login = os.getuid(), UNSET
     with contextlib.suppress(OSError, ValueError):
         login = int(Path("/proc/self/loginuid").read_text())
-        if login not in (UNSET, os.getuid()):
-            return f"administrator:{_name(login)} as {user}"
-    return f"administrator:{user}"
+    return "administrator:" + (_name(user) if login in (UNSET, user) else f"{_name(login)} as {_name(user)}")
 
 
 def _name(uid: int) -> str:
+    """In a user namespace (user_namespaces(7)) whoever made it has chosen the numbers, and may have put another
+    passwd(5) there: then who that is outside of it, by number.
+    """
+    with contextlib.suppress(OSError):
+        rows = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+        if rows != [(0, 0, UNSET)]:
+            outside = [str(uid - first + outer) for first, outer, count in rows if first <= uid < first + count]
+            return f"{uid} (user namespace of uid {''.join(outside) or 'nobody'})"
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
     return str(uid)
@@ -240,7 +247,7 @@ def _print(as_json: bool, rows: Iterable[dict[str, Any]], lines: Iterable[str]) 
     if as_json:
         views.print_json(rows, sys.stdout)
     else:
-        sys.stdout.writelines(map("{}\n".format, lines))
+        sys.stdout.writelines(f"{shown(line)}\n" for line in lines)
 
 
 def decide(parts: Parts, options: argparse.Namespace) -> None:
@@ -264,9 +271,11 @@ def allow(parts: Parts, options: argparse.Namespace) -> None:
     if options.file:
         content = sys.stdin.buffer.read() if options.file == "-" else Path(options.file).read_bytes()
         try:
-            given = [*given, *content.decode().splitlines()]
+            # Spreadsheets put a mark at the beginning (U+FEFF), and their columns' names into the first line.
+            lines = content.decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise WrongUsage(f"--file {options.file}: it is not UTF-8: {error}") from None
+        given = [*given, *lines[bool(HEADER.fullmatch(lines[0])) :]]
     entries = [entry for line in given if (entry := _entry(line))]
     done = parts.registry().allow(entries, who(), options.again)
     print(f"{done.new} new" + (f", {done.changed} changed" if done.changed else ""))
@@ -274,9 +283,13 @@ def allow(parts: Parts, options: argparse.Namespace) -> None:
         print(f"{client_id} is barred or suspended, whatever the list says", file=sys.stderr)
 
 
+#: What the first line of a list may be, in place of a device.
+HEADER = re.compile(r"(?i)\s*(client[ _-]?)?id\s*(,\s*sha-?256\s*)?")
+
+
 def _entry(line: str) -> tuple[str, str | None] | None:
     """ID and SHA-256 (None: not known) of a line like `ID` or `ID,SHA256`; None where there is but a comment."""
-    client_id, comma, expected = (one.strip() for one in line.partition("#")[0].partition(","))
+    client_id, comma, expected = (one.strip(" \t\r") for one in line.partition("#")[0].partition(","))
     if comma and not re.fullmatch("[0-9A-Fa-f]{64}", expected):
         raise WrongUsage(f"{line.strip()!r}: behind the comma is no SHA-256 in hexadecimal")
     return (client_id, expected.lower() or None) if client_id or comma else None
@@ -484,6 +497,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    # A command's output may be closed (">&-").
+    sys.stdout, sys.stderr = (stream and cast(TextIO, Shown(stream)) for stream in (sys.stdout, sys.stderr))
     options = parser().parse_args()
     os.umask(0o027)
     # Process 1 of a container ends at no signal that it has not asked for (pid_namespaces(7)).

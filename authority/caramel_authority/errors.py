@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import sys
 
+from .shown import shown
+
 
 class BadRequest(Exception):
     """What was posted will never be taken; the text says why. Nothing was stored."""
@@ -26,4 +28,4 @@ class TryLater(Exception):
 def say(text: str) -> None:
     """For the administrator, who reads the log. That it can't be written, on a full disk, is no reason to do less."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(shown, text.splitlines())), file=sys.stderr, flush=True)

@@ -42,6 +42,7 @@ from .ca import (
     utc,
 )
 from .errors import WrongUsage
+from .shown import is_hidden, shown
 from .whole_file import flush, write_whole
 
 #: Which part of a CA's life is left when a stage should begin: two years, one year and ten weeks of twenty years.
@@ -52,7 +53,11 @@ def name_from(text: str) -> x509.Name:
     """A name from `C=SE,O=Example AB,CN=Example CA`, in that order. Raises WrongUsage."""
     try:
         # RFC 4514 writes names the other way round.
-        return x509.Name(reversed(list(x509.Name.from_rfc4514_string(text))))
+        name = x509.Name(reversed(list(x509.Name.from_rfc4514_string(text))))
+        hidden = [one for part in name for one in str(part.value) if is_hidden(one)]
+        if hidden:
+            raise ValueError(f"it has '{shown(hidden[0])}', which can't be seen")
+        return name
     except ValueError as error:
         raise WrongUsage(f"{text!r} is no name like C=SE,O=Example,CN=Example CA: {error}") from None
 
@@ -183,9 +188,14 @@ class Rollover:
             key = self._ca.key_of(present)
         else:
             self._nothing_under_way()
-            waiting = self._ca.key_in("next.key")
-            key = waiting if waiting and _is_of_type(waiting, key_type) else new_key(key_type)
-            self._write_key("next.key", key)
+            waiting = self._ca.key_in("request.key")
+            if waiting and not _is_of_type(waiting, key_type):
+                raise WrongUsage(
+                    f"{self._folder}/request.key waits for ca-install, and is no {key_type}: remove it for a new one"
+                )
+            key = waiting or new_key(key_type)
+            if not waiting:
+                self._write_key("request.key", key)
         builder = x509.CertificateSigningRequestBuilder(name)
         for extension, critical in ca_extensions(key.public_key()):
             builder = builder.add_extension(extension, critical)
@@ -199,17 +209,13 @@ class Rollover:
         chain = _judged(pem)
         own = chain[0].public_key()
         present = self._ca.known().chain if self._there("ca.crt") else ()
-        if not present or present[0].public_key() != own:
-            waiting = self._ca.key_in("next.key")
-            if waiting is None:
-                raise WrongUsage("there is no key yet: ca-request makes it")
-            if waiting.public_key() != own:
-                raise WrongUsage("the first certificate is not for our key")
+        self._ca.key_of(chain[0])
         if present and present[-1].public_key() != chain[-1].public_key():
             if present[0].public_key() == own:
                 raise WrongUsage("another root, and the same key: ca-request --replace makes a new one")
-            if self._ca.known().old:
-                raise WrongUsage("one CA follows another now: ca-next --finish ends it")
+            following = self._ca.known().next
+            if not following or following[0].public_key() != own:
+                self._nothing_under_way()
             self._write("next.crt", chain)
             self._log(db, "ca-next", chain)
             return "it has another root: it is the next CA, and signs after ca-next --switch"
@@ -223,9 +229,10 @@ class Rollover:
 
     def _left(self) -> Iterator[tuple[str, str | None]]:
         """What a command has left that was killed, or that is done with: a file, and which name it should have."""
-        own, key = self._ca.chain_in("ca.crt"), self._ca.key_in("next.key")
-        if own and key and key.public_key() == own[0].public_key():
-            yield "next.key", "ca.key"
+        for name, wanted in (("next", "ca"), ("request", "ca"), ("request", "next")):
+            chain, key = self._ca.chain_in(f"{wanted}.crt"), self._ca.key_in(f"{name}.key")
+            if chain and key and key.public_key() == chain[0].public_key():
+                yield f"{name}.key", f"{wanted}.key"
         if self._same("ca.crt", "next.crt"):
             yield "next.crt", None
         if self._same("ca.crt", "old.crt"):

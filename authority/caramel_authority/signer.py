@@ -18,7 +18,6 @@ import re
 import signal
 import socket
 import stat
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
@@ -27,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 
 from .ca import Certificates
 from .configuration import Ca
-from .errors import TryLater, WrongUsage
+from .errors import TryLater, WrongUsage, say
 
 #: How many are asked for at once; as many as the process that answers has threads.
 THREADS = 8
@@ -112,7 +111,7 @@ class Child:
             run(accept)
             status = 0
         except BaseException as error:
-            print(f"the signer: {error!r}", file=sys.stderr, flush=True)
+            say(f"the signer: {error!r}")
         finally:
             os._exit(status)
 
@@ -174,11 +173,9 @@ def _answer(connection: socket.socket, sign: Callable[[str], object]) -> None:
                 answer = {"later": 60, "why": "no hash of a request"}
         except TryLater as error:
             answer = {"later": error.seconds, "why": str(error)}
-        except (WrongUsage, DBAPIError) as error:
-            # For the administrator, who reads the log; who asked can only ask again.
-            print(f"{asked.decode().strip()}: {error}", file=sys.stderr, flush=True)
-            answer = {"later": 60, "why": "it is not able to sign now"}
         except Exception as error:
-            print(f"{asked.decode().strip()}: {error!r}", file=sys.stderr, flush=True)
+            # For the administrator, who reads the log; who asked can only ask again.
+            known = isinstance(error, (WrongUsage, DBAPIError))
+            say(f"{asked.decode().strip()}: {error if known else repr(error)}")
             answer = {"later": 60, "why": "it is not able to sign now"}
         connection.sendall(json.dumps(answer).encode())

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from .errors import BadRequest
+from .shown import is_hidden, shown
 from .weak_keys import weakness
 
 #: Characters of CN and OU (X.520, ub-common-name, ub-organizational-unit-name; RFC 5280, appendix A.1).
@@ -135,8 +136,10 @@ def _judge_subject(subject: Subject, prefixes: Sequence[Subject] | None) -> str:
     before = list(subject[:-1])
     if before and before[-1][0] == NameOID.ORGANIZATIONAL_UNIT_NAME:
         unit = before.pop()[1]
-        if len(unit) > LONGEST_NAME or any(unicodedata.category(one)[0] == "C" for one in unit):
-            raise BadRequest(f"Bad subject: the OU has at most {LONGEST_NAME} characters, and no control characters")
+        if len(unit) > LONGEST_NAME or any(map(is_hidden, unit)):
+            raise BadRequest(
+                f"Bad subject: the OU has at most {LONGEST_NAME} characters, and none that can't be seen"
+            )
     if prefixes is not None and before not in [list(prefix) for prefix in prefixes]:
         wanted = " or ".join(_text(prefix) for prefix in prefixes)
         raise BadRequest(f"Bad subject: {_text(before)} before OU and CN, where {wanted} is expected")
@@ -168,9 +171,10 @@ def id_problem(client_id: str) -> str | None:
     if client_id != unicodedata.normalize("NFC", client_id):
         return "it has composed characters in another form than NFC"
     for one in client_id:
-        # Control, format, private, unassigned (C), separators (Z): what is not seen, or moves what is seen.
-        if one in NOT_IN_ID or (one != " " and unicodedata.category(one)[0] in "CZ"):
-            return f"it has no {one!r}"
+        if one in NOT_IN_ID or is_hidden(one):
+            return f"it has no '{shown(one)}'"
+    if unicodedata.category(client_id[0])[0] == "M":
+        return "it begins with no mark, which would stand on what is before it"
     if client_id != client_id.strip() or "  " in client_id:
         return "it has no blank at its ends, nor two in a row"
     return None

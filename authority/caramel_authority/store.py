@@ -47,6 +47,7 @@ from sqlalchemy.exc import ArgumentError
 
 from . import schema
 from .errors import WrongUsage
+from .shown import shown
 
 metadata = MetaData()
 
@@ -387,11 +388,11 @@ def write_log(
 ) -> None:
     row = {
         "at": now(),
-        "who": who[:100],
+        "who": shown(who)[:100],
         "action": action,
         "client_id": client_id,
         "sha256": sha256,
-        "detail": detail,
+        "detail": shown(detail),
     }
     if db.dialect.name == "sqlite":
         last, chain = last_link(db)

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from sqlalchemy import ColumnElement, Connection, Select, String, case, cast, func, literal, select
 
+from .shown import shown
+from .signing_request import device_of
 from .store import AUTHORIZED, PENDING, REJECTED, bars, certificates, devices, log, now, orders, requests, sightings
 
 #: Rows that are fetched at once.
@@ -124,7 +126,9 @@ def log_text(db: Connection, wanted: Lines) -> Iterator[str]:
     line += "  " + func.coalesce(func.substr(log.c.sha256, 1, 16), "-")
     line += case((func.coalesce(log.c.detail, "") == "", ""), else_="  " + log.c.detail)
     for lines in _lines(db, line, wanted):
-        yield "\n".join([*lines, ""])
+        text = "\n".join([*lines, ""])
+        # What was written before `write_log` took care of it may be more than a line.
+        yield text if text.count("\n") == len(lines) else "".join(f"{shown(one)}\n" for one in lines)
 
 
 def log_json(db: Connection, wanted: Lines) -> Iterator[str]:
@@ -141,15 +145,17 @@ def log_json(db: Connection, wanted: Lines) -> Iterator[str]:
 
 
 def _lines(db: Connection, line: ColumnElement[str], wanted: Lines) -> Iterator[Sequence[str]]:
-    query = _wanted(select(line.label("line")), wanted)
+    query = _wanted(db, select(line.label("line")), wanted)
     yield from db.execute(query, execution_options={"yield_per": MANY}).scalars().partitions()
 
 
-def _wanted(query: Select[Any], wanted: Lines) -> Select[Any]:
-    if wanted.client_id:
-        # Whatever ID the device was called by.
-        query = query.where(func.lower(log.c.client_id) == wanted.client_id.lower())
-    if wanted.action:
+def _wanted(db: Connection, query: Select[Any], wanted: Lines) -> Select[Any]:
+    if wanted.client_id is not None:
+        # Whatever ID the device was called by. No database compares IDs as devices do.
+        called = db.execute(select(log.c.client_id).where(log.c.client_id.is_not(None)).distinct()).scalars()
+        device = device_of(wanted.client_id)
+        query = query.where(log.c.client_id.in_([one for one in called if device_of(one) == device]))
+    if wanted.action is not None:
         query = query.where(log.c.action == wanted.action)
     if wanted.since is not None:
         query = query.where(log.c.at >= wanted.since)

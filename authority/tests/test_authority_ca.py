@@ -65,6 +65,17 @@ def test_a_new_ca(tmp_path: Path, kind: str) -> None:
             assert said.endswith("leaf.crt: OK\n"), (client_id, said)
 
 
+@pytest.mark.parametrize(
+    "name", ["O=a\x1b[2J,CN=x", "O=a\\1b[2J,CN=x", "O=a\\0ab,CN=x", "O=a\u202eb,CN=x", "CN=\u3164"]
+)
+def test_a_subject_is_text_that_is_seen(tmp_path: Path, name: str) -> None:
+    authority = RegistrationAuthority(tmp_path)
+    for command in ("ca-create", "ca-request"):
+        said = authority.command(command, "--subject", name, status=1)
+        assert "which can't be seen" in said and said.isprintable() == said.endswith("x"), said
+        assert not list(authority.folder.glob("ca/*"))
+
+
 def test_a_ca_is_not_overwritten(authority: RegistrationAuthority) -> None:
     before = authority.ca.read_bytes(), authority.ca.with_suffix(".key").read_bytes()
     assert "--replace puts another CA in its place" in authority.command("ca-create", "--subject", SUBJECT, status=1)
@@ -382,13 +393,31 @@ def test_who_gave_a_command_is_what_the_system_says(authority: RegistrationAutho
     assert re.fullmatch(rf"administrator:(\S+ as )?{getpass.getuser()}", entry[1])
 
 
+def test_who_is_nobody_else_in_a_user_namespace(authority: RegistrationAuthority) -> None:
+    """There everybody may be root, and his own passwd(5) may say who that is."""
+    require("mounts")
+    become = ["setpriv", "--reuid=12345", "--clear-groups"]
+    authority.state.chmod(0o666)
+    for path in (authority.folder, *authority.folder.parents):
+        path.chmod(path.stat().st_mode | 0o711)
+    authority.folder.chmod(0o777)
+    before = [*become, "unshare", "--user", "--map-root-user"]
+    authority.command("bar", "device", before=before)
+    (entry,) = authority.log("barred")
+    assert entry[1] == "administrator:0 (user namespace of uid 12345)"
+
+
 # --- The log ---
 
 
 def test_what_is_logged_cant_be_changed_without_a_trace(tmp_path: Path) -> None:
     authority = with_socket(tmp_path)
-    with authority.serving() as server, signing(authority):
-        assert server.enroll(csr("one")).status == 200
+    # A quiet fleet: nothing is signed, and the last decision is noted all the same.
+    noted = authority.ca.with_name("log-entry")
+    with signing(authority):
+        authority.command("bar", "two")
+        last = authority.rows("SELECT max(id) FROM log")[0][0]
+        world.until("it is noted", lambda: noted.exists() and noted.read_text().startswith(f"{last} "))
     authority.command("allow", "three")
     assert re.match(
         r"\d+ entries, each follows from those before it: [0-9a-f]{64}\n", authority.command("log", "--verify")
@@ -578,6 +607,39 @@ def test_a_new_key_under_somebody_elses_ca(tmp_path: Path) -> None:
         authority.command("ca-next", "--switch")
         reply = server.enroll(csr("three", subject=[*BELOW[:-1], ("CN", "three")]))
         assert verified(reply.body, root.read_bytes(), strict=False)
+
+
+@slow
+@pytest.mark.parametrize("meanwhile", [["ca-next"], ["ca-create", "--subject", "CN=Other", "--replace"]])
+def test_a_request_that_is_at_another_ca_keeps_its_key(
+    authority: RegistrationAuthority, tmp_path: Path, meanwhile: list[str]
+) -> None:
+    """Whatever is done meanwhile, and whatever it ends with: its certificate is of use only with that key."""
+    key, root, request, made = (tmp_path / name for name in ("root.key", "root.crt", "ours.csr", "ours.crt"))
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", key]
+    openssl("req", "-x509", *new, "-days", 30, "-subj", "/C=SE/O=Above/CN=Above Root", "-out", root)
+    ask = ["ca-request", "--replace", "--subject", "C=SE,O=Below,CN=Below"]
+    request.write_text(authority.command(*ask))
+    assert "request.key waits for ca-install" in authority.command(*ask, "--key-type", "rsa-2048", status=1)
+    authority.command(*meanwhile)
+    by = ["-CA", root, "-CAkey", key, "-days", 20, "-copy_extensions", "copyall"]
+    openssl("x509", "-req", "-in", request, *by, "-out", made)
+    made.write_bytes(made.read_bytes() + root.read_bytes())
+    if meanwhile == ["ca-next"]:
+        # The next CA may be in firmware: it is not thrown away either.
+        before = (authority.folder / "ca" / "next.crt").read_bytes()
+        assert "one CA follows another now" in authority.command("ca-install", str(made), status=1)
+        assert before == (authority.folder / "ca" / "next.crt").read_bytes()
+        for stage in ("--switch", "--finish"):
+            authority.command("ca-next", stage)
+    authority.command("ca-install", str(made))
+    authority.command("ca-next", "--switch")
+    authority.command("allow", "one")
+    with authority.serving() as server:
+        reply = server.enroll(csr("one", subject=BELOW))
+        assert reply.status == 200 and reply.chain[1:]
+        assert verified(reply.body, root.read_bytes(), strict=False)
+    assert not list((authority.folder / "ca").glob("request.*"))
 
 
 BELOW: world.Subject = (("C", "SE"), ("O", "Below"), ("CN", "one"))

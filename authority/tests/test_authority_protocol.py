@@ -22,7 +22,7 @@ from typing import Union
 import authority_world
 import pytest
 import world
-from authority_world import RegistrationAuthority, Reply, Server, ask, at, csr, ec_key, rsa_key, sha256
+from authority_world import Postgres, RegistrationAuthority, Reply, Server, ask, at, csr, ec_key, rsa_key, sha256
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -264,6 +264,16 @@ BAD: dict[str, tuple[Union[bytes, Callable[[], bytes]], str]] = {
     "CN with a wild card": (csr("*.example.com"), "Bad subject: the CN is no client ID: it has no '*'"),
     "CN with a new line": (csr("a\nb"), "Bad subject: the CN is no client ID: it has no '\\n'"),
     "CN that reads backwards": (csr("a\u202eb"), "Bad subject: the CN is no client ID: it has no '\\u202e'"),
+    "CN with a blank of Braille's": (csr("a\u2800b"), "Bad subject: the CN is no client ID: it has no '\\u2800'"),
+    "CN with a filler": (csr("\u3164"), "Bad subject: the CN is no client ID: it has no '\\u3164'"),
+    "CN with the first filler": (csr("a\u115fb"), "Bad subject: the CN is no client ID: it has no '\\u115f'"),
+    "CN with a joiner": (csr("a\u034fb"), "Bad subject: the CN is no client ID: it has no '\\u034f'"),
+    "CN with a selector": (csr("a\ufe0f"), "Bad subject: the CN is no client ID: it has no '\\ufe0f'"),
+    "CN with a tag": (csr("a\U000e0061"), "Bad subject: the CN is no client ID: it has no '\\udb40\\udc61'"),
+    "CN that is private": (csr("a\ue000"), "Bad subject: the CN is no client ID: it has no '\\ue000'"),
+    "CN that is unassigned": (csr("a\u0378"), "Bad subject: the CN is no client ID: it has no '\\u0378'"),
+    "CN that begins with a mark": (csr("\u0332a"), "Bad subject: the CN is no client ID: it begins with no mark"),
+    "OU with a filler": (subject(*P, ("OU", "\u3164"), ("CN", "a")), "Bad subject: the OU has at most 64"),
     "CN with blanks": (csr("a  b"), "Bad subject: the CN is no client ID: it has no blank at its ends"),
     "CN in two forms": (csr("e\u0301"), "Bad subject: the CN is no client ID: it has composed"),
     "a long OU": (OU_OF_900, "Bad subject: the OU has at most 64 characters"),
@@ -454,6 +464,25 @@ def test_what_is_the_fronts_only(server: Server) -> None:
         assert other.get("/health", X_Forwarded_For="192.0.2.7").status == 404  # passed on, and not asked
     server.authority.ca.unlink()
     assert server.get("/health").status == 503
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_an_address_that_is_none(tmp_path: Path, postgres: Postgres, kind: str) -> None:
+    """A front passes on what its client said, if nobody told it better."""
+    with postgres.database() as url:
+        authority = RegistrationAuthority(tmp_path, database=url if kind == "postgresql" else None)
+        authority.create_ca()
+        given = {"unknown": "-", "\x9b2J": "-", "x" * 300: "-", "fe80::1%\x9b2J": "-", "192.0.2.7": "192.0.2.7",
+                 "2001:DB8:0::1": "2001:db8::1"}  # fmt: skip
+        with authority.serving(options=["--behind-proxy"]) as server:
+            for number, address in enumerate(given):
+                body = csr(f"device-{number}")
+                headers = {"X_Forwarded_For": address}
+                path = f"/{sha256(body)}"
+                assert ask(server.port, "POST", path, body, **headers).status == 202
+                assert ask(server.port, "GET", path, None, **headers).status == 202
+        shown = [line.split("  from ")[1].split()[0] for line in authority.command("list", "--pending").splitlines()]
+        assert sorted(shown) == sorted(given.values())
 
 
 def test_metrics(authority: RegistrationAuthority, tmp_path: Path) -> None:
