@@ -108,12 +108,15 @@ class AcmeCa:
         self._client: client.ClientV2 | None = None
         self._answer_of: _Network | None = None
         try:
+            read = "roots"
             self._roots()
+            read = "account_key"
             self._key = self._account_key(Path(settings.account_key))
+            read = "eab_key_file"
             self._binding = settings.eab_key_file and Path(settings.eab_key_file).read_text().strip()
             josepy.b64.b64decode(self._binding)
         except (OSError, ValueError) as error:
-            raise WrongUsage(f"acme: {error}") from None
+            raise WrongUsage(f"acme.{read}: {error}") from None
 
     # --- What the worker does. All of it raises TryLater, and where it is about an order, OrderLost ---
 

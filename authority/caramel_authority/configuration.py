@@ -6,10 +6,12 @@ The file's example, `caramel-authority.toml`, says what each one means.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import re
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,17 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from .errors import WrongUsage
+from .shown import is_hidden
 from .signing_request import HOST_NAME
 
 PATH = "/etc/caramel-authority.toml"
 #: Days, a century: more is a mistake, and soon beyond the dates that a certificate can have.
 LONG = 36500
+#: Seconds.
+DAY = 86400
+#: What a whole number may be. In seconds it is 68 years, and every database and protocol can hold it.
+LARGEST = 2**31 - 1
+DATABASES = ("sqlite", "postgresql+psycopg")
 
 
 @dataclass(frozen=True)
@@ -107,62 +115,60 @@ class Configuration:
         return read
 
     def _check(self) -> None:
+        dns, acme = self.dns, self.acme
         wants: list[tuple[object, str]] = [
             (self.signer in ("ca", "acme"), 'signer is "ca" or "acme"'),
-            (self.retry_after > 0, "retry_after is positive"),
+            (0 < self.retry_after <= 30 * DAY, f"retry_after is between 1 and {30 * DAY}"),
             (self.pending_days > 0 and self.pending_limit > 0, "pending_days and pending_limit are positive"),
             (self.pending_days <= LONG, f"pending_days is at most {LONG}"),
-            (self.ca.life_hours <= LONG * 24, f"ca.life_hours is at most {LONG * 24}"),
             (
-                self.ca.life_hours * 3600 > self.ca.backdate_seconds >= 0,
-                "ca.life_hours is longer than backdate_seconds",
+                all(one == "localhost" or _is_address(one) for one in self.front),
+                'front are IP addresses, not networks, and "localhost"',
             ),
-            (set(self.ca.usages) <= {"client", "server"} and self.ca.usages, 'ca.usages are "client" and "server"'),
-            (self.dns.addresses in ("off", "post", "check"), 'dns.addresses is "off", "post" or "check"'),
-            (not (self.dns.server and self.dns.command), "dns has a server or a command"),
-            (not self.dns.server or (self.dns.key_name and self.dns.key_file), "dns.server needs a key"),
+            (_is_zone(self.rules.zone), "rules.zone is a host name"),
+            (self.ca.folder, "ca.folder is the path of a folder"),
+            (self.ca.life_hours <= LONG * 24, f"ca.life_hours is at most {LONG * 24}"),
+            (self.ca.life_hours * 3600 > self.ca.backdate_seconds, "ca.life_hours is longer than backdate_seconds"),
+            (self.ca.usages and _are_usages(self.ca.usages), 'ca.usages are "client" and "server", each once'),
+            (dns.addresses in ("off", "post", "check"), 'dns.addresses is "off", "post" or "check"'),
+            (not (dns.server and dns.command), "dns has a server or a command"),
+            (not dns.server or (dns.key_name and dns.key_file), "dns.server needs a key"),
             (
-                not self.dns.server
-                or _is_address(self.dns.server)
-                or HOST_NAME.fullmatch(self.dns.server.rstrip(".")),
+                not dns.server or _is_address(dns.server) or HOST_NAME.fullmatch(dns.server.rstrip(".")),
                 "dns.server is an address or a host name",
             ),
             (
-                all(_is_address(one.partition("@")[0]) for one in self.dns.name_servers)
-                and all(one.partition("@")[2].isdigit() for one in self.dns.name_servers if "@" in one),
+                all(map(_is_name_server, dns.name_servers)),
                 "dns.name_servers are addresses, and ADDRESS@PORT where the port is not 53",
             ),
-            (HOST_NAME.fullmatch(self.dns.zone.strip(".") or "none"), "dns.zone is a host name"),
-            (0 < self.dns.port < 65536, "dns.port is between 1 and 65535"),
-            (
-                self.dns.command_seconds > 0 and self.dns.propagation_seconds >= 0 and self.dns.ttl >= 0,
-                "dns.command_seconds is positive, propagation_seconds and ttl are not negative",
-            ),
-            (
-                self.dns.addresses == "off" or self.can_set_names,
-                "dns.addresses needs a zone, and a server or a command",
-            ),
+            (_is_zone(dns.zone), "dns.zone is a host name"),
+            (0 < dns.port < 65536, "dns.port is between 1 and 65535"),
+            (0 < dns.command_seconds <= DAY, f"dns.command_seconds is between 1 and {DAY}"),
+            (dns.propagation_seconds <= DAY, f"dns.propagation_seconds is at most {DAY}"),
+            (dns.addresses == "off" or self.can_set_names, "dns.addresses needs a zone, and a server or a command"),
         ]
         if self.signer == "acme":
             wants += [
-                (self.acme.directory.startswith("https://"), "acme.directory is an https address"),
-                (bool(self.acme.roots), "acme.roots names the CA's roots"),
-                (self.acme.terms_agreed, "acme.terms_agreed has to be true: read the CA's terms first"),
-                (self.acme.orders_per_hour > 0, "acme.orders_per_hour is positive"),
-                (0 <= self.acme.renewal_share < 1, "acme.renewal_share is at least 0.0 and less than 1.0"),
-                (set(self.acme.usages) <= {"client", "server"}, 'acme.usages are "client" and "server"'),
+                (acme.directory.startswith("https://"), "acme.directory is an https address"),
+                (acme.account_key, "acme.account_key is the path of a file"),
+                (acme.roots, "acme.roots names the CA's roots"),
+                (acme.terms_agreed, "acme.terms_agreed has to be true: read the CA's terms first"),
+                (acme.orders_per_hour > 0, "acme.orders_per_hour is positive"),
+                (0 <= acme.renewal_share < 1, "acme.renewal_share is at least 0.0 and less than 1.0"),
+                (_are_usages(acme.usages), 'acme.usages are "client" and "server", each once'),
                 (
-                    bool(self.acme.eab_key_id) == bool(self.acme.eab_key_file),
+                    bool(acme.eab_key_id) == bool(acme.eab_key_file),
                     "acme.eab_key_id and acme.eab_key_file belong together",
                 ),
                 (
-                    self.acme.lease_seconds >= self.shortest_lease,
-                    f"acme.lease_seconds is {self.shortest_lease} or more with these settings of dns",
+                    self.shortest_lease <= acme.lease_seconds <= 30 * DAY,
+                    f"acme.lease_seconds is {self.shortest_lease} or more with these settings of dns, "
+                    f"and at most {30 * DAY}",
                 ),
                 (self.can_set_names, "the signer acme needs dns.zone, and dns.server or dns.command"),
             ]
-        if self.dns != Dns():
-            wants += _keys_wants(self.dns)
+        if dns != Dns():
+            wants += _keys_wants(dns)
         for true, what in wants:
             if not true:
                 raise WrongUsage(what)
@@ -184,10 +190,11 @@ class Configuration:
 
 
 def url_of(database: str) -> URL:
-    try:
-        return make_url(database)
-    except (ArgumentError, ValueError):  # a port that is no number
-        raise WrongUsage("database is no address like sqlite:////PATH or postgresql+psycopg://HOST/NAME") from None
+    with contextlib.suppress(ArgumentError, ValueError):  # a port that is no number
+        url = make_url(database)
+        if url.drivername in DATABASES and url.database:
+            return url
+    raise WrongUsage("database is no address like sqlite:////PATH or postgresql+psycopg://HOST/NAME")
 
 
 def _keys_wants(settings: Dns) -> list[tuple[object, str]]:
@@ -219,6 +226,20 @@ def _is_address(text: str) -> bool:
     return True
 
 
+def _is_zone(text: str) -> bool:
+    return bool(HOST_NAME.fullmatch(text.strip(".") or "none"))
+
+
+def _is_name_server(text: str) -> bool:
+    address, at, port = text.partition("@")
+    good = not at or (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536)
+    return bool(good) and _is_address(address)
+
+
+def _are_usages(usages: tuple[str, ...]) -> bool:
+    return len(set(usages)) == len(usages) and set(usages) <= {"client", "server"}
+
+
 def _filled(kind: Any, content: dict[str, Any], where: str = "") -> Any:
     """An instance of the dataclass, with what the file says in place of the defaults."""
     known = {one.name: one for one in fields(kind)}
@@ -228,8 +249,15 @@ def _filled(kind: Any, content: dict[str, Any], where: str = "") -> Any:
         if name not in known:
             raise WrongUsage(f"{where}{name} is no setting")
         wanted: Any = getattr(default, name)
-        if isinstance(value, dict) and not isinstance(wanted, (str, int, tuple)):
+        texts = value if isinstance(value, list) else [value]
+        if is_dataclass(wanted):
+            if not isinstance(value, dict):
+                raise WrongUsage(f"{name} is a table: [{name}], and its settings below it")
             value = _filled(type(wanted), value, f"{name}.")
+        elif any(isinstance(one, str) and any(map(is_hidden, one)) for one in texts):
+            raise WrongUsage(f"{where}{name} has a character that can't be seen")
+        elif type(value) is int is type(wanted) and not 0 <= value <= LARGEST:
+            raise WrongUsage(f"{where}{name} is a whole number from 0 to {LARGEST}")
         elif isinstance(wanted, tuple) and isinstance(value, list) and all(isinstance(one, str) for one in value):
             value = tuple(value)
         elif type(value) is not type(wanted):

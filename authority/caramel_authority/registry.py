@@ -443,7 +443,8 @@ class Registry:
         """
         wanted: dict[str, tuple[str, str | None]] = {}
         for client_id, expected in entries:
-            wanted[_checked(client_id)] = (client_id, expected)
+            if wanted.setdefault(_checked(client_id), (client_id, expected))[1] != expected:
+                raise WrongUsage(f"{client_id} stands there twice, and not with the same SHA-256")
         done = Allowed()
         names = sorted(wanted)
         for start in range(0, len(names), PIECE):

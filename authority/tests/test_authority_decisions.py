@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from pathlib import Path
 
@@ -176,6 +177,27 @@ def test_the_list_of_the_production_line(authority: RegistrationAuthority, tmp_p
     with authority.serving() as server:
         assert [status(server, csr(f"fffbeec0ff0{number}")) for number in range(1, 6)] == [200, 200, 200, 200, 202]
     assert [row[1] for row in authority.log("authorized")] == 4 * ["rule:listed"]
+
+
+@pytest.mark.parametrize("header", ["", "ID\r\n", "client_id,SHA256\r\n"])
+def test_a_list_as_a_spreadsheet_writes_it(authority: RegistrationAuthority, tmp_path: Path, header: str) -> None:
+    ids, request = tmp_path / "ids.csv", csr("one")
+    lines = f"{header}one,{sha256(request)}\r\n\r\n# batch 7\r\ntwo\r\n \r\n"
+    ids.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert authority.command("allow", "--file", str(ids)) == "2 new\n"
+    assert authority.rows("SELECT client_id, expected FROM devices ORDER BY client_id") == [
+        ("one", sha256(request)),
+        ("two", None),
+    ]
+    # A name in another line is an ID, or none.
+    said = authority.command("allow", "--file", "-", given="three\nID,SHA256\n", status=1)
+    assert "'ID,SHA256': behind the comma is no SHA-256" in said
+    # Which of the two is meant? The one that knows its key would be let in by a label else.
+    said = authority.command("allow", "--file", "-", given=f"four,{sha256(request)}\nFOUR\n", status=1)
+    assert "FOUR stands there twice, and not with the same SHA-256" in said
+    for split in ("five\u2028six", "five\rsix", "five\x0bsix"):
+        assert "no client ID" in authority.command("allow", "--file", "-", given=split, status=1)
+    assert authority.rows("SELECT count(*) FROM devices") == [(2,)]
 
 
 def test_an_id_that_is_none_leaves_the_list_as_it_was(authority: RegistrationAuthority) -> None:
@@ -510,6 +532,52 @@ def test_the_log_is_never_rewritten_by_postgresql(tmp_path: Path, postgres: Post
     assert postgres.sql("SELECT count(*) FROM log WHERE who = 'nobody'") == "0"
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_log_of_a_device_whatever_it_is_called(tmp_path: Path, postgres: Postgres, kind: str) -> None:
+    with postgres.database() as database:
+        authority = RegistrationAuthority(tmp_path, database=database if kind == "postgresql" else None)
+        authority.init()
+        authority.command("allow", "Stra\u00dfe", "K\u00d6LN", "x.", "y")
+        for client_id, called in (("Stra\u00dfe", "STRASSE."), ("K\u00d6LN", "k\u00f6ln"), ("x.", "X"), ("y", "Y.")):
+            (line,) = authority.command("log", "--id", called).splitlines()
+            assert line.split("  ")[3] == client_id
+            assert authority.command("log", "--json", "--id", called).count('"allowed"') == 1
+        for nobodys in (["--id", "z"], ["--id", ""], ["--action", ""]):
+            assert authority.command("log", *nobodys) == ""
+
+
+HIDDEN = "\x1b[2J\x9b\u202e\u3164\u2800\ufe0f\U000e0100"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_what_moves_a_terminal_is_never_shown_raw(tmp_path: Path, postgres: Postgres, kind: str) -> None:
+    """Whatever got into the database: by an older version, by hand, or by what a CA or a name server said."""
+    with postgres.database() as url:
+        authority = RegistrationAuthority(tmp_path, database=url if kind == "postgresql" else None)
+        authority.create_ca()
+        with authority.serving() as server:
+            assert server.post(csr("device")).status == 202
+        bad = f"a{HIDDEN}\nz"
+
+        def change(statement: str) -> None:
+            if kind == "sqlite":
+                authority.rows(statement)
+            else:
+                postgres.sql(statement, url)
+
+        change(f"UPDATE requests SET client_id = '{bad}', address = '{bad}'")
+        change(f"INSERT INTO bars (device, kind, since, who) VALUES ('{bad}', 'barred', 1, '{bad}')")
+        change(f"INSERT INTO log (at, who, action, client_id, detail) VALUES (1, '{bad}', 'x', '{bad}', '{bad}')")
+        for command in (["list"], ["list", "--pending"], ["list", "--barred"], ["log", "--action", "x"]):
+            plain, data = authority.command(*command), authority.command(*command, "--json")
+            assert plain.count("\n") == 1
+            assert "a\\u001b[2J\\u009b\\u202e\\u3164\\u2800\\ufe0f\\udb40\\udd00\\nz" in plain
+            assert not set(HIDDEN) - {"[", "2", "J"} & set(plain + data)
+            assert bad in json.loads(data)[0].values()
+        said = authority.command("authorize", bad, status=1)
+        assert not set(HIDDEN) - {"[", "2", "J"} & set(said)
+
+
 # --- In place of a revocation list ---
 
 
@@ -550,19 +618,53 @@ def test_the_smallest_accepted_serial_number(server: Server) -> None:
         ("[ca]\nlife_hours = 1", "ca.life_hours is longer than backdate_seconds"),
         ("= 1", "Invalid statement"),
         ('[dns]\naddresses = "post"', "dns.addresses needs a zone"),
-        ("pending_days = 1000000000000000", "pending_days is at most 36500"),
-        ("[ca]\nlife_hours = 1000000000000000", "ca.life_hours is at most 876000"),
+        ("pending_days = 40000", "pending_days is at most 36500"),
+        ("[ca]\nlife_hours = 1000000000000000", "ca.life_hours is a whole number from 0 to 2147483647"),
+        ("[ca]\nlife_hours = 1000000", "ca.life_hours is at most 876000"),
+        ("[ca]\nbackdate_seconds = -1", "ca.backdate_seconds is a whole number from 0"),
+        ('[ca]\nusages = ["client", "client"]', "ca.usages are "),
+        ('[ca]\nfolder = ""', "ca.folder is the path of a folder"),
+        ('[rules]\nzone = "*.bad zone"', "rules.zone is a host name"),
+        ("rules = 1", "rules is a table: [rules], "),
+        ("[[dns]]", "dns is a table: [dns], "),
+        (f"retry_after = {10**23}", "retry_after is a whole number from 0 to 2147483647"),
+        ("retry_after = 2147483647", "retry_after is between 1 and 2592000"),
+        ('front = ["10.0.0.0/8"]', "front are IP addresses, not networks"),
+        ('refusals = "/tmp/a\\u0000b"', "refusals has a character that can't be seen"),
+        ('[dns]\nname_servers = ["192.0.2.1@99999"]', "dns.name_servers are addresses"),
+        ('[dns]\nname_servers = ["192.0.2.1@0"]', "dns.name_servers are addresses"),
+        ('[dns]\nname_servers = ["192.0.2.1@\u00b2"]', "dns.name_servers are addresses"),
+        ('[dns]\nname_servers = ["192.0.2.1@"]', "dns.name_servers are addresses"),
+        ("[dns]\ncommand_seconds = 2147483647", "dns.command_seconds is between 1 and 86400"),
     ],
 )
 def test_a_wrong_configuration_is_said(tmp_path: Path, settings: str, said: str) -> None:
     authority = RegistrationAuthority(tmp_path, settings)
-    assert said in authority.command("list", status=1)
+    assert said in (line := authority.command("list", status=1)) and line.count("\n") == 1
 
 
-def test_a_database_without_a_port_that_is_one(tmp_path: Path) -> None:
-    authority = RegistrationAuthority(tmp_path, database="postgresql+psycopg://h:port/x")
+@pytest.mark.parametrize(
+    "database",
+    ["postgresql+psycopg://h:port/x", "mysql://h/x", "postgresql://h/x", "sqlite://", "sqlite+no:////x", "x"],
+)
+def test_a_database_that_is_none_of_ours(tmp_path: Path, database: str) -> None:
+    authority = RegistrationAuthority(tmp_path, database=database)
     said = authority.command("list", status=1)
     assert "database is no address like" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", ["roots", "account_key", "eab_key_file"])
+def test_a_file_of_an_acme_ca_that_is_none_is_named(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "none").write_text("nothing \u00e5")
+    files = {"roots": tmp_path / "ca" / "ca.crt", "account_key": tmp_path / "account.key", setting: tmp_path / "none"}
+    made = RegistrationAuthority(tmp_path)
+    made.create_ca()
+    settings = '[acme]\ndirectory = "https://localhost/dir"\nterms_agreed = true\neab_key_id = "x"\n'
+    settings += "".join(f'{name} = "{path}"\n' for name, path in {"eab_key_file": tmp_path / "none", **files}.items())
+    settings += '[dns]\nzone = "d.example.com"\ncommand = "/bin/true"\n'
+    authority = RegistrationAuthority(tmp_path, settings, signer="acme")
+    said = authority.command("work", "--once", status=1)
+    assert said.startswith(f"caramel-authority: acme.{setting}: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
