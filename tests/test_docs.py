@@ -92,6 +92,15 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert not [page.name for page in PAGES if page not in seen]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(world.ROOT)))
+def test_no_command_waits_for_ever(page: Path) -> None:
+    """Who follows a page on a machine where something is missing gets to its next line all the same."""
+    for kind, text, _ in blocks(page):
+        if kind.split()[:1] in (["sh"], ["bash"]):
+            loops = re.findall(r"(?:^|[;&|{(]|\b(?:do|then))\s*((?:until|while)\s.*)", text, re.M)
+            assert [loop for loop in loops if not re.match(r"while (IFS=\S* )?read\b", loop)] == []
+
+
 def test_the_settings_table_is_that_of_the_program() -> None:
     text = (DOCS / "settings.md").read_text()
     table = text.partition("<!-- settings -->")[2].partition("<!-- end -->")[0]
