@@ -103,26 +103,30 @@ caramel-authority 660
 """
 
 
-def installed_at_opt(folder: Path) -> None:
-    """What `pip install` leaves in /opt, with the modules of the environment that `make` has already filled."""
-    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
-    (packages,) = (folder / "lib").glob("python3.*/site-packages")
-    (filled,) = (BIN.parent / "lib").glob("python3.*/site-packages")
-    assert packages.parent.name == filled.parent.name, "the environment is for another Python than the system's"
-    (packages / "authority.pth").write_text(f"/srv/environment/{filled.relative_to(BIN.parent)}\n")
-    program = folder / "bin" / "caramel-authority"
-    program.write_text("#!/opt/caramel-authority/bin/python\nimport sys\nfrom caramel_authority.cli import main\n")
-    program.write_text(program.read_text() + "sys.exit(main())\n")
-    program.chmod(0o755)
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """/opt as the page fills it, with this machine's pip; Debian's packages are here already."""
+    folder = tmp_path_factory.mktemp("opt")
+    folder.chmod(0o755)
+    source = shutil.copytree(DEPLOY.parent, tmp_path_factory.mktemp("source") / "authority")
+    (commands,) = blocks_of("packages")
+    script = "apt-get() { :; }\n" + commands.replace("/opt/", f"{folder}/")
+    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    env = world.environment(**{**pip, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    done = subprocess.run(["bash", "-ec", script], cwd=source, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for program in (folder / "caramel-authority/bin").iterdir():
+        if not program.is_symlink():
+            program.write_text(program.read_text().replace(f"{folder}/", "/opt/"))
+    return folder
 
 
 def blocks_of(name: str) -> list[str]:
     return re.findall(rf"^```sh {name}\n(.*?)^```$", README.read_text(), re.M | re.S)
 
 
-def on_a_machine(tmp_path: Path, script: str) -> tuple[dict[str, str], str]:
+def on_a_machine(tmp_path: Path, opt: Path, script: str) -> tuple[dict[str, str], str]:
     """What this script printed on both outputs, and the journal. Its folder is the page's."""
-    installed_at_opt(tmp_path / "opt/caramel-authority")
     control, units, nginx = (tmp_path / name for name in ("control", "units", "nginx"))
     control.mkdir()
     shutil.copytree("/etc/nginx", nginx, symlinks=True)
@@ -142,8 +146,7 @@ def on_a_machine(tmp_path: Path, script: str) -> tuple[dict[str, str], str]:
     (control / "script").write_text(before + "set -e\n" + script)
     binds = [
         f"--bind={control}:/control", f"--bind={nginx}:/etc/nginx", f"--bind={units}:/etc/systemd/system",
-        f"--bind-ro={tmp_path / 'opt'}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority",
-        f"--bind-ro={BIN.parent}:/srv/environment",
+        f"--bind-ro={opt}:/opt", f"--bind-ro={DEPLOY.parent}:/srv/authority",
         *(f"--bind-ro=/etc/{name}" for name in ("nsswitch.conf", "pam.d", "security", "login.defs", "ssl")),
     ]  # fmt: skip
     command = [
@@ -162,11 +165,11 @@ def on_a_machine(tmp_path: Path, script: str) -> tuple[dict[str, str], str]:
 
 
 @needs("root")
-def test_set_up_as_the_page_says(tmp_path: Path) -> None:
+def test_set_up_as_the_page_says(tmp_path: Path, opt: Path) -> None:
     require("nspawn", "nginx", "curl")
     blocks = blocks_of("setup")
     assert len(blocks) == 4
-    said, journal = on_a_machine(tmp_path, "".join(blocks) + VISIT)
+    said, journal = on_a_machine(tmp_path, opt, "".join(blocks) + VISIT)
     _, _, visited = said["out"].partition("--- the units")
     assert "--- the units" + visited == SAYS, (said, journal)
 
@@ -236,7 +239,7 @@ GOOD: OK
 
 @needs("root")
 @slow
-def test_from_2_0_0_to_another_machine(tmp_path: Path) -> None:
+def test_from_2_0_0_to_another_machine(tmp_path: Path, opt: Path) -> None:
     """The page's way up from 2.0.0, then its copies, the other machine, and the next CA. A device that 2.0.0 knew is
     served all the time, and one that was refused after the copy was made stays out.
     """
@@ -267,7 +270,7 @@ def test_from_2_0_0_to_another_machine(tmp_path: Path) -> None:
     script += "echo '--- restored'\nauthority list --barred | tr -s ' ' | cut -d ' ' -f 1,2 | sort\n"
     script += "".join(f"ca ca-next {stage} >/tmp/said\n" for stage in ("", "--switch", "--finish"))
     script += "authority minimum-serial --now >/tmp/said\nlook followed\n"
-    said, journal = on_a_machine(tmp_path, script)
+    said, journal = on_a_machine(tmp_path, opt, script)
     _, *parts = re.split(r"^--- (\w+)\n", said["out"], flags=re.M)
     printed = dict(zip(parts[::2], parts[1::2], strict=True))
     assert list(printed) == ["migrated", "moved", "restored", "followed"], (said, journal)
