@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 import world
-from world import PLAIN, Answer, Authority, Caramel, Device, Front, HttpRequest, Scripted, answers
+from talking import FIRST_TIME, Talking
+from world import PLAIN, Answer, Caramel, Device, Front, HttpRequest, answers
 
 from caramel_embedded.errors import Locked
 from caramel_embedded.keyfile import KeyFile
-
-ID = "fffbeec0ffee"
-
-
-@pytest.fixture(scope="module")
-def pem(authority: Authority) -> Path:
-    return authority.server(file="lock.pem")
 
 
 @contextmanager
@@ -44,20 +38,13 @@ def is_free(path: Path) -> bool:
     return subprocess.run(["flock", "-n", str(path), "true"], timeout=30).returncode == 0
 
 
-def test_a_device_whose_file_is_locked_leaves_everything_alone(
-    tmp_path: Path, authority: Authority, pem: Path
-) -> None:
-    with Scripted(pem, [None]) as server:
-        device = Device(tmp_path, server.address, authority.certificate_file, ID)
-        device.has(b"anything, for nobody reads it")
-        before = device.snapshot()
-        with held(device.key_file):
-            run = device.run()
-        assert (run.status, run.out, server.connections) == (1, "", 0)
-        assert "another process holds the lock" in run.err and run.err.count("\n") == 1
-        assert device.snapshot() == before
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-        assert run.seconds < 5
+def test_a_device_whose_file_is_locked_leaves_everything_alone(new: Talking) -> None:
+    new.has(b"anything, for nobody reads it")
+    with held(new.key_file):
+        run = new.keeps(status=1)
+    assert "another process holds the lock" in run.err and new.connections == 0
+    assert [path.name for path in new.folder.iterdir() if path.name.startswith(".")] == []
+    assert run.seconds < 5
 
 
 def test_the_lock_is_on_the_file_that_a_link_leads_to(tmp_path: Path, device: Device) -> None:
@@ -74,66 +61,48 @@ def test_the_lock_is_on_the_file_that_a_link_leads_to(tmp_path: Path, device: De
     assert device.run().status == 69 and is_free(device.key_file)
 
 
-def test_a_working_run_holds_the_lock_also_on_the_file_that_replaced_the_first(
-    tmp_path: Path, authority: Authority, pem: Path
-) -> None:
-    device = Device(tmp_path, None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, not_before=world.now() - world.hours(1)))
+def test_a_working_run_holds_the_lock_also_on_the_file_that_replaced_the_first(certified: Talking) -> None:
     free: list[bool] = []
     inodes: list[int] = []
     locked_out: list[int] = []
 
     def says(asked: HttpRequest) -> Answer:
-        free.append(is_free(device.key_file))
-        inodes.append(device.key_file.stat().st_ino)
+        free.append(is_free(certified.key_file))
+        inodes.append(certified.key_file.stat().st_ino)
         # A run during a run; not where it would be let in, and ask this server, and so on.
-        locked_out.append(-1 if free[-1] else device.run().status)
+        locked_out.append(-1 if free[-1] else certified.run().status)
         return [answers.REJECTED, answers.PENDING, answers.PENDING][len(free) - 1]
 
-    with Scripted(pem, says) as server:
-        device.server = server.address
-        run = device.run()
-    assert run.status == 69
+    assert certified.hears(says).status == 69
     assert free == [False, False, False] and locked_out == [1, 1, 1]
     assert inodes[0] != inodes[1] == inodes[2], "the rejected identity was replaced during the run"
-    assert is_free(device.key_file)
+    assert is_free(certified.key_file)
 
 
-def test_a_first_boot_holds_the_lock_from_before_there_is_a_key(
-    tmp_path: Path, authority: Authority, pem: Path
-) -> None:
-    device = Device(tmp_path, None, authority.certificate_file, ID)
+def test_a_first_boot_holds_the_lock_from_before_there_is_a_key(new: Talking) -> None:
     free: list[bool] = []
 
     def says(asked: HttpRequest) -> Answer:
-        free.append(is_free(device.key_file))
-        return [answers.UNKNOWN, answers.PENDING, answers.PENDING][len(free) - 1]
+        free.append(is_free(new.key_file))
+        return FIRST_TIME[len(free) - 1]
 
-    with Scripted(pem, says) as server:
-        device.server = server.address
-        assert device.run().status == 69
+    assert new.hears(says).status == 69
     assert free == [False, False, False]
 
 
-def test_a_backup_of_the_file_that_is_still_locked_locks_nobody_out(
-    tmp_path: Path, authority: Authority, pem: Path
-) -> None:
+def test_a_backup_of_the_file_that_is_still_locked_locks_nobody_out(pending: Talking, tmp_path: Path) -> None:
     """The path has another file meanwhile, which nobody holds."""
-    device = Device(tmp_path, None, authority.certificate_file, ID)
-    device.has(authority.identity(ID, certified=False))
-    backup = tmp_path / "backup"
     inner: list[int] = []
 
     def says(asked: HttpRequest) -> Answer:
-        if not backup.exists():
-            device.key_file.rename(backup)
-            device.has(authority.identity(ID, certified=False))
-            inner.append(device.run().status)
+        if not inner:
+            inner.append(0)
+            pending.key_file.rename(tmp_path / "backup")
+            pending.pending()
+            inner[0] = pending.run().status
         return answers.PENDING
 
-    with Scripted(pem, says) as server:
-        device.server = server.address
-        assert device.run().status == 69
+    assert pending.hears(says).status == 69
     assert inner == [69]
 
 

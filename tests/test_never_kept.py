@@ -19,7 +19,8 @@ import world
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from needs import slow
-from world import Authority, Caramel, Device, Scripted, answers, hours, key_file_content, now, signing_request
+from talking import Talking
+from world import Authority, Caramel, Device, answers, hours, key_file_content, now, signing_request
 
 Make = Callable[[Authority, str], bytes]
 PKCS8, OLD_STYLE = serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL
@@ -177,16 +178,14 @@ def test_a_client_id_from_elsewhere_is_believed(
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-def test_a_host_name_in_another_case_is_the_same_one(device: Device, authority: Authority, sealed: bool) -> None:
+def test_a_host_name_in_another_case_is_the_same_one(new: Talking, authority: Authority, sealed: bool) -> None:
     """The stored form stays, on the line, in the request and in what the server hears."""
     stored = "Meter-7.Devices.Example.com"
-    device.has(authority.identity(stored, line=sealed))
-    content, device.client_id = world.unsealed(device.key_file.read_bytes()), stored.lower()
-    with Scripted(authority.server(), [answers.NOT_MODIFIED]) as server:
-        device.server = server.address
-        run = device.run()
-    assert (run.status, f"({stored})" in server.requests[0].user_agent) == (0, True), run.err
-    assert device.key_file.read_bytes() == world.sealed(content, authority.pem, stored)
+    new.has(authority.identity(stored, line=sealed))
+    content, new.client_id = world.unsealed(new.key_file.read_bytes()), stored.lower()
+    assert new.hears(answers.NOT_MODIFIED).status == 0
+    assert f"({stored})" in new.asked[0].user_agent
+    assert new.key_file.read_bytes() == world.sealed(content, authority.pem, stored)
 
 
 def test_a_wrong_ca_of_the_identity_costs_none(
@@ -259,19 +258,14 @@ def test_a_certificate_that_stopped_being_usable_is_dropped_and_its_key_kept(
     assert [row.sha256 for row in caramel.requests(str(device.client_id))] == [device.request_hash()]
 
 
-def test_an_unusable_certificate_is_not_shown_and_goes_only_when_a_trustworthy_server_was_asked(
-    device: Device, authority: Authority
-) -> None:
+def test_an_unusable_certificate_is_not_shown_and_goes_only_when_a_trustworthy_server_was_asked(new: Talking) -> None:
     """A clock that has jumped ahead lies about the end of a certificate; see also `test_trust.py`."""
-    device.has(authority.identity(str(device.client_id), not_after=now() - hours(1)))
-    before = device.snapshot()
-    said = [answers.page(503), answers.PENDING]
-    with Scripted(authority.server(), said, client_ca=authority.certificate_file) as server:
-        device.server = server.address
-        assert device.run().status == 127 and device.snapshot() == before
-        assert device.run().status == 69
-    assert device.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
-    assert [(asked.client_certificate, asked.if_modified_since) for asked in server.requests] == [(None, "")] * 2
+    new.certified(not_after=now() - hours(1))
+    new.keeps(answers.page(503))
+    asked = new.asked
+    assert new.hears(answers.PENDING).status == 69
+    assert new.labels == ["PRIVATE KEY", "NEW CERTIFICATE REQUEST"]
+    assert [(one.client_certificate, one.if_modified_since) for one in asked + new.asked] == [(None, "")] * 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import world
-from world import Authority, Caramel, Device, Scripted
+from talking import Talking
+from world import Authority, Caramel, Device, Scripted, answers
 
 
 def test_every_test_that_the_page_names_exists() -> None:
@@ -31,9 +32,7 @@ def test_a_man_in_the_middle_with_a_public_cas_certificate_gets_nothing(
     assert device.run().status == 69
     before = device.key_file.read_bytes()
     environment = {"SSL_CERT_FILE": str(public.certificate_file), "REQUESTS_CA_BUNDLE": str(public.certificate_file)}
-    with Scripted(
-        public.server(), [world.answer(403, b'{"status":403}', "Content-Type: application/problem+json")]
-    ) as it:
+    with Scripted(public.server(), [answers.REJECTED]) as it:
         device.server = it.address
         run = device.run(env=environment)
         assert run.status == 127 and "trusted CA" in run.err, run
@@ -42,20 +41,17 @@ def test_a_man_in_the_middle_with_a_public_cas_certificate_gets_nothing(
     assert device.key_file.read_bytes() == before
 
 
-def test_nothing_but_the_request_is_ever_sent(device: Device, authority: Authority, tmp_path: Path) -> None:
+def test_nothing_but_the_request_is_ever_sent(new: Talking) -> None:
     """All that a server gets to see in a device's life, with the key beside it."""
-    page = world.answer(404, b'{"status":404}', "Content-Type: application/problem+json")
-    with Scripted(authority.server(), [page, world.answer(202, b"{}"), world.answer(202, b"{}")]) as server:
-        device.server = server.address
-        assert device.run().status == 69
-        seen = [(asked.method, asked.path, asked.body, dict(asked.headers)) for asked in server.requests]
-    digest, request = device.request_hash(), device.request
+    new.enrolls()
+    seen = [(asked.method, asked.path, asked.body, dict(asked.headers)) for asked in new.asked]
+    digest, request = new.request_hash(), new.request
     assert [(method, path, body) for method, path, body, _ in seen] == [
         ("GET", f"/{digest}", b""),
         ("POST", f"/{digest}", request),
         ("GET", f"/{digest}", b""),
     ]
-    key = device.block("PRIVATE KEY")
+    key = new.block("PRIVATE KEY")
     assert key is not None
     everything = repr(seen).encode()
     # The first lines hold the modulus, which is in the request as well.
