@@ -137,38 +137,35 @@ def test_an_everyday_run_loads_no_x509_and_starts_no_program(certified: Device, 
 
 # --- A chip that fails ---
 
-WRONG: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Any, Path], Any], str]] = {
-    "no TPM": ("tpm", lambda chip, conf: chip.away(), lambda chip, conf: chip.back(), "the TPM can't be reached"),
-    "no provider": (
-        *("tpm", lambda chip, conf: conf.write_text("")),
-        *(lambda chip, conf: shutil.copy(chip.conf, conf), "OpenSSL's provider for TPMs is not there, or not active"),
-    ),
-    "no configuration": (
-        *("tpm", lambda chip, conf: conf.unlink(), lambda chip, conf: shutil.copy(chip.conf, conf)),
-        "openssl.cnf is not there",
-    ),
-    "cleared": (
-        *("tpm", lambda chip, conf: chip.clear(), lambda chip, conf: None),
-        "the TPM has not the parent that wraps the key",
-    ),
-    "replaced": ("tpm", lambda chip, conf: chip.replace(), lambda chip, conf: None, "it is another TPM's key"),
-    "no token": (
-        *("pkcs11", lambda chip, conf: chip.away(), lambda chip, conf: chip.back()),
-        "the token is not there, has no such key, or refuses the PIN",
-    ),
-    "wrong PIN": (
-        *("pkcs11", lambda chip, conf: chip.pin_file.write_text("99\n")),
-        *(lambda chip, conf: chip.pin_file.write_text(chip.pin), "or refuses the PIN"),
-    ),
-    "no PIN": (
-        *("pkcs11", lambda chip, conf: chip.pin_file.unlink()),
-        *(lambda chip, conf: chip.pin_file.write_text(chip.pin), "the token's PIN file"),
-    ),
-    "no library": (
-        *("pkcs11", lambda chip, conf: conf.write_text(conf.read_text().replace("libsofthsm2", "missing"))),
-        *(lambda chip, conf: shutil.copy(chip.conf, conf), "the token's library"),
-    ),
+#: The chip, what happens to it or to a file, and what is said.
+WRONG: dict[str, tuple[str, str, str]] = {
+    "no TPM": ("tpm", "away", "the TPM can't be reached"),
+    "no provider": ("tpm", "conf is empty", "OpenSSL's provider for TPMs is not there, or not active"),
+    "no configuration": ("tpm", "conf is gone", "openssl.cnf is not there"),
+    "cleared": ("tpm", "clear", "the TPM has not the parent that wraps the key"),
+    "replaced": ("tpm", "replace", "it is another TPM's key"),
+    "no token": ("pkcs11", "away", "the token is not there, has no such key, or refuses the PIN"),
+    "wrong PIN": ("pkcs11", "pin is wrong", "or refuses the PIN"),
+    "no PIN": ("pkcs11", "pin is gone", "the token's PIN file"),
+    "no library": ("pkcs11", "conf is wrong", "the token's library"),
 }
+
+
+def breaks(chip: Any, conf: Path, how: str) -> Callable[[], object]:
+    """Lets it happen, and returns what ends it."""
+    name, _, state = how.partition(" is ")
+    if not state:
+        getattr(chip, how)()
+        return chip.back if how == "away" else lambda: None
+    file = conf if name == "conf" else chip.pin_file
+    before = file.read_text()
+    if state == "gone":
+        file.unlink()
+    elif state == "empty":
+        file.write_text("")
+    else:
+        file.write_text("99\n" if name == "pin" else before.replace("libsofthsm2", "missing"))
+    return lambda: file.write_text(before)
 
 
 @slow
@@ -178,7 +175,7 @@ WRONG: dict[str, tuple[str, Callable[[Any, Path], Any], Callable[[Any, Path], An
 def test_a_chip_that_cannot_be_used_costs_nothing(
     certified: Device, chip: Chip, caramel: Caramel, nginx: Nginx, wrong: str
 ) -> None:
-    _, breaks, repair, words = WRONG[wrong]
+    _, how, words = WRONG[wrong]
     # The program's own copy, which can break.
     conf = certified.folder / "openssl.cnf"
     shutil.copy(chip.conf, conf)
@@ -186,7 +183,7 @@ def test_a_chip_that_cannot_be_used_costs_nothing(
     certified.config.write_text(certified.config.read_text().replace(str(chip.conf), str(conf)))
     kept = certified.snapshot()
 
-    breaks(chip, conf)
+    repair = breaks(chip, conf, how)
     run = certified.run()
     assert (run.status, run.err.count("\n")) == (127, 1) and words in run.err and "unchanged" in run.err, run
     assert certified.snapshot() == kept
@@ -206,7 +203,7 @@ def test_a_chip_that_cannot_be_used_costs_nothing(
     stored = certified.snapshot()
     assert certified.run().status == 127 and certified.snapshot() == stored and calls(certified) == 1
 
-    repair(chip, conf)
+    repair()
     if wrong in ("cleared", "replaced"):
         # Only the server's rejection starts it over, with whatever chip it has now.
         chip.run(world.chips.KEYS / "tpm-parent")
@@ -461,89 +458,82 @@ def test_a_block_that_is_damaged_is_no_key(certified: Device, chip: Tpm) -> None
 # --- Who reads it ---
 
 
+GET = "printf 'GET /root.crt HTTP/1.0\\r\\n\\r\\n' | "
+URL = "https://localhost:PORT/root.crt"
+#: What reads a page with FILE as certificate and key.
+CLIENTS = {
+    "curl": f"curl -sSf --cacert CA --cert FILE --key FILE {URL}",
+    "openssl": f"{GET}openssl s_client -quiet -connect localhost:PORT -CAfile CA -cert FILE -key FILE",
+    "python": "python3 -c \"import ssl, urllib.request as u; c = ssl.create_default_context(cafile='CA'); "
+    f"c.load_cert_chain('FILE'); print(u.urlopen('{URL}', context=c).read().decode(), end='')\"",
+    "node": "node --openssl-shared-config -e \"const pem = fs.readFileSync('FILE'), ca = fs.readFileSync('CA'); "
+    f"https.get('{URL}', {{ca: ca, cert: pem, key: pem}}, answer => answer.pipe(process.stdout))\"",
+    "gnutls": f"cd TMP; cp FILE copy.pem; {GET}gnutls-cli --port PORT --x509cafile CA --logfile /dev/null localhost "
+    "--x509certfile copy.pem --x509keyfile copy.pem",
+}
+TEMPORARY = " ".join(f"{kind}_temp_path TMP/t;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+#: What is a server with it: its command, and the configuration that this names.
+SERVERS = {
+    "nginx -c": "daemon off; master_process off; pid TMP/pid; error_log stderr; events {}\n"
+    f"http {{ access_log off; {TEMPORARY}\n"
+    "server { listen 127.0.0.1:PORT ssl; return 204; ssl_certificate FILE; ssl_certificate_key FILE; } }\n",
+    "mosquitto -c": "allow_anonymous true\nuser root\nlog_dest stdout\nlistener PORT 127.0.0.1\n"
+    "certfile FILE\nkeyfile FILE\n",
+    "stunnel4": "foreground = yes\npid =\n[x]\naccept = 127.0.0.1:PORT\nconnect = 127.0.0.1:1\ncert = FILE\n",
+    "haproxy -f": "defaults\n  mode http\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s\n"
+    "frontend x\n  bind 127.0.0.1:PORT ssl crt FILE\n  http-request return status 204\n",
+}
+
+
 @slow
 @both
 def test_programs_that_read_the_file(
     certified: Device, chip: Chip, caramel: Caramel, authority: Authority, tmp_path: Path
 ) -> None:
-    """nginx, mosquitto, stunnel and HAProxy as servers; curl, openssl(1), Python and Node.js as clients: the
-    configuration is their own. GnuTLS refuses it.
-    """
-    file, ca = certified.key_file, authority.certificate_file
-    client_ca = tmp_path / "ca.crt"
-    shutil.copy(ca, client_ca)
+    """Servers and clients whose configuration is their own. GnuTLS refuses it."""
+    ca = tmp_path / "ca.crt"
+    shutil.copy(authority.certificate_file, ca)
     env = {**chip.env, "OPENSSL_CONF": str(chip.conf), "TSS2_LOG": "all+NONE"}
-    with Nginx(tmp_path / "nginx", caramel, authority.server(file="strict.pem"), verify_client="on") as strict:
-        url = f"https://{strict.address}/root.crt"
-        got = chip.run("curl", "-sSf", "--cacert", client_ca, "--cert", file, "--key", file, url, env=env)
-        assert got.stdout == authority.pem.decode()
-        script = (
-            "import ssl, sys, urllib.request as u; c = ssl.create_default_context(cafile=sys.argv[2]);"
-            "c.load_cert_chain(sys.argv[1]); print(u.urlopen(sys.argv[3], context=c).read().decode(), end='')"
-        )
-        assert chip.run("python3", "-c", script, file, client_ca, url, env=env).stdout == authority.pem.decode()
-        client = f"openssl s_client -quiet -connect {strict.address} -CAfile {client_ca} -cert {file} -key {file}"
-        got = chip.run("sh", "-c", f"printf 'GET /root.crt HTTP/1.0\\r\\n\\r\\n' | {client}", env=env)
-        assert authority.pem.decode() in got.stdout
-        script = (
-            "const pem = fs.readFileSync(process.argv[1]), ca = fs.readFileSync(process.argv[2]);"
-            "https.get(process.argv[3], {ca: ca, cert: pem, key: pem}, answer => answer.pipe(process.stdout));"
-        )
-        node = ["node", "--openssl-shared-config", "-e", script, str(file), str(client_ca), url]
-        assert chip.run(*node, env=env).stdout == authority.pem.decode()
-        # Without the option it reads another section of the configuration.
-        done = chip.run(*(word for word in node if word != "--openssl-shared-config"), env=env, check=False)
-        assert done.returncode != 0 and "unsupported" in done.stderr, done
+    page = authority.pem.decode()
 
-        # GnuTLS gets to the server with a key of its own kind, and doesn't begin with this one.
-        software = authority.server(file="gnutls.pem")
-        host, _, number = strict.address.partition(":")
-        for pem, works in ((software, True), (file, False)):
-            shutil.copy(pem, tmp_path / "copy.pem")
-            client = f"gnutls-cli --port {number} --x509cafile {client_ca} --logfile /dev/null {host}"
-            client += " --x509certfile copy.pem --x509keyfile copy.pem"
-            asks = f"cd {tmp_path}; printf 'GET /root.crt HTTP/1.0\\r\\n\\r\\n' | {client}"
-            done = chip.run("sh", "-c", asks, env=env, check=False)
-            assert ("-----END CERTIFICATE-----" in done.stdout) is works, done
-            assert ("Error importing key" in done.stderr + done.stdout) is not works, done
+    def here(text: str, port: int, file: Path = certified.key_file) -> str:
+        for word, is_ in (("PORT", port), ("FILE", file), ("TMP", tmp_path), ("CA", ca)):
+            text = re.sub(rf"\b{word}\b", str(is_), text)
+        return text
+
+    with Nginx(tmp_path / "nginx", caramel, authority.server(file="strict.pem"), verify_client="on") as strict:
+
+        def read(line: str, file: Path = certified.key_file) -> tuple[bool, str]:
+            done = chip.run("sh", "-c", here(line, strict.port, file), env=env, check=False)
+            return page in done.stdout.replace("\r", ""), done.stdout + done.stderr
+
+        for name in ("curl", "openssl", "python", "node"):
+            got, said = read(CLIENTS[name])
+            assert got, (name, said)
+        # Without the option it reads another section of the configuration.
+        got, said = read(CLIENTS["node"].replace("--openssl-shared-config", ""))
+        assert not got and "unsupported" in said, said
+        # It gets to the server with a key of its own kind, and doesn't begin with this one.
+        assert read(CLIENTS["gnutls"], authority.server(file="gnutls.pem"))[0]
+        got, said = read(CLIENTS["gnutls"])
+        assert not got and "Error importing key" in said, said
 
     port = world.free_port()
-    (tmp_path / "mosquitto.conf").write_text(
-        f"allow_anonymous true\nuser root\nlog_dest stdout\nlistener {port} 127.0.0.1\n"
-        f"certfile {file}\nkeyfile {file}\n"
-    )
-    (tmp_path / "nginx.conf").write_text(
-        f"daemon off; master_process off; pid {tmp_path}/pid; error_log stderr; events {{}}\n"
-        f"http {{ access_log off; client_body_temp_path {tmp_path}/t; proxy_temp_path {tmp_path}/t; "
-        f"fastcgi_temp_path {tmp_path}/t; uwsgi_temp_path {tmp_path}/t; scgi_temp_path {tmp_path}/t;\n"
-        f"server {{ listen 127.0.0.1:{port} ssl; return 204;\n"
-        f"ssl_certificate {file}; ssl_certificate_key {file}; }} }}\n"
-    )
-    (tmp_path / "stunnel.conf").write_text(
-        f"foreground = yes\npid =\n[x]\naccept = 127.0.0.1:{port}\nconnect = 127.0.0.1:1\ncert = {file}\n"
-    )
-    (tmp_path / "haproxy.cfg").write_text(
-        "defaults\n  mode http\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s\n"
-        f"frontend x\n  bind 127.0.0.1:{port} ssl crt {file}\n  http-request return status 204\n"
-    )
-    for server in (
-        ["nginx", "-c", f"{tmp_path}/nginx.conf"],
-        ["mosquitto", "-c", f"{tmp_path}/mosquitto.conf"],
-        ["stunnel4", f"{tmp_path}/stunnel.conf"],
-        # With SoftHSM, HAProxy 3.0 of Debian 13 ends as it starts ("double free").
-        *([["haproxy", "-f", f"{tmp_path}/haproxy.cfg"]] if chip.kind == "tpm" else []),
-    ):
-        line = [*world.in_tree(world.trixie()), *server]
-        log = tmp_path / f"{server[0]}.log"
-        with Daemon(line, log, world.environment(**env)) as daemon:
+    for command, text in SERVERS.items():
+        name = command.split()[0]
+        if name == "haproxy" and chip.kind != "tpm":
+            continue  # with SoftHSM, HAProxy 3.0 of Debian 13 ends as it starts ("double free")
+        conf = tmp_path / f"{name}.conf"
+        conf.write_text(here(text, port))
+        line = [*world.in_tree(world.trixie()), *command.split(), str(conf)]
+        with Daemon(line, tmp_path / f"{name}.log", world.environment(**env)) as daemon:
             world.until("it listens", lambda: world.listens(port) or not daemon.alive)
             assert daemon.alive, daemon.text()
             context = ssl.create_default_context(cafile=str(ca))
             context.check_hostname = False
             with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 20)) as connection:
                 der = connection.getpeercert(binary_form=True)
-            assert der and certified.certificate
-            assert ssl.DER_cert_to_PEM_cert(der).encode() == certified.block("CERTIFICATE")
+            assert der and ssl.DER_cert_to_PEM_cert(der).encode() == certified.block("CERTIFICATE")
 
 
 # --- The page ---
