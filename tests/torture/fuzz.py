@@ -14,12 +14,15 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 try:
     import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 except ImportError:  # no wheel for this Python
     atheris = None
+
+if TYPE_CHECKING:
+    from world import Authority
 
 CLIENT_ID = "fe00feedc0de"
 
@@ -33,6 +36,14 @@ def _is_right(request: bytes) -> bool:
         return False
 
 
+def _authority() -> Authority:
+    """One for all runs, because the corpus that is kept has its certificates."""
+    import world
+
+    folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
+    return world.Authority.open(folder) if folder.exists() else world.Authority(folder)
+
+
 class Finding(Exception):
     """A promise of the parser that an input breaks."""
 
@@ -44,8 +55,7 @@ def key_file_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     from caramel_embedded import certificates, identity, pem, trust
     from torture.fleet import key_file_parts
 
-    folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
-    authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
+    authority = _authority()
     trusted = trust.Trust(authority.pem)
     anchors = certificates.Anchors(authority.pem)
     key = world.new_key()
@@ -94,23 +104,21 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
     import urllib3
     import world
 
-    from caramel_embedded import pem as reader
+    from caramel_embedded import pem
     from caramel_embedded.errors import Refused, Unreachable
     from caramel_embedded.server import MAXIMUM_BODY
     from torture.simulation import parsed
 
-    folder = Path(os.environ["FUZZ_FOLDER"]) / "authority"
-    authority = world.Authority(folder) if not folder.exists() else world.Authority.open(folder)
-    pem = authority.pem
+    authority = _authority()
     problem = "Content-Type: application/problem+json"
     seeds = [
-        world.answer(200, pem, "Last-Modified: Sun, 22 Nov 2026 04:00:00 GMT"),
+        world.answer(200, authority.pem, "Last-Modified: Sun, 22 Nov 2026 04:00:00 GMT"),
         world.answer(202, b'{"sha256":"","url":""}'),
         world.answer(304),
         world.answer(403, b'{"status":403,"title":"Forbidden","detail":null}', problem),
         world.answer(400, b'{"status":400,"title":"Bad","detail":"duplicate request"}', problem),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\n-----\r\n0\r\nX: y\r\n\r\n",
-        world.answer(200, pem, "Content-Encoding: gzip"),
+        world.answer(200, authority.pem, "Content-Encoding: gzip"),
         b"HTTP/1.1 100 Continue\r\n\r\n" + world.answer(404, b"<html>", "Content-Type: text/html; charset=x"),
     ]
 
@@ -126,7 +134,7 @@ def answer_oracle() -> tuple[Callable[[bytes], None], list[bytes]]:
             raise Finding("a stranger's answer is taken for Caramel's")
         if not str(answer).isprintable() or len(str(answer)) > 300:
             raise Finding("an answer's words don't fit into a line")
-        reader.certificates(answer.body)
+        pem.certificates(answer.body)
 
     return oracle, seeds
 
