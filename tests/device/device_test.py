@@ -11,13 +11,14 @@ loopback interface.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 from world import ROOT, Authority, Caramel, Nginx, until
 
@@ -43,9 +44,7 @@ export PATH=/usr/sbin:/usr/bin
 done
 """
 
-#: When the first process in it dies, all of them do, and what they had mounted is gone.
-NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-
+PATH = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 DEFAULTS = "RETRY_FIRST=1\nRETRY_MAX=2\nSPREAD=1\n"
 
 
@@ -75,6 +74,11 @@ class Machine:
         return path
 
     @property
+    def inside(self) -> list[str]:
+        """What runs a command there: when the first process dies, all do, and what they had mounted is gone."""
+        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "chroot", str(self.root)]
+
+    @property
     def key_file(self) -> Path:
         return self.root / "var/lib/caramel/identity.pem"
 
@@ -82,31 +86,21 @@ class Machine:
         text = self.key_file.read_text() if self.key_file.exists() else ""
         return [line[11:-5] for line in text.splitlines() if line.startswith("-----BEGIN ")]
 
+    def last_lines(self) -> str:
+        logs = (self.root / "boot.log", self.root / "var/log/messages")
+        texts = [log.read_text(errors="replace") for log in logs if log.exists()]
+        return "\n".join(line for text in texts for line in text.splitlines()[-30:])
+
     def boot(self, clock: str = "") -> float:
         """Turns the power on; how many seconds the init scripts took."""
         self.write("etc/init.d/rcS", RCS.format(clock=clock), 0o755)
-        self.boots = self.root / "boot.log"
         marker = self.root / "var/booted"
         marker.unlink(missing_ok=True)
         self.write("etc/init.d/S99booted", "#!/bin/sh\n: >/var/booted\n", 0o755)
         started = time.monotonic()
-        with open(self.boots, "ab") as log:
+        with open(self.root / "boot.log", "ab") as log:
             self.init = subprocess.Popen(
-                [
-                    "unshare",
-                    "--mount",
-                    "--pid",
-                    "--fork",
-                    "--kill-child",
-                    "chroot",
-                    str(self.root),
-                    "/bin/busybox",
-                    "init",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+                [*self.inside, "/bin/busybox", "init"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=PATH
             )
         until("the boot is over", marker.exists, PATIENCE)
         return time.monotonic() - started
@@ -122,24 +116,9 @@ class Machine:
         """A command on the device, as from its console."""
         words = " ".join(f"'{word}'" for word in command)
         script = f"mount -t proc proc /proc; {clock}exec {words}"
+        line = [*self.inside, "/bin/sh", "-c", script]
         return subprocess.run(
-            [
-                "unshare",
-                "--mount",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "chroot",
-                str(self.root),
-                "/bin/sh",
-                "-c",
-                script,
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            timeout=PATIENCE,
+            line, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=PATH, timeout=PATIENCE
         )
 
 
@@ -158,20 +137,27 @@ def check(good: bool, what: object) -> None:
         raise AssertionError(what)
 
 
+def make(*words: str) -> None:
+    """A command of whoever makes the image."""
+    line = ["make", "-s", "-C", str(ROOT), "-f", "packaging/packaging.mk", *words]
+    subprocess.run(line, check=True)
+
+
+@contextmanager
+def shown_if_it_fails(lines: Callable[[], str]) -> Iterator[None]:
+    """What a device said last is printed if its story breaks off."""
+    try:
+        yield
+    except BaseException:
+        print("--- the device", lines(), sep="\n", file=sys.stderr)
+        raise
+
+
 def install(machine: Machine, server: str, ca: Path) -> None:
     """What the maker of the image does: two commands."""
-    subprocess.run(
-        [
-            "make", "--no-print-directory", "-C", str(ROOT), "-f", "packaging/packaging.mk", "zipapp",
-            f"SERVER={server}", f"CA_CERT={ca}", f"OUT={machine.root}/usr/bin/caramel-embedded",
-            "PYTHON=/usr/bin/python3",
-        ],
-        check=True,
-    )  # fmt: skip
-    subprocess.run(
-        ["make", "-s", "-C", str(ROOT), "-f", "packaging/packaging.mk", "install-sysv", f"DESTDIR={machine.root}"],
-        check=True,
-    )
+    program = f"{machine.root}/usr/bin/caramel-embedded"
+    make("zipapp", f"SERVER={server}", f"CA_CERT={ca}", f"OUT={program}", "PYTHON=/usr/bin/python3")
+    make("install-sysv", f"DESTDIR={machine.root}")
 
 
 def live(machine: Machine, caramel: Caramel, front: Nginx, say: Story) -> None:
@@ -258,8 +244,6 @@ def live(machine: Machine, caramel: Caramel, front: Nginx, say: Story) -> None:
     check(done.returncode == 1, done)
     say(f"under flock(1): 1: {done.stderr.strip()}")
 
-    compare(machine, say)
-
     machine.power_off()
     cryptography = machine.root / "usr/lib/python3/dist-packages/cryptography"
     cryptography.rename(cryptography.with_name("gone"))
@@ -268,40 +252,6 @@ def live(machine: Machine, caramel: Caramel, front: Nginx, say: Story) -> None:
     check(len(done.stderr.splitlines()) == 1, done)
     say(f"without the module: 127: {done.stderr.strip()}")
     check(certified(), machine.labels())
-
-
-#: Makes keys as the program does; prints the seconds of processor time for one of each type.
-MAKE_KEYS = """
-import time
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-for many, make in (
-    (1, lambda: rsa.generate_private_key(65537, 2048)),
-    (20, lambda: ec.generate_private_key(ec.SECP256R1())),
-):
-    began = time.process_time()
-    for _ in range(many):
-        make()
-    print((time.process_time() - began) / many)
-"""
-
-
-def compare(machine: Machine, say: Story) -> None:
-    """A first enrollment with each type of key: the processor time of the run, and of making the key alone.
-
-    Figures to read, and nothing fails by them: how long it takes to find two primes is a matter of luck.
-    """
-    runs = []
-    for kind in ("rsa-2048", "ec-p256"):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        options = ("--key-type", kind, "--key-file", f"/var/lib/caramel/{kind}.pem", "--client-id", kind)
-        done = machine.run("/usr/bin/caramel-embedded", *options)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        check(done.returncode == 69, done)
-        runs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    machine.write("tmp/make_keys.py", MAKE_KEYS)
-    keys = [float(word) for word in machine.run("/usr/bin/python3", "/tmp/make_keys.py").stdout.split()]
-    for what, (rsa, elliptic) in (("first enrollment", runs), ("its key alone", keys)):
-        say(f"{what}: {rsa:.3g} s with rsa-2048, {elliptic:.3g} s with ec-p256: {elliptic / rsa:.2g} times as long")
 
 
 def main() -> int:
@@ -313,21 +263,17 @@ def main() -> int:
         folder.chmod(0o755)
         authority = Authority(folder / "authority")
         machine = Machine(tree, folder / "root")
-        try:
-            with Caramel(folder / "caramel", authority) as caramel:
-                certificate = authority.server()
-                with Nginx(folder / "nginx", caramel, certificate) as front:
-                    install(machine, front.address, authority.certificate_file)
-                    say("image made: the tree, make zipapp, make install-sysv")
-                    try:
-                        live(machine, caramel, front, say)
-                    except BaseException:
-                        if machine.init is not None:
-                            print("--- boot log", machine.boots.read_text(errors="replace"), sep="\n")
-                            subprocess.run(["tail", "-n", "30", str(machine.root / "var/log/messages")])
-                        raise
-        finally:
-            machine.power_off()
+        with (
+            Caramel(folder / "caramel", authority) as caramel,
+            Nginx(folder / "nginx", caramel, authority.server()) as front,
+        ):
+            install(machine, front.address, authority.certificate_file)
+            say("image made: the tree, make zipapp, make install-sysv")
+            try:
+                with shown_if_it_fails(machine.last_lines):
+                    live(machine, caramel, front, say)
+            finally:
+                machine.power_off()
     say("all of a device's life, on Arm")
     return 0
 
