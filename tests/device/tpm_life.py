@@ -22,7 +22,7 @@ from authority_world import Front, RegistrationAuthority
 from powercut.machine import Failed, Machine
 from world import PATIENCE, ROOT, Daemon, environment, in_tree, tree, until
 
-from device.device_test import Story, check
+from device.device_test import Story, check, make, shown_if_it_fails
 
 #: Seconds for everything, once Debian's tree is there.
 LIMIT = 900
@@ -59,9 +59,8 @@ class Board:
         assert self._machine, "the power is off"
         return self._machine
 
-    @property
-    def console(self) -> list[str]:
-        return self._machine.log if self._machine else []
+    def console(self) -> str:
+        return "\n".join(self._machine.log[-30:] if self._machine else [])
 
     def boot(self, chip: Optional[str]) -> float:
         """Turns the power on, with this TPM or without one; how many seconds it took."""
@@ -142,11 +141,9 @@ def firmware(folder: Path, address: str, ca: Path) -> Path:
     settings = folder / "firmware.conf"
     settings.write_text(f"CARAMEL_KEY_TYPE=ec-p256\nCARAMEL_CN={CLIENT_ID}\n")
     made = folder / "firmware"
-    subprocess.run(
-        ["make", "-s", "-C", str(ROOT), "-f", "packaging/packaging.mk", "install", "INIT=none", "KEYS=tpm",
-         "COMPILE=no", "PYTHON_DIR=/usr/lib/python3/dist-packages", f"DESTDIR={made}", f"SERVER={address}",
-         f"CA_CERT={ca}", f"CONF={settings}"],
-        check=True,
+    make(
+        "install", "INIT=none", "KEYS=tpm", "COMPILE=no", "PYTHON_DIR=/usr/lib/python3/dist-packages",
+        f"DESTDIR={made}", f"SERVER={address}", f"CA_CERT={ca}", f"CONF={settings}",
     )  # fmt: skip
     (made / "etc").mkdir(exist_ok=True)
     (made / "etc/hosts").write_text(HOSTS)
@@ -264,11 +261,8 @@ def main() -> int:
         ):
             board = Board(folder, debian, firmware(folder, f"{SERVER}:{front.port}", authority.ca))
             try:
-                live(board, authority, front, say)
-            except BaseException:
-                if board.console:
-                    print("--- console", *board.console[-30:], sep="\n", file=sys.stderr)
-                raise
+                with shown_if_it_fails(board.console):
+                    live(board, authority, front, say)
             finally:
                 board.cut()
     say("all of a device's life, with its key in a TPM")
