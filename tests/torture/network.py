@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from world import Authority, Device, HttpRequest, Run, Scripted, answers
+from world.answers import Answer
 
 from caramel_embedded import check
 from caramel_embedded.errors import CaramelError
@@ -38,13 +39,6 @@ SLACK = 3.0
 MOST_MEMORY = 72 * 1024
 
 PROBLEM = "Content-Type: application/problem+json"
-Answer = Union[bytes, Iterable[Union[bytes, float]], None]
-
-
-def problem(status: int) -> bytes:
-    """Caramel's own way to say so."""
-    body = b'{"status":%d,"title":"No","detail":null}' % status
-    return world.answer(status, body, PROBLEM)
 
 
 class Stage:
@@ -209,7 +203,7 @@ def statuses(stage: Stage, numbers: Iterable[int]) -> list[Case]:
 def caramel_errors(stage: Stage, numbers: Iterable[int]) -> list[Case]:
     """The same from the application itself; only its 403 means something else than an error."""
     return [
-        says(stage, f"GET {number} by the application", [problem(number)], (127,), "certified")
+        says(stage, f"GET {number} by the application", [answers.problem(number, "No")], (127,), "certified")
         for number in numbers
         if number not in (200, 202, 304, 403, 404)
     ]

@@ -13,7 +13,6 @@ import hashlib
 import http.client
 import io
 import itertools
-import json
 import time
 import types
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import urllib3
 import world
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from world import Authority
+from world import Authority, answers
 
 from caramel_embedded import session
 from caramel_embedded.errors import CaramelError, StorageError, Unreachable, Untrusted
@@ -45,14 +44,8 @@ STORES = ("ok", "ok", "ok", "ok", "killed before", "killed after", "fails")
 CONNECTIONS = ("ok", "ok", "ok", "ok", "unreachable", "untrusted", "killed")
 CLOCKS = (0.0, -DAY, DAY, -400 * DAY, 400 * DAY, 60 * 365 * DAY, -3 * HOUR, None)  # None: 1970
 ADMINISTRATORS = (
-    "sign",
-    "sign",
-    "sign for a short time",
-    "sign for the future",
-    "reject",
-    "forget everything",
-    "time passes",
-)
+    "sign", "sign", "sign for a short time", "sign for the future", "reject", "forget everything", "time passes",
+)  # fmt: skip
 
 Run = tuple[str, tuple[str, ...], tuple[str, ...], Optional[float]]
 Act = Union[str, Run]
@@ -160,21 +153,15 @@ class Simulation:
         if method == "POST":
             assert body is not None
             if sha256 in self.requests or hashlib.sha256(body).hexdigest() != sha256:
-                return self._problem(400)
+                return answers.DUPLICATE
             self.requests[sha256], self.texts[sha256] = [], body
-            return world.answer(202, b"{}")
+            return answers.PENDING
         if sha256 not in self.requests:
-            return self._problem(404)
+            return answers.UNKNOWN
         if sha256 in self.rejected:
-            return self._problem(403)
+            return answers.REJECTED
         pem = self.newest(sha256)
-        return world.answer(200, pem) if pem else world.answer(202, b"{}")
-
-    @staticmethod
-    def _problem(status: int) -> bytes:
-        title = {400: "Bad Request", 403: "Forbidden", 404: "Not Found"}[status]
-        body = json.dumps({"status": status, "title": title, "detail": None}).encode()
-        return world.answer(status, body, "Content-Type: application/problem+json")
+        return answers.certificate(pem) if pem else answers.PENDING
 
     def exchange(self, method: str, sha256: str, body: Optional[bytes], conditional: bool) -> Response:
         what = self._plan[0].pop(0) if self._plan[0] else "ok"
@@ -184,10 +171,10 @@ class Simulation:
             raise Unreachable("lost")
         other = {
             "500": world.answer(500, b"oops"),
-            "html 403": world.answer(403, b"<html>no</html>", "Content-Type: text/html"),
+            "html 403": answers.page(403),
             "rubbish": world.answer(200, b"\x00rubbish"),
-            "304": world.answer(304),
-            "not found": world.answer(404, b"<html>no</html>", "Content-Type: text/html"),
+            "304": answers.NOT_MODIFIED,
+            "not found": answers.page(404),
             "another's certificate": world.answer(200, self.authority.pem),
         }
         if what in other:
