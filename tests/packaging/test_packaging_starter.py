@@ -6,7 +6,6 @@ script and the words of Python in it. The script is the same one in the one-file
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -114,10 +113,8 @@ def start(*command: Any, **options: Any) -> subprocess.Popen[bytes]:
         ("kill SIGSEGV", 127),
         ("kill SIGABRT", 127),
         ("kill SIGTERM", 127),
-        (
-            "kill SIGHUP",
-            127,
-        ),  # of which the shell's own number for it, 129, is also that of a wait that was interrupted
+        # The shell's own number for it, 129, is also that of a wait that was interrupted.
+        ("kill SIGHUP", 127),
         ("raise", 127),
     ],
 )
@@ -259,64 +256,22 @@ def test_without_the_package(shell: list[str], tmp_path: Path) -> None:
     assert done.stderr == "caramel-embedded: can not start: ModuleNotFoundError: No module named 'caramel_embedded'\n"
 
 
-@pytest.mark.parametrize(
-    ("missing", "word"),
-    [("fasteners", "fasteners"), ("urllib3", "urllib3"), ("OpenSSL", "pyOpenSSL"), ("cryptography", "cryptography")],
-)
-def test_each_package_that_is_missing_is_named(tmp_path: Path, authority: Authority, missing: str, word: str) -> None:
-    """The real program, on a device that has all packages but one, at its first run."""
-    venv.create(tmp_path / "device", with_pip=False, symlinks=True)
-    (packages,) = (tmp_path / "device").glob("lib/python*/site-packages")
-    names = {
-        "fasteners",
-        "urllib3",
-        "OpenSSL",
-        "cryptography",
-        "cffi",
-        "_cffi_backend",
-        "pycparser",
-        "typing_extensions",
-    }
-    for name in names - {missing}:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            continue  # newer releases do without some of them
-        origin = Path(spec.origin)
-        source = origin.parent if origin.name == "__init__.py" else origin
-        (packages / source.name).symlink_to(source)
-    (packages / "caramel_embedded").symlink_to(ROOT / "caramel_embedded")
-    shutil.copy(STARTER, tmp_path / "device/bin/caramel-embedded")
-    folder = tmp_path / "identity"
-    done = run(
-        tmp_path / "device/bin/caramel-embedded", "--server", "localhost:1", "--client-id", "x",
-        "--ca-cert", authority.certificate_file, "--key-file", folder / "identity.pem", "--config", os.devnull,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (127, "")
-    assert f"lacks the Python package {word}" in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (folder / "identity.pem").exists() or not (folder / "identity.pem").read_bytes()
-
-
 # --- Which Python ---------------------------------------------------------------------------------------
 
 
 def test_a_link_leads_to_the_python_beside_the_starter(shell: list[str], bin: Path, tmp_path: Path) -> None:
-    """Also from a folder with a Python of its own, as /usr/local/bin is."""
+    """Also from a folder with a Python of its own, as /usr/local/bin is, and below a folder that is a link."""
     (tmp_path / "python3").write_text("#!/bin/sh\nexit 69\n")
     (tmp_path / "python3").chmod(0o755)
     (tmp_path / "first").symlink_to(bin / "caramel-embedded")
     (tmp_path / "second").symlink_to("first")
-    for name in ("first", "second"):
+    (tmp_path / "current").symlink_to(bin.parent)
+    for name in ("first", "second", "current/bin/caramel-embedded"):
         done = run(*shell, tmp_path / name, "tell", cwd="/")
-        assert (done.returncode, done.stdout.split("|", 2)[2]) == (0, str(bin / "python3")), done.stderr
+        beside = tmp_path / name if "/" in name else bin / "caramel-embedded"
+        assert (done.returncode, done.stdout.split("|", 2)[2]) == (0, str(beside.parent / "python3")), done.stderr
     done = run(*shell, "-c", 'exec "$0" tell', "./second", cwd=tmp_path)
     assert done.stdout.endswith(f"|{bin}/python3")
-
-
-def test_a_folder_that_is_a_link(shell: list[str], bin: Path, tmp_path: Path) -> None:
-    (tmp_path / "current").symlink_to(bin.parent)
-    done = run(*shell, tmp_path / "current/bin/caramel-embedded", "tell")
-    assert (done.returncode, done.stdout.split("|")[2]) == (0, f"{tmp_path}/current/bin/python3")
 
 
 def test_the_current_folder_is_not_where_python_is_looked_for(shell: list[str], tmp_path: Path) -> None:
@@ -409,12 +364,18 @@ def test_a_signal_at_any_moment(shell: list[str], bin: Path, group: bool) -> Non
     assert late > 10
 
 
+def asleep(*command: Any) -> subprocess.Popen[bytes]:
+    """A run, once Python is at it, in a process group of its own."""
+    process = start(*command, start_new_session=True)
+    assert process.stdout and process.stdout.read(6) == b"asleep"
+    return process
+
+
 @pytest.mark.parametrize(
     "name", [name if name in ("HUP", "INT", "TERM") else pytest.param(name, marks=slow) for name in ENDING]
 )
 def test_a_signal_ends_the_run(shell: list[str], bin: Path, name: str) -> None:
-    process = start(*shell, bin / "caramel-embedded", "sleep", "20")
-    assert process.stdout and process.stdout.read(6) == b"asleep"
+    process = asleep(*shell, bin / "caramel-embedded", "sleep", "20")
     process.send_signal(getattr(signal, "SIG" + name))
     out, err = process.communicate(timeout=15)
     assert (process.returncode, out) == (127, b"")
@@ -424,8 +385,7 @@ def test_a_signal_ends_the_run(shell: list[str], bin: Path, name: str) -> None:
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_what_has_not_ended_after_a_signal_is_killed(shell: list[str], bin: Path, group: bool) -> None:
     """Half a second later here, however many more signals come. Nothing is left, the second process included."""
-    process = start(*shell, bin / "caramel-embedded", "hang", "50", start_new_session=True)
-    assert process.stdout and process.stdout.read(6) == b"asleep"
+    process = asleep(*shell, bin / "caramel-embedded", "hang", "50")
     for name in ("TERM", "HUP", "INT", "TERM"):
         (os.killpg if group else os.kill)(process.pid, getattr(signal, "SIG" + name))
         time.sleep(0.05)
@@ -439,13 +399,17 @@ def test_what_has_not_ended_after_a_signal_is_killed(shell: list[str], bin: Path
 
 @pytest.mark.parametrize("name", ["PIPE", "XFSZ", "CHLD", "WINCH", "URG", "CONT"])
 def test_a_signal_that_python_ignores_ends_nothing(shell: list[str], bin: Path, name: str) -> None:
-    process = start(*shell, bin / "caramel-embedded", "sleep", "0.3")
-    assert process.stdout and process.stdout.read(6) == b"asleep"
+    process = asleep(*shell, bin / "caramel-embedded", "sleep", "0.3")
     for _ in range(3):
         process.send_signal(getattr(signal, "SIG" + name))
         time.sleep(0.03)
     process.communicate(timeout=15)
     assert process.returncode == 0
+
+
+def ignoring(names: Optional[str]) -> list[str]:
+    """What stands before a command so that its caller ignores these signals."""
+    return ["sh", "-c", f"trap '' {names}; exec \"$@\"", "sh"] if names else []
 
 
 def masks(*command: Any, ignored: Optional[str] = None) -> tuple[int, int]:
@@ -455,8 +419,7 @@ def masks(*command: Any, ignored: Optional[str] = None) -> tuple[int, int]:
         command,
         [command[-2].parent / "python3", "-I", "-c", "from caramel_embedded.__main__ import main; main()", "tell"],
     ):
-        before = ["sh", "-c", f"trap '' {ignored}; exec \"$@\"", "sh"] if ignored else []
-        found.append(int(run(*before, *words).stdout.split("|")[0], 16))
+        found.append(int(run(*ignoring(ignored), *words).stdout.split("|")[0], 16))
     return found[0], found[1]
 
 
@@ -472,11 +435,7 @@ def test_what_is_ignored_is_what_the_caller_ignores(shell: list[str], bin: Path,
 
 @pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM"])
 def test_an_ignored_signal_ends_nothing(shell: list[str], bin: Path, name: str) -> None:
-    process = start(
-        "sh", "-c", f"trap '' {name}; exec \"$@\"", "sh", *shell, bin / "caramel-embedded", "sleep", "0.3",
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout and process.stdout.read(6) == b"asleep"
+    process = asleep(*ignoring(name), *shell, bin / "caramel-embedded", "sleep", "0.3")
     os.killpg(process.pid, getattr(signal, "SIG" + name))
     process.communicate(timeout=15)
     assert process.returncode == 0
@@ -485,8 +444,7 @@ def test_an_ignored_signal_ends_nothing(shell: list[str], bin: Path, name: str) 
 @pytest.mark.parametrize(("ends", "status"), [("exit 0", 0), ("locked", 1), ("exit 69", 69), ("exit 1", 127)])
 def test_a_caller_that_ignores_its_children(shell: list[str], bin: Path, ends: str, status: int) -> None:
     """Of a child that ends where SIGCHLD is ignored, the kernel keeps no status (wait(2))."""
-    before = ["sh", "-c", "trap '' CHLD; exec \"$@\"", "sh"]
-    assert run(*before, *shell, bin / "caramel-embedded", *ends.split()).returncode == status
+    assert run(*ignoring("CHLD"), *shell, bin / "caramel-embedded", *ends.split()).returncode == status
 
 
 # --- What it costs --------------------------------------------------------------------------------------
@@ -506,12 +464,3 @@ def test_it_costs_two_milliseconds_at_most(shell: list[str], bin: Path) -> None:
             cost = used.ru_utime + used.ru_stime
             least[script] = min(cost, least.get(script, cost))
     assert least[bin / "caramel-embedded"] - least[plain] < 0.002
-
-
-# --- How it is written ----------------------------------------------------------------------------------
-
-
-def test_it_is_a_program_and_posix() -> None:
-    assert os.access(STARTER, os.X_OK)
-    require("shellcheck")
-    assert run("shellcheck", STARTER).stdout == ""
