@@ -124,6 +124,24 @@ class Image:
     def run(self, name: str, *options: str, **env: str) -> int:
         return self.start(name, *options, stderr=None, **env).wait(30)
 
+    def says(self, name: str, **env: str) -> list[str]:
+        """What a run that ends with 0 says on standard error."""
+        process = self.start(name, stderr=subprocess.PIPE, **env)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0
+        return errors.decode().splitlines()
+
+    @property
+    def slept(self) -> list[int]:
+        """The pauses, in seconds."""
+        return [int(line) for line in self.lines("slept")]
+
+    def paused(self, *bounds: tuple[int, int]) -> bool:
+        """Whether there were these pauses and no others: for each the least and the most."""
+        return len(self.slept) == len(bounds) and all(
+            least <= seconds <= most for seconds, (least, most) in zip(self.slept, bounds)
+        )
+
 
 #: Big shells with all that this machine has, and small systems with nothing but what they have.
 PLACES = [
@@ -156,7 +174,7 @@ def test_what_small_systems_lack_is_not_there(tmp_path: Path) -> None:
 @needs("shellcheck")
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
-    assert done.stdout == ""
+    assert done.stdout == "" and os.access(SCRIPTS[0], os.X_OK)
     bash = subprocess.run(["shellcheck", "-s", "bash", str(ROOT / "packaging/completion/caramel-embedded.bash")])
     assert bash.returncode == 0
 
@@ -168,20 +186,14 @@ def test_it_checks_until_there_is_a_certificate_in_growing_pauses(image: Image) 
     image.plan(69, 1, 127, 69, 69, 0)
     assert image.run("until-enrolled", "--syslog") == 0
     assert image.lines("asked") == ["--json --syslog"] * 6
-    slept = [int(line) for line in image.lines("slept")]
-    for seconds, most in zip(slept, (4, 8, 16, 20, 20)):
-        assert 1 <= seconds <= most
-    assert len(slept) == 5
+    assert image.paused((1, 4), (1, 8), (1, 16), (1, 20), (1, 20)), image.slept
 
 
 def test_it_waits_at_least_as_long_as_the_server_asks_for(image: Image) -> None:
     image.plan("127 700", "69 1", "69 null", 0)
     assert image.run("until-enrolled") == 0
-    slept = [int(line) for line in image.lines("slept")]
     # By chance as much again as the pause, but no more than RETRY_MAX, which is 10 here.
-    for seconds, least, most in zip(slept, (700, 4, 1), (709, 7, 16)):
-        assert least <= seconds <= most
-    assert len(slept) == 3
+    assert image.paused((700, 709), (4, 7), (1, 16)), image.slept
 
 
 def test_those_whom_the_server_sends_away_do_not_come_back_together(image: Image) -> None:
@@ -189,7 +201,7 @@ def test_those_whom_the_server_sends_away_do_not_come_back_together(image: Image
     for _ in range(8):
         image.plan("127 1700", 0)
         assert image.run("until-enrolled", RETRY_MAX="3600") == 0
-    slept = sorted(int(line) for line in image.lines("slept"))
+    slept = sorted(image.slept)
     assert slept[0] >= 1700 and slept[-1] < 3400
     assert slept[-1] - slept[0] > 150
 
@@ -197,22 +209,17 @@ def test_those_whom_the_server_sends_away_do_not_come_back_together(image: Image
 @pytest.mark.parametrize("value", ["0", "0.5", "soon", "-1", "010", "1e3", "99999999999", ""])
 def test_no_setting_makes_a_storm_or_an_end(image: Image, value: str) -> None:
     image.plan(69, 69, 0)
-    process = image.start("until-enrolled", RETRY_FIRST=value, SPREAD=value, stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=30)
-    assert (process.returncode, unexpected(errors)) == (0, [])
-    slept = [int(line) for line in image.lines("slept")]
-    for seconds, most in zip(slept, (30, 20)):
-        assert 1 <= seconds <= most
-    assert len(slept) == 2
+    assert unexpected(image.says("until-enrolled", RETRY_FIRST=value, SPREAD=value)) == []
+    assert image.paused((1, 30), (1, 20)), image.slept
     image.plan(69, 69, 69, 0)
     image.write("slept", "")
     assert image.run("until-enrolled", RETRY_MAX=value) == 0
-    assert [1 <= int(line) <= most for line, most in zip(image.lines("slept"), (4, 8, 16))] == [True] * 3
+    assert image.paused((1, 4), (1, 8), (1, 16)), image.slept
 
 
-def unexpected(errors: bytes) -> list[str]:
+def unexpected(said: list[str]) -> list[str]:
     """What a script has said on standard error beside its own lines."""
-    return [line for line in errors.decode().splitlines() if not line.startswith("caramel-embedded: ")]
+    return [line for line in said if not line.startswith("caramel-embedded: ")]
 
 
 @needs("mounts")
@@ -229,25 +236,21 @@ def test_a_fleet_is_not_in_step_where_the_kernels_files_are_hidden(image: Image,
     for number in range(8):
         image.write("id", f"00163e00000{number}\n")
         image.plan(69, 0)
-        process = image.start("until-enrolled", RETRY_FIRST="1700", stderr=subprocess.PIPE)
-        _, errors = process.communicate(timeout=30)
-        assert (process.returncode, unexpected(errors)) == (0, [])
+        assert unexpected(image.says("until-enrolled", RETRY_FIRST="1700")) == []
     # Far apart, not numbers that follow each other.
-    slept = sorted(int(line) for line in image.lines("slept"))
+    slept = sorted(image.slept)
     assert len(set(slept)) >= 6 and slept[-1] - slept[0] > 500, slept
 
 
 def test_it_says_when_the_next_check_is(image: Image) -> None:
     """A device that waits for its certificate is otherwise silent for an hour."""
     image.plan(69, "127 1700", 0)
-    process = image.start("until-enrolled", stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=30)
-    expected = [f"caramel-embedded: the next check is in {seconds} s" for seconds in image.lines("slept")]
-    assert errors.decode().splitlines() == expected and len(expected) == 2
+    said = image.says("until-enrolled")
+    assert said == [f"caramel-embedded: the next check is in {seconds} s" for seconds in image.slept]
+    assert len(said) == 2
     image.write("status", "0\n")
-    process = image.start("until-enrolled", SPREAD="200", stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=30)
-    assert re.fullmatch(r"[^\n]*there is a usable certificate; the next check is in \d+ s\n", errors.decode())
+    (line,) = image.says("until-enrolled", SPREAD="200")
+    assert re.fullmatch(r".*there is a usable certificate; the next check is in \d+ s", line)
 
 
 def test_a_certificate_at_once_is_no_pause(image: Image) -> None:
@@ -264,8 +267,8 @@ def test_a_device_with_a_certificate_does_not_hurry_and_one_without_does(image: 
     for _ in range(8):
         image.write("slept", "")
         assert image.run("until-enrolled", SPREAD="2900") == 0
-        totals.append(sum(int(line) for line in image.lines("slept")))
-        assert all(0 <= int(line) <= 300 for line in image.lines("slept"))
+        totals.append(sum(image.slept))
+        assert all(0 <= seconds <= 300 for seconds in image.slept)
     assert min(totals) >= 0 and max(totals) < 2900
     assert max(totals) - min(totals) > 300
 
@@ -274,18 +277,14 @@ def test_with_a_certificate_a_check_that_fails_is_no_reason_to_hurry(image: Imag
     image.write("status", "0\n")
     image.plan(127, 127, 127, 0)
     assert image.run("until-enrolled", SPREAD="1", RETRY_MAX="40") == 0
-    slept = [int(line) for line in image.lines("slept")]
-    assert slept[0] == 0  # of a spread of one second
-    for seconds, most in zip(slept[1:], (20, 40, 80)):
-        assert 1 <= seconds <= most
-    assert len(slept) == 4
+    assert image.paused((0, 0), (1, 20), (1, 40), (1, 80)), image.slept  # the first one is of a spread of one second
     # By chance one may be short, but not eight of them.
     longest = []
     for _ in range(8):
         image.write("slept", "")
         image.plan(127, 0)
         assert image.run("until-enrolled", SPREAD="1", RETRY_MAX="400") == 0
-        longest.append(int(image.lines("slept")[1]))
+        longest.append(image.slept[1])
     assert 20 < max(longest) <= 200
 
 
@@ -298,9 +297,8 @@ def test_the_wait_is_for_the_time_after_the_boot(image: Image, uptime: str, spre
     image.write("proc/uptime", f"{uptime}\n")
     for _ in range(8):
         assert image.run("until-enrolled", SPREAD=str(spread)) == 0
-    slept = [int(line) for line in image.lines("slept")]
-    assert max(slept, default=0) < most
-    assert len(set(slept)) > 1
+    assert max(image.slept, default=0) < most
+    assert len(set(image.slept)) > 1
 
 
 def test_the_wait_is_over_when_the_certificate_has_ended(image: Image) -> None:
@@ -490,7 +488,7 @@ def test_without_cron_an_hourly_check_that_fails_is_no_reason_to_hurry(image: Im
     process = image.start("keep-enrolled", CRON_COMMAND="", SPREAD="1", RETRY_MAX="40")
     try:
         until("it waits for an hour", lambda: "3600" in image.lines("slept"))
-        own, _, retry = [int(line) for line in image.lines("slept") if line not in ("3600",)][1:4]
+        own, _, retry = [seconds for seconds in image.slept if seconds != 3600][1:4]
         assert own == minute("unit-0001") * 60 + 1
         assert 1 <= retry <= 20
     finally:
@@ -677,17 +675,8 @@ echo '{"status": 0, "retry_after": null}'
 def test_busybox_boots_and_its_cron_makes_the_same_check(tmp_path: Path) -> None:
     """init, shell, start-stop-daemon and crond are BusyBox's. Takes up to a minute: that's how often crond looks."""
     root = tmp_path / "root"
-    for folder in (
-        "bin",
-        "dev",
-        "proc",
-        "etc/default",
-        "etc/init.d",
-        "usr/bin",
-        "usr/sbin",
-        "var/run",
-        "var/spool/cron/crontabs",
-    ):
+    etc, var = ("etc/default", "etc/init.d"), ("var/run", "var/spool/cron/crontabs")
+    for folder in ("bin", "dev", "proc", *etc, "usr/bin", "usr/sbin", *var):
         (root / folder).mkdir(parents=True)
     shutil.copy(busybox_with_crond() or "", root / "bin/busybox")
     subprocess.run(["chroot", str(root), "/bin/busybox", "--install", "-s", "/bin"], check=True)
