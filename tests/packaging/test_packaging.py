@@ -50,6 +50,12 @@ def surroundings(**more: str) -> dict[str, str]:
     return {name: value for name, value in environment(**more).items() if not name.startswith("COVERAGE_")}
 
 
+def online(**more: str) -> dict[str, str]:
+    """The same, for what asks the package index."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
+    return surroundings(**kept, **more)
+
+
 def run(*command: Union[str, Path], env: Optional[Mapping[str, str]] = None, cwd: Path = ROOT) -> Done:
     return subprocess.run(
         [str(word) for word in command],
@@ -247,11 +253,10 @@ def test_a_source_date_epoch_that_is_none_fails_the_build(tmp_path: Path) -> Non
 @functools.lru_cache
 def libraries() -> Path:
     """The pure Python that goes into the archive, as make zipapp fetches it."""
-    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
     folder = ROOT / "build/tests-zipapp"
     done = run(
         "make", "-s", "-f", "packaging/packaging.mk", f"BUILD={folder}", f"PYTHON={sys.executable}",
-        f"{folder}/zipapp/installed", env=surroundings(**kept),
+        f"{folder}/zipapp/installed", env=online(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "zipapp"
@@ -272,6 +277,16 @@ def pyz(tmp_path_factory: pytest.TempPathFactory, ca: Authority) -> Path:
     done = zipapp(path, ca)
     assert done.returncode == 0, done.stderr
     return path
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory, ca: Authority) -> Path:
+    """The same for a Python that has no packages at all."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    done = zipapp(folder / "out.pyz", ca, f"TARGET_PYTHON={folder}/bin/python3")
+    assert done.returncode == 0, done.stderr
+    return folder / "out.pyz"
 
 
 def copy_of_the_sources(folder: Path) -> Path:
@@ -339,26 +354,26 @@ def test_it_is_also_a_zip_file_with_the_sources(pyz: Path) -> None:
 
 
 @slow
-def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, ca: Authority) -> None:
-    """Of a Python that has nothing: the libraries come from the archive, compiled and as sources."""
-    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+def test_what_is_inside_is_taken_and_known_by_its_version(tmp_path: Path, bare: Path) -> None:
+    """The program and the libraries come from the archive, compiled, and as sources for another Python."""
     path = tmp_path / "out.pyz"
-    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
-    content = path.read_bytes()
-    start, end = (
-        content.index(b"from caramel_embedded.__main__ import"),
-        content.index(b"main(statuses={0: 73, 1: 75})\n"),
-    )
+    path.touch(0o755)
+    content = bare.read_bytes()
+    start = content.index(b"from caramel_embedded.__main__ import")
+    end = content.index(b"main(statuses={0: 73, 1: 75})\n")
     # In the place of the program, and of the same length, so that what lies behind it stays in its place.
     asked = (
         b"import os, urllib3; from importlib.metadata import version\n"
         b'    os.write(1, (urllib3.__file__ + " " + version("urllib3")).encode()); os._exit(73)\n'
         b"except OSError: pass\n"
     )
-    content = content[:start] + asked.ljust(end - start - 1, b"#") + b"\n" + content[end:]
+    asking = content[:start] + asked.ljust(end - start - 1, b"#") + b"\n" + content[end:]
     tag = sys.implementation.cache_tag.encode()
+    assert content.count(tag) == 1
     for known in (tag, b"x" * len(tag)):
-        path.write_bytes(content.replace(tag, known, 1))
+        path.write_bytes(content.replace(tag, known))
+        version([str(path)])
+        path.write_bytes(asking.replace(tag, known))
         done = run(path, env=surroundings())
         assert (done.returncode, done.stdout) == (0, f"{path}/urllib3/__init__.py 2.6.3"), done.stderr
 
@@ -418,34 +433,15 @@ def version(command: list[str], **env: str) -> None:
     assert done.stdout.startswith("caramel-embedded ")
 
 
-def test_it_starts_by_every_way(tmp_path: Path, pyz: Path) -> None:
-    version([str(pyz)])
-    version([sys.executable, "-I", str(pyz)])
+@pytest.mark.parametrize("way", ["itself", "python", "a link", "the path", "bash", "busybox sh"])
+def test_it_starts_by_every_way(tmp_path: Path, pyz: Path, way: str) -> None:
     link = tmp_path / "a link"
     link.symlink_to(pyz)
-    version([str(link)])
-    version(["caramel-embedded"], PATH=f"{pyz.parent}:/usr/bin:/bin")
-
-
-@pytest.mark.parametrize("shell", ["bash", "busybox sh"])
-def test_a_shell_starts_it(shell: str, pyz: Path) -> None:
-    require(shell.partition(" ")[0])
-    version([*shell.split(), str(pyz)])
-
-
-@slow
-def test_another_version_of_python_takes_the_sources(tmp_path: Path, ca: Authority) -> None:
-    # Of a Python that has no other copy of the package.
-    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
-    path = tmp_path / "out.pyz"
-    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
-    version([str(path)])
-    tag = sys.implementation.cache_tag.encode()
-    content = path.read_bytes()
-    assert content.count(tag) == 1
-    # Of the same length, so that what lies behind it stays in its place.
-    path.write_bytes(content.replace(tag, b"x" * len(tag)))
-    version([str(path)])
+    lines = {"itself": [str(pyz)], "python": [sys.executable, "-I", str(pyz)], "a link": [str(link)]}
+    lines["the path"] = [pyz.name]
+    if way not in lines:
+        require(way.partition(" ")[0])
+    version(lines.get(way, [*way.split(), str(pyz)]), PATH=f"{pyz.parent}:/usr/bin:/bin")
 
 
 def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None:
@@ -460,25 +456,16 @@ def test_it_is_isolated_from_the_users_python(tmp_path: Path, pyz: Path) -> None
     (tmp_path / "pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
     environ["PYTHONEXECUTABLE"] = str(tmp_path / "bin/python3")
     done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=environ, cwd=tmp_path)
-    # All modules that a check needs were found where they belong.
+    # All modules that a check needs were found where they belong, and so were the settings.
     assert done.returncode == 127
     assert "localhost:1 can't be reached" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.rglob("__pycache__"))
 
 
-def test_the_settings_are_in_it(tmp_path: Path, pyz: Path) -> None:
-    done = run(pyz, "--client-id", "x", "--key-file", tmp_path / "id.pem", "--config", os.devnull, env=surroundings())
-    assert done.returncode == 127
-    assert "localhost:1" in done.stderr
-
-
 @slow
-def test_it_says_in_one_line_which_module_a_device_lacks(tmp_path: Path, ca: Authority) -> None:
-    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
-    path = tmp_path / "out.pyz"
-    assert zipapp(path, ca, f"TARGET_PYTHON={tmp_path}/bare/bin/python3").returncode == 0
-    done = run(path, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=surroundings())
+def test_it_says_in_one_line_which_module_a_device_lacks(tmp_path: Path, bare: Path) -> None:
+    done = run(bare, "--client-id", "x", "--key-file", tmp_path / "id.pem", env=surroundings())
     assert (done.returncode, done.stdout) == (127, "")
     assert "cryptography" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -639,13 +626,8 @@ def test_another_prefix_is_in_all_that_refers_to_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     installed = [path for path in tmp_path.rglob("*") if path.is_file() and "usr/lib/p" not in str(path)]
     texts = {path.name: path.read_text() for path in installed if path.suffix not in (".8", ".conf")}
-    for name in (
-        "caramel-embedded.service",
-        "S95caramel-embedded",
-        "keep-enrolled",
-        "until-certified",
-        "until-enrolled",
-    ):
+    scripts = ("keep-enrolled", "until-certified", "until-enrolled")
+    for name in ("caramel-embedded.service", "S95caramel-embedded", *scripts):
         assert "/opt/caramel/" in texts[name]
         assert "/usr/libexec/" not in texts[name]
         assert "/usr/bin/caramel-embedded" not in texts[name]
@@ -677,8 +659,7 @@ def test_a_bad_setting_leaves_no_half_of_an_installation(tmp_path: Path) -> None
 def setuptools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("setuptools")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", f"--target={folder}"]
-    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
-    done = run(*command, "setuptools", "wheel", env=surroundings(**kept))
+    done = run(*command, "setuptools", "wheel", env=online())
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -796,10 +777,9 @@ def test_a_release_is_the_same_bits_twice_and_all_of_it_works(tmp_path: Path) ->
     """In another folder, with another umask, another time zone; by what the page says of each file."""
     if sys.version_info[:2] != (3, 11):
         return  # the authority, for its SBOM, and the list of what it is made with
-    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "HOME"}
     tools = ROOT / "build/release-tools"
     words = ["make", "-s", f"PYTHON={sys.executable}", f"{tools.relative_to(ROOT)}/installed"]
-    done = run(*words, env=surroundings(**kept))
+    done = run(*words, env=online())
     assert done.returncode == 0, done.stderr
     made: list[Path] = []
     for name, umask, zone in (("one", 0o022, "UTC"), ("another", 0o077, "Asia/Tokyo")):
@@ -807,7 +787,7 @@ def test_a_release_is_the_same_bits_twice_and_all_of_it_works(tmp_path: Path) ->
         assert run("git", "clone", "--quiet", tmp_path / "one" if made else ROOT, clone).returncode == 0
         old = os.umask(umask)
         try:
-            done = run(tools / "bin/python", "packaging/release.py", env=surroundings(**kept, TZ=zone), cwd=clone)
+            done = run(tools / "bin/python", "packaging/release.py", env=online(TZ=zone), cwd=clone)
         finally:
             os.umask(old)
         assert done.returncode == 0, done.stderr
