@@ -73,22 +73,6 @@ def test_every_package_that_a_test_may_want_is_installed_by_ci() -> None:
     assert wanted - installed == set()
 
 
-def test_what_was_not_run_is_counted_and_the_line_that_brings_it_is_one() -> None:
-    reasons = [
-        *[f"Skipped: {needs._reason(['nginx'])}"] * 3,
-        needs._reason(["mounts", "strace"]),
-        needs._reason(["strace"]),
-        *["slow"] * 2,
-    ]
-    assert needs.account(reasons) == [
-        "     3 needs nginx",
-        "     2 too slow for `make test`",
-        "     1 needs root, and mounts of its own (unshare(1)), strace",
-        "     1 needs strace",
-        "All of it: apt-get install nginx-light strace && make test-all (as root)",
-    ]
-
-
 def test_no_test_skips_in_another_way() -> None:
     ways = r"pytest\.skip\(|skipif\(|importorskip|unittest\.skip|mark\.skip\b"
     files = [path for folder in ("tests", "server") for path in (world.ROOT / folder).rglob("*.py")]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import world
 from needs import needs
-from world import Authority, Device, answers, hours, now
-
-ID = "fffbeec0ffee"
+from talking import ID, Talking, key
+from world import Authority, answers, hours, now
 
 #: What monitoring relies on: names, and what may stand there.
 FORM: dict[str, Any] = {
@@ -48,14 +47,10 @@ FORM: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def key() -> world.PrivateKey:
-    return world.new_key()
-
-
 @pytest.fixture
-def device(tmp_path: Path, authority: Authority) -> Device:
-    return Device(tmp_path / "device", "ca.example.com", authority.certificate_file, ID)
+def device(new: Talking) -> Talking:
+    new.server = "ca.example.com"
+    return new
 
 
 def has_form(value: Any, form: Any, name: str = "") -> None:
@@ -71,7 +66,7 @@ def has_form(value: Any, form: Any, name: str = "") -> None:
 
 
 def status(
-    device: Device, *options: str, before: tuple[str, ...] = (), **more: Any
+    device: Talking, *options: str, before: tuple[str, ...] = (), **more: Any
 ) -> tuple[int, dict[str, Any], str]:
     """The exit status, the values, and the text of the same state; neither may show the key or change the file."""
     was = device.snapshot()
@@ -98,7 +93,7 @@ def line(text: str, name: str) -> str:
     return found
 
 
-def test_nothing_there(device: Device) -> None:
+def test_nothing_there(device: Talking) -> None:
     code, values, text = status(device)
     assert (code, values["state"]) == (127, "none")
     assert values["file"] is values["key"] is values["certificate"] is values["request_sha256"] is None
@@ -107,8 +102,8 @@ def test_nothing_there(device: Device) -> None:
     assert not device.key_file.exists()
 
 
-def test_a_request_only(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    device.has(authority.identity(ID, key=key, certified=False))
+def test_a_request_only(device: Talking) -> None:
+    device.pending()
     code, values, text = status(device)
     assert (code, values["state"], values["certificate"]) == (69, "pending", None)
     assert values["request_sha256"] == line(text, "request") == device.request_hash()
@@ -117,8 +112,8 @@ def test_a_request_only(device: Device, authority: Authority, key: world.Private
     assert "whether the request is signed" in values["next"]
 
 
-def test_a_certificate(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    device.has(authority.identity(ID, key=key, not_before=now() - hours(1), not_after=now() + hours(50.5)), 0o640)
+def test_a_certificate(device: Talking, authority: Authority) -> None:
+    device.has(authority.identity(ID, key=key(), not_before=now() - hours(1), not_after=now() + hours(50.5)), 0o640)
     code, values, text = status(device, "--mode", "640")
     assert (code, values["state"], values["remarks"]) == (0, "certified", [])
     certificate, seen = device.certificate, values["certificate"]
@@ -139,8 +134,8 @@ def test_a_certificate(device: Device, authority: Authority, key: world.PrivateK
     assert values["clock"]["believed"] is True and "clock" not in text
 
 
-def test_an_expired_certificate(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    device.has(authority.identity(ID, key=key, not_before=now() - hours(3), not_after=now() - hours(1)))
+def test_an_expired_certificate(device: Talking) -> None:
+    device.certified(not_before=now() - hours(3), not_after=now() - hours(1))
     code, values, text = status(device)
     assert (code, values["state"], values["certificate"]["usable"]) == (69, "pending", False)
     assert values["certificate"]["why_not"].startswith("the stored certificate ended at ")
@@ -149,27 +144,25 @@ def test_an_expired_certificate(device: Device, authority: Authority, key: world
     assert values["next"] == "ask for a certificate, and drop the one in the file"
 
 
-def test_a_certificate_that_is_not_usable(
-    device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
-) -> None:
+def test_a_certificate_that_is_not_usable(device: Talking, authority: Authority, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other", [("C", "SE"), ("O", "Line\x07feed"), ("CN", "Another")])
-    request = world.signing_request(key, authority.subject_for(ID))
-    device.has(world.key_file_content(key, request, other.sign(request, serial=0xABC)))
+    request = world.signing_request(key(), authority.subject_for(ID))
+    device.has(world.key_file_content(key(), request, other.sign(request, serial=0xABC)))
     code, values, text = status(device)
     assert (code, values["certificate"]["usable"]) == (69, False)
     assert values["certificate"]["issuer"] == line(text, "issuer") == "C=SE, O=Line?feed, CN=Another"
     assert values["certificate"]["serial_number"] == "0ABC"
     assert "is not by the trusted CA" in line(text, "remark")
     damaged = authority.sign(request).replace(b"CERTIFICATE-----\nM", b"CERTIFICATE-----\nN", 1)
-    device.has(world.key_file_content(key, request, damaged))
+    device.has(world.key_file_content(key(), request, damaged))
     code, values, text = status(device)
     assert (code, values["state"], values["certificate"]["subject"]) == (69, "pending", None)
     assert line(text, "certificate") == "not usable" and line(text, "remark")
 
 
 @pytest.mark.parametrize("why", ["for another client ID", "there is no private key"])
-def test_a_file_that_is_not_kept(device: Device, authority: Authority, key: world.PrivateKey, why: str) -> None:
-    device.has(authority.identity("another", key=key, certified=False) if "another" in why else b"hello\n")
+def test_a_file_that_is_not_kept(device: Talking, authority: Authority, why: str) -> None:
+    device.has(authority.identity("another", key=key(), certified=False) if "another" in why else b"hello\n")
     code, values, text = status(device)
     assert (code, values["state"], values["key"], values["certificate"]) == (127, "none", None, None)
     (remark,) = values["remarks"]
@@ -178,13 +171,9 @@ def test_a_file_that_is_not_kept(device: Device, authority: Authority, key: worl
     assert values["next"] == "start over with a new key"
 
 
-def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    request = world.signing_request(key, authority.subject_for(ID))
-    device.has(world.key_file_content(key, request))
-    pem = authority.sign(request)
-    with world.Scripted(authority.server(file="status.pem"), [answers.certificate(pem)]) as server:
-        device.server = server.address
-        assert device.run("--hook", "false").status == 127
+def test_a_hook_that_is_owed(device: Talking) -> None:
+    device.pending()
+    assert device.hears(answers.certificate(device.signed()), options=["--hook", "false"]).status == 127
     code, values, text = status(device, "--hook", "false")
     assert (code, values["hook_owed"]) == (0, True)
     assert line(text, "next run").endswith("; call the hook, which is owed")
@@ -196,8 +185,8 @@ def test_a_hook_that_is_owed(device: Device, authority: Authority, key: world.Pr
 
 
 @needs("root")
-def test_owner_and_mode_that_are_to_change(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    device.has(authority.identity(ID, key=key, certified=False), 0o644)
+def test_owner_and_mode_that_are_to_change(device: Talking, authority: Authority) -> None:
+    device.has(authority.identity(ID, key=key(), certified=False), 0o644)
     assert status(device)[1]["next"].startswith("set the file's owner and mode; ")
     assert "owner" not in status(device, "--mode", "644")[1]["next"]
     assert status(device, "--mode", "644", "--group", "4242")[1]["next"].startswith("set the file's owner")
@@ -206,15 +195,15 @@ def test_owner_and_mode_that_are_to_change(device: Device, authority: Authority,
     assert (seen["owner"], seen["group"], seen["mode"]) == ("4242", "4343", "0644")
 
 
-def test_no_server_and_what_is_there_counts(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    device.has(authority.identity(ID, key=key))
+def test_no_server_and_what_is_there_counts(device: Talking) -> None:
+    device.certified()
     device.server = None
     code, values, _ = status(device)
     assert (code, values["server"], values["next"]) == (0, None, "nothing: no server is configured")
 
 
 @pytest.mark.parametrize("source", ["the environment", "the file"])
-def test_where_the_client_id_comes_from(device: Device, source: str) -> None:
+def test_where_the_client_id_comes_from(device: Talking, source: str) -> None:
     device.client_id = None
     assert device.config
     env = {"CARAMEL_CN": ID} if source == "the environment" else {}
@@ -227,7 +216,7 @@ def test_where_the_client_id_comes_from(device: Device, source: str) -> None:
 
 
 @needs("mounts")
-def test_a_client_id_of_the_hardware(device: Device, tmp_path: Path) -> None:
+def test_a_client_id_of_the_hardware(device: Talking, tmp_path: Path) -> None:
     """Of a machine whose /sys has a network interface, and nothing else that lasts."""
     net = tmp_path / "sys/class/net/eth7"
     (net / "device").mkdir(parents=True)
@@ -245,29 +234,23 @@ def with_sys(folder: Path) -> tuple[str, ...]:
 
 
 @needs("mounts")
-def test_a_good_file_needs_no_id_from_outside(
-    device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
-) -> None:
+def test_a_good_file_needs_no_id_from_outside(device: Talking, authority: Authority, tmp_path: Path) -> None:
     """On a machine that has no ID of its own, and for a user who may not read it."""
     (tmp_path / "empty").mkdir()
     hidden = with_sys(tmp_path / "empty")
     device.client_id = None
     device.command = [world.PLAIN]
     assert device.run("--status", before=hidden).status == 127
-    device.has(authority.identity(ID, key=key))
+    device.has(authority.identity(ID))
     code, values, _ = status(device, before=hidden)
-    assert (code, values["state"], values["client_id"], values["client_id_source"]) == (
-        0,
-        "certified",
-        ID,
-        "the key file",
-    )
+    assert (code, values["state"]) == (0, "certified")
+    assert (values["client_id"], values["client_id_source"]) == (ID, "the key file")
     (remark,) = values["remarks"]
     assert "give a client ID" in remark and values["next"] == "nothing: " + remark
     assert device.run(before=hidden).status == 127, "a check wants to know"
 
 
-def test_a_setting_that_is_spelt_wrong_is_no_secret(device: Device, authority: Authority) -> None:
+def test_a_setting_that_is_spelt_wrong_is_no_secret(device: Talking) -> None:
     assert device.config
     device.config.write_text("CARAMEL_TIMOUT=5\nCARMEL_HOOK=true\nEDITOR=vi\ncaramel_ca=x\n")
     _, values, text = status(
@@ -279,8 +262,8 @@ def test_a_setting_that_is_spelt_wrong_is_no_secret(device: Device, authority: A
 
 
 @needs("faketime")
-def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.PrivateKey) -> None:
-    device.has(authority.identity(ID, key=key))
+def test_a_clock_that_is_wrong(device: Talking) -> None:
+    device.certified()
     code, values, text = status(device, before=("faketime", "1970-01-02 00:00:00"))
     assert (code, values["clock"]["believed"]) == (0, False)
     assert values["clock"]["now"] < 200000 < values["clock"]["floor"]
@@ -290,10 +273,8 @@ def test_a_clock_that_is_wrong(device: Device, authority: Authority, key: world.
 
 
 @needs("strace")
-def test_neither_lock_nor_network_nor_a_write(
-    device: Device, authority: Authority, key: world.PrivateKey, tmp_path: Path
-) -> None:
-    device.has(authority.identity(ID, key=key))
+def test_neither_lock_nor_network_nor_a_write(device: Talking, tmp_path: Path) -> None:
+    device.certified()
     device.command = [world.PLAIN]
     device.server = "localhost"
     trace = tmp_path / "trace"
@@ -310,7 +291,7 @@ def test_neither_lock_nor_network_nor_a_write(
     assert not [call for call in writable if '"/dev/' not in call]
 
 
-def test_what_is_no_file_is_said_at_once(device: Device) -> None:
+def test_what_is_no_file_is_said_at_once(device: Talking) -> None:
     os.mkfifo(device.key_file)
     run = device.run("--status", "--json", timeout=20)
     assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)
@@ -318,17 +299,15 @@ def test_what_is_no_file_is_said_at_once(device: Device) -> None:
 
 
 @pytest.mark.parametrize("options", [("--status", "--ca-cert", "/nonexistent"), ("--status", "--mode", "999")])
-def test_wrong_usage_is_127_with_an_empty_output(device: Device, options: tuple[str, ...]) -> None:
+def test_wrong_usage_is_127_with_an_empty_output(device: Talking, options: tuple[str, ...]) -> None:
     run = device.run(*options)
     assert (run.status, run.out, run.err.count("\n")) == (127, "", 1)
 
 
-def test_it_agrees_with_the_check(device: Device, authority: Authority, key: world.PrivateKey) -> None:
+def test_it_agrees_with_the_check(device: Talking) -> None:
     """What it calls usable is what a check goes on with."""
     for moment, usable in ((now() + hours(1), True), (now() - hours(1), False)):
-        device.has(authority.identity(ID, key=key, not_before=now() - hours(24), not_after=moment))
+        device.certified(not_before=now() - hours(24), not_after=moment)
         assert (status(device)[0] == 0) is usable
-        with world.Scripted(authority.server(file="status.pem"), [answers.PENDING]) as server:
-            device.server = server.address
-            assert device.run().status == 69
+        assert device.hears(answers.PENDING).status == 69
         assert ("CERTIFICATE" in device.labels) is usable

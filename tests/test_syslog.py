@@ -10,15 +10,15 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Optional
 
 import pytest
 import world
 from needs import needs, require
-from world import Answer, Authority, Device, Run, Scripted, answers, hours, now
+from talking import ID, Talking, server_of
+from world import Answer, Authority, Run, Scripted, answers
 
-ID = "fffbeec0ffee"
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7
 DAEMON = 3
 
@@ -40,7 +40,8 @@ class Logged:
 
     def __init__(self, folder: Path, authority: Authority, kind: int = socket.SOCK_DGRAM) -> None:
         self.authority = authority
-        self.device = Device(folder / "device", "localhost:1", authority.certificate_file, ID)
+        self.device = Talking(folder / "device", authority)
+        self.device.server = "localhost:1"
         self.dev = folder / "dev"
         self.dev.mkdir()
         self.socket = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
@@ -57,26 +58,19 @@ class Logged:
 
     def run(self, *options: str, answers: tuple[Answer, ...] = (), before: tuple[str, ...] = ()) -> Run:
         """One run with --syslog, against a server that gives these answers, or against none."""
-        started = time.monotonic()
-        if not answers:
-            return self._finish(started, before, options)
-        with Scripted(self.authority.server(file="syslog.pem"), answers) as server:
-            self.device.server = server.address
-            return self._finish(started, before, options)
-
-    def _finish(self, started: float, before: tuple[str, ...], options: tuple[str, ...]) -> Run:
         self.device.command = [*world.WITHOUT_STARTER]  # whose process ID is the one in the message
-        process = self.device.start("--syslog", *options, before=(*self.before, *before))
-        self.pid = process.pid
-        run = self.device.finish(process, 30, started)
+        with ExitStack() as stack:
+            if answers:
+                server = stack.enter_context(Scripted(server_of(self.authority), answers))
+                self.device.server = server.address
+            process = self.device.start("--syslog", *options, before=(*self.before, *before))
+            self.pid = process.pid
+            run = self.device.finish(process, 30)
         assert (run.status != 99, run.out) == (True, ""), run.err
         return run
 
-    def messages(self) -> list[tuple[int, str]]:
+    def messages(self, of_any_run: bool = False) -> list[tuple[int, str]]:
         """Priority and text of what has come since the last call; all of it is the last run's."""
-        return self.messages_of_any_run(self.pid)
-
-    def messages_of_any_run(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
         found: list[tuple[int, str]] = []
         while True:
             try:
@@ -86,30 +80,25 @@ class Logged:
             match = MESSAGE.fullmatch(data)
             assert match, data
             facility, priority = divmod(int(match[1]), 8)
-            assert facility == DAEMON and pid in (None, int(match[3]))
+            assert facility == DAEMON and (of_any_run or int(match[3]) == self.pid)
             said = time.strptime(f"{time.strftime('%Y')} {match[2].decode()}", "%Y %b %d %H:%M:%S")
             assert abs(time.mktime(said) - time.time()) < 120
             found.append((priority, match[4].decode()))
 
 
-@pytest.fixture(scope="module")
-def key() -> world.PrivateKey:
-    return world.new_key()
-
-
 @pytest.fixture
-def logged(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> Iterator[Logged]:
+def logged(tmp_path: Path, authority: Authority, request: pytest.FixtureRequest) -> Iterator[Logged]:
+    """With a daemon that takes datagrams, as all do, or else the kind of socket that the test wants."""
     require("mounts")
-    logged = Logged(tmp_path, authority)
-    logged.device.has(authority.identity(ID, key=key, certified=False))
+    logged = Logged(tmp_path, authority, getattr(request, "param", socket.SOCK_DGRAM))
+    logged.device.pending()
     with logged.socket:
         logged.listen()
         yield logged
 
 
-def certificate(logged: Logged, life: int = 48) -> bytes:
-    pem = logged.authority.sign(logged.device.request, not_before=now() - hours(1), not_after=now() + hours(life))
-    return answers.certificate(pem)
+def certificate(logged: Logged) -> bytes:
+    return answers.certificate(logged.device.signed())
 
 
 def test_each_outcome_is_one_message_with_a_priority_that_means_something(logged: Logged) -> None:
@@ -192,17 +181,12 @@ def test_without_a_daemon_it_is_standard_error(logged: Logged, what: str) -> Non
     assert what != "no socket" or (logged.dev / "log").read_text() == ""
 
 
-@needs("mounts")
-def test_a_daemon_with_a_stream(tmp_path: Path, authority: Authority, key: world.PrivateKey) -> None:
-    logged = Logged(tmp_path, authority, socket.SOCK_STREAM)
-    logged.device.has(authority.identity(ID, key=key, certified=False))
-    with logged.socket:
-        logged.listen()
-        run = logged.run(answers=(answers.PENDING,))
-        assert (run.status, run.err) == (69, "")
-        connection, _ = logged.socket.accept()
-        with connection:
-            data = connection.recv(65536)
+@pytest.mark.parametrize("logged", [socket.SOCK_STREAM], indirect=True)
+def test_a_daemon_with_a_stream(logged: Logged) -> None:
+    run = logged.run(answers=(answers.PENDING,))
+    assert (run.status, run.err) == (69, "")
+    with logged.socket.accept()[0] as connection:
+        data = connection.recv(65536)
     assert MESSAGE.fullmatch(data) and b"waits to be signed" in data and data.endswith(b"\0")
 
 
@@ -210,7 +194,7 @@ def test_a_line_of_the_log_is_one_line_and_not_too_long(logged: Logged) -> None:
     said = answers.problem(500, "Bad", "first\nsecond\x1b[31m" + "x" * 5000)
     assert logged.run("-v", answers=(said,)).status == 127
     assert logged.run("--ca-cert", "/no\nsuch" + "/file" * 600).status == 127
-    messages = logged.messages_of_any_run()
+    messages = logged.messages(of_any_run=True)
     assert len(messages) > 2 and "the CA certificate /no?such/file/file" in messages[-1][1]
     for _, text in messages:
         assert "\n" not in text and "\x1b" not in text and len(text) < 1024
