@@ -27,8 +27,7 @@ from world import PLAIN, ROOT, Authority
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Authority, list[devices.Device]]:
     authority = Authority(tmp_path_factory.mktemp("fleet-ca"))
-    keys = [world.private_pem(world.new_key()) for _ in range(3)]
-    return authority, devices.make(authority, keys)
+    return authority, devices.make(authority, 3)
 
 
 @slow

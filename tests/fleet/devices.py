@@ -3,20 +3,16 @@
 A server signs one request after the other, when somebody tells it to. For a load it only has to find what it would
 have stored. So each device's certificate is signed here with the server's own CA key, has the fields that Caramel
 gives it and a serial number of Caramel's kind (a time-based UUID, by which our filter tells the date), and goes into
-the database as a row. RSA keys take long to make; they are kept for the next time.
+the database as a row. All have one key, which is the same work for a server and takes no minutes to make.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +27,6 @@ LIFE = 48
 AGE = 3600
 #: Seconds from the start of RFC 9562's calendar (15 October 1582) to that of Unix.
 GREGORIAN_TO_UNIX = 12_219_292_800
-#: So many are made by this process itself.
-FEW = 20
-PEM = serialization.Encoding.PEM
-_KEY = re.compile(rb"-----BEGIN PRIVATE KEY-----\n.*?-----END PRIVATE KEY-----\n", re.S)
 
 
 @dataclass(frozen=True)
@@ -71,53 +63,13 @@ class Device:
         return [self.client_id, self.sha256, formatdate(since, usegmt=True), str(self.write(folder))]
 
 
-def keys(count: int, kept: Path, progress: Callable[[str], None] = lambda _: None) -> list[bytes]:
-    """So many keys in PEM; those of `kept` first, and then new ones, which are added to it."""
-    found = _KEY.findall(kept.read_bytes()) if kept.exists() else []
-    if count <= FEW:
-        return (found + [_rsa(number) for number in range(count - len(found))])[:count]
-    if len(found) < count:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with open(kept, "ab") as store, _pool() as pool:
-            kept.chmod(0o600)
-            for number, key in enumerate(pool.map(_rsa, range(count - len(found)), chunksize=20), len(found) + 1):
-                store.write(key)
-                found.append(key)
-                if number % 200 == 0:
-                    progress(f"{number} of {count} RSA keys, made once and kept")
-    return found[:count]
+def make(authority: Authority, count: int) -> list[Device]:
+    """So many devices, signed by this authority."""
+    key = world.new_key()
+    return [_signed(authority, f"f1ee7{number:07x}", key) for number in range(count)]
 
 
-def _pool() -> ProcessPoolExecutor:
-    # Not forked: whoever calls may have threads.
-    return ProcessPoolExecutor(2, get_context("spawn"))
-
-
-def _rsa(_: int) -> bytes:
-    return world.private_pem(world.new_key())
-
-
-def make(authority: Authority, keys_: Sequence[bytes]) -> list[Device]:
-    """A device for each of the keys, signed by this authority."""
-    jobs = [(authority.folder, number, key) for number, key in enumerate(keys_)]
-    if len(jobs) <= FEW:
-        return _make(jobs)
-    with _pool() as pool:
-        return [device for several in pool.map(_make, _slices(jobs, 100)) for device in several]
-
-
-def _slices(jobs: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
-
-
-def _make(jobs: Sequence[tuple[Path, int, bytes]]) -> list[Device]:
-    authority = Authority.open(jobs[0][0])
-    return [_signed(authority, f"f1ee7{number:07x}", key) for _, number, key in jobs]
-
-
-def _signed(authority: Authority, client_id: str, key_pem: bytes) -> Device:
-    key: Any = serialization.load_pem_private_key(key_pem, None, unsafe_skip_rsa_key_validation=True)
+def _signed(authority: Authority, client_id: str, key: Any) -> Device:
     request = world.signing_request(key, authority.subject_for(client_id))
     signed = int(world.now().timestamp()) - AGE
     serial = _serial(signed)
@@ -138,15 +90,8 @@ def _signed(authority: Authority, client_id: str, key_pem: bytes) -> Device:
         )
         .sign(authority.key, hashes.SHA256())
     )
-    return Device(
-        client_id,
-        key_pem,
-        request,
-        certificate.public_bytes(PEM),
-        serial,
-        signed,
-        int(end.timestamp()),
-    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    return Device(client_id, world.private_pem(key), request, pem, serial, signed, int(end.timestamp()))
 
 
 def _serial(moment: int) -> int:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.filtered import FilteredCaramel, MeteredNginx
-from world import BUILD, Authority, until
+from world import Authority, until
 
 from fleet import devices, usage
 from fleet.devices import Device
@@ -155,10 +155,9 @@ def figures(samples: Sequence[Sample], first: Books, last: Books) -> dict[str, A
 
 def measure(folder: Path, count: int, seconds: float, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """The load first, then the curve; the last point of it is with an index."""
-    say(f"{count} devices: keys, certificates, Caramel's CA")
+    say(f"{count} devices: certificates, Caramel's CA")
     authority = Authority.by_caramel(folder / "ca")
-    keys = devices.keys(count, BUILD / "fleet" / "rsa-2048.pem", say)
-    fleet = devices.make(authority, keys)
+    fleet = devices.make(authority, count)
     (folder / "devices").mkdir()
     lines = [one.line(folder / "devices", one.modified) for one in fleet]
     found: list[dict[str, Any]] = []
