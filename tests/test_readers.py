@@ -19,7 +19,8 @@ from typing import Union
 import pytest
 import world
 from needs import needs, require
-from world import Authority, Caramel, Device, Front, Nginx, Scripted, TlsFront, answers
+from talking import Talking
+from world import Authority, Caramel, Device, Front, Nginx, TlsFront, answers
 
 ID = "localhost"  # so that it can be a server's certificate as well
 
@@ -38,18 +39,16 @@ def issued(
 ) -> Issued:
     folder = tmp_path_factory.mktemp("device")
     if request.param == "a certificate":
-        ours = Device(folder, front.address, caramel.authority.certificate_file, ID)
-        assert ours.run().status == 69
-        caramel.sign(ours.request_hash())
-        assert ours.run().status == 0
-        return Issued(ours, caramel.authority)
+        device = Device(folder, front.address, caramel.authority.certificate_file, ID)
+        assert device.run().status == 69
+        caramel.sign(device.request_hash())
+        assert device.run().status == 0
+        return Issued(device, caramel.authority)
     root = Authority(tmp_path_factory.mktemp("root"), path_length=None)
     below, intermediate = root.intermediate("Example Intermediate CA")
-    ours = Device(folder, None, root.certificate_file, ID)
-    ours.has(root.identity(ID, certified=False))
-    with Scripted(root.server(), [answers.certificate(below.sign(ours.request) + intermediate)]) as server:
-        ours.server = server.address
-        assert ours.run().status == 0
+    ours = Talking(folder, root, ID)
+    ours.pending()
+    assert ours.hears(answers.certificate(below.sign(ours.request) + intermediate)).status == 0
     assert ours.labels == ["PRIVATE KEY", "CERTIFICATE", "CERTIFICATE", "NEW CERTIFICATE REQUEST"]
     return Issued(ours, root)
 
