@@ -5,10 +5,13 @@ AUTHORITY := authority
 AUTHORITY_SOURCES := $(AUTHORITY)/pyproject.toml $(AUTHORITY)/README.md \
 	$(shell find $(AUTHORITY)/caramel_authority -type f -not -name '*.py[co]')
 
-.PHONY: authority-demo authority-types
+.PHONY: authority-demo authority-types bench-authority
 
 authority-demo: $(BUILD)/venv/installed $(BUILD)/authority/installed ## the life of a device without Caramel: with a CA of one's own, then with an ACME CA
 	@PYTHONPATH=tests:$(AUTHORITY)/tests $(BUILD)/venv/bin/python -m authority_demo
+
+bench-authority: $(BUILD)/tests/installed $(BUILD)/authority/installed ## what 90 000 devices cost the registration authority (PostgreSQL, 3 min)
+	@PYTHONPATH=tests:$(AUTHORITY)/tests $(BUILD)/tests/bin/python -m authority_bench
 
 authority-types: $(BUILD)/authority/installed
 	@test ! -e $(BUILD)/authority/bin/mypy || \

@@ -24,6 +24,7 @@ import sqlite3
 import ssl
 import subprocess
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -313,15 +314,54 @@ class Postgres:
         finally:
             self.sql(f"DROP DATABASE {name} WITH (FORCE)")
 
-    def sql(self, statement: str, url: str = "", check: bool = True) -> str:
+    @property
+    def pid(self) -> int:
+        assert self._daemon.process
+        return self._daemon.process.pid
+
+    def sql(self, statement: str, url: str = "", check: bool = True, timeout: int = 30) -> str:
         """What `psql` prints, in the database of this address."""
         address = (url or self.url).replace("+psycopg", "")
         done = subprocess.run(
             [str(self.program("psql")), "-At", "-d", address, "-c", statement],
-            capture_output=True, text=True, timeout=30, cwd="/",
+            capture_output=True, text=True, timeout=timeout, cwd="/",
         )  # fmt: skip
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+
+# --- Many devices -------------------------------------------------------------------------------------------
+
+
+def fill(authority: RegistrationAuthority, postgres: Optional[Postgres] = None) -> None:
+    """90 000 devices with two certificates, of which every tenth waits, and 900 000 lines in the log."""
+    pem = "-----BEGIN CERTIFICATE-----\n" + 14 * (64 * "A" + "\n") + "-----END CERTIFICATE-----\n"
+    now = int(time.time())
+    numbers = "(WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT i FROM n)"
+    name = "to_char(i, 'FM000000')" if postgres else "printf('%06d', i)"
+    digits = "lpad(to_hex(i * 7919), 64, '0')" if postgres else "printf('%064x', i * 7919)"
+    statements = [
+        f"CREATE TEMP TABLE d AS SELECT i, {digits} AS h, 'dev' || {name} AS id FROM {numbers.format(89999)} AS n",
+        "INSERT INTO requests (sha256, pem, client_id, device, key_sha256, posted, state, address) "
+        f"SELECT h, '{pem}', id, id, h, {now} - 900000 + i, "
+        "CASE WHEN i % 10 > 0 THEN 'authorized' ELSE 'pending' END, '10.0.0.1' FROM d",
+        "INSERT INTO keys SELECT h, id FROM d",
+        f"INSERT INTO devices (client_id, added, sha256) SELECT id, {now}, h FROM d WHERE i % 10 > 0",
+        f"INSERT INTO sightings SELECT h, {now} - i, '10.0.0.1' FROM d",
+        "INSERT INTO certificates (sha256, serial, pem, not_before, not_after, renew_after, modified) "
+        f"SELECT h, substr(h, 40) || life.i, '{pem}', {now} - 100, {now} + 500000, {now} + 300000, "
+        f"{now} - 100 + life.i FROM {numbers.format(1)} AS life, d WHERE d.i % 10 > 0",
+        "INSERT INTO log (at, who, action, client_id, sha256, detail) "
+        f"SELECT {now} - 900000 + turn.i * 90000 + d.i, 'signer', 'signed', id, h, 'serial 1a2b3c' "
+        f"FROM {numbers.format(9)} AS turn, d",
+    ]
+    if postgres:
+        # It does that by itself, some minutes after so much has changed.
+        postgres.sql("; ".join([*statements, "ANALYZE"]), timeout=300)
+    else:
+        with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
+            for statement in statements:
+                database.execute(statement)
 
 
 # --- DNS and ACME -------------------------------------------------------------------------------------------
