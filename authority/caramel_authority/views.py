@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TextIO
@@ -40,8 +40,10 @@ class Asked:
 
 def overview(db: Connection, asked: Asked) -> Iterator[dict[str, Any]]:
     """Every request that is wanted, in the order in which they were posted."""
-    of_it = certificates.alias()
-    newest = select(func.max(of_it.c.id)).where(of_it.c.sha256 == requests.c.sha256, of_it.c.not_before <= now())
+    usable = certificates.c.not_before <= now()
+    # In one go: PostgreSQL takes twice as long where it looks for that of each request by itself.
+    newest = select(certificates.c.sha256, func.max(certificates.c.id).label("id")).where(usable)
+    newest_of = newest.group_by(certificates.c.sha256).subquery()
     query = (
         select(
             requests.c.sha256,
@@ -58,7 +60,8 @@ def overview(db: Connection, asked: Asked) -> Iterator[dict[str, Any]]:
         )
         .outerjoin(bars, bars.c.device == requests.c.device)
         .outerjoin(sightings, sightings.c.sha256 == requests.c.sha256)
-        .outerjoin(certificates, certificates.c.id == newest.scalar_subquery())
+        .outerjoin(newest_of, newest_of.c.sha256 == requests.c.sha256)
+        .outerjoin(certificates, certificates.c.id == newest_of.c.id)
         .outerjoin(orders, orders.c.sha256 == requests.c.sha256)
         # The address is the device's: it stands with the request that was admitted last.
         .outerjoin(devices, devices.c.sha256 == requests.c.sha256)
@@ -125,10 +128,8 @@ def log_text(db: Connection, wanted: Lines) -> Iterator[str]:
     line = functools.reduce(lambda left, right: left + "  " + right, columns)
     line += "  " + func.coalesce(func.substr(log.c.sha256, 1, 16), "-")
     line += case((func.coalesce(log.c.detail, "") == "", ""), else_="  " + log.c.detail)
-    for lines in _lines(db, line, wanted):
-        text = "\n".join([*lines, ""])
-        # What was written before `write_log` took care of it may be more than a line.
-        yield text if text.count("\n") == len(lines) else "".join(f"{shown(one)}\n" for one in lines)
+    for lines in _lines(db, line, "\n", wanted):
+        yield lines + "\n"
 
 
 def log_json(db: Connection, wanted: Lines) -> Iterator[str]:
@@ -138,18 +139,15 @@ def log_json(db: Connection, wanted: Lines) -> Iterator[str]:
     pairs = [one for name, value in values.items() for one in (literal(name, String), value)]
     made = func.json_object(*pairs) if db.dialect.name == "sqlite" else cast(func.json_build_object(*pairs), String)
     before = "["
-    for lines in _lines(db, made, wanted):
-        yield before + "\n" + ",\n".join(lines)
+    for lines in _lines(db, made, ",\n", wanted):
+        yield before + "\n" + lines
         before = ","
     yield "\n]\n" if before == "," else "[]\n"
 
 
-def _lines(db: Connection, line: ColumnElement[str], wanted: Lines) -> Iterator[Sequence[str]]:
-    query = _wanted(db, select(line.label("line")), wanted)
-    yield from db.execute(query, execution_options={"yield_per": MANY}).scalars().partitions()
-
-
-def _wanted(db: Connection, query: Select[Any], wanted: Lines) -> Select[Any]:
+def _lines(db: Connection, line: ColumnElement[str], between: str, wanted: Lines) -> Iterator[str]:
+    """Many lines at a time, put together by the database: to fetch each by itself takes half as long again."""
+    query = select(line.label("line"), log.c.id)
     if wanted.client_id is not None:
         # Whatever ID the device was called by. No database compares IDs as devices do.
         called = db.execute(select(log.c.client_id).where(log.c.client_id.is_not(None)).distinct()).scalars()
@@ -160,9 +158,20 @@ def _wanted(db: Connection, query: Select[Any], wanted: Lines) -> Select[Any]:
     if wanted.since is not None:
         query = query.where(log.c.at >= wanted.since)
     if wanted.last is not None:
-        last = query.add_columns(log.c.id).order_by(log.c.id.desc()).limit(wanted.last).subquery()
-        return select(last.c.line).order_by(last.c.id)
-    return query.order_by(log.c.id)
+        last = query.with_only_columns(log.c.id).order_by(log.c.id.desc()).limit(wanted.last).subquery()
+        query = query.where(log.c.id >= select(func.min(last.c.id)).scalar_subquery())
+    end = 0
+    while end is not None:
+        page = query.where(log.c.id > end).order_by(log.c.id).limit(MANY).subquery()
+        # Both databases put together in the order in which the lines come.
+        together = select(func.aggregate_strings(page.c.line, between), func.count(), func.max(page.c.id))
+        lines, count, end = db.execute(together.select_from(page)).one()
+        if count and lines.count("\n") >= count:
+            # What was written before `write_log` took care of it may be more than a line.
+            each = db.execute(select(page.c.line).order_by(page.c.id)).scalars()
+            lines = between.join(map(shown, each))
+        if count:
+            yield lines
 
 
 def _moment(db: Connection, column: ColumnElement[int]) -> ColumnElement[str]:
