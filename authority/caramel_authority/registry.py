@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
 
 from . import store
 from .configuration import Configuration
@@ -59,6 +59,18 @@ PIECE = 500
 NO_ACCIDENT = 12
 #: Digits of a SHA-256.
 WHOLE_HASH = 64
+
+#: What every check asks, made once: to make a query takes as long as the database takes to answer it.
+_OF_REQUEST = certificates.c.sha256 == bindparam("sha256")
+_BEGUN = certificates.c.not_before <= bindparam("now")
+FOUND = (
+    select(requests, bars.c.kind.label("held"), sightings.c.at.label("seen"))
+    .outerjoin(bars, bars.c.device == requests.c.device)
+    .outerjoin(sightings, sightings.c.sha256 == requests.c.sha256)
+    .where(requests.c.sha256 == bindparam("sha256"))
+)
+NEWEST = select(certificates).where(_OF_REQUEST, _BEGUN).order_by(certificates.c.id.desc()).limit(1)
+BEGINS = select(func.max(certificates.c.not_before)).where(_OF_REQUEST, _BEGUN)
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,11 @@ class Registry:
             waits = self.signer.waits(db, request) if good else None
             due = good and waits is None and self._is_due(db, newest)
         if due:
-            newest, waits = self.renew(sha256)
+            if not self.signer.remote(sha256):
+                self.renew(sha256)
+            with self.store.reading() as db:
+                newest = newest_certificate(db, sha256)
+                waits = _soon(db, sha256) or self.signer.waits(db, request)
         self.sightings.note(sha256, address, request.seen)
         if address and address != request.address and self._addresses == "check":
             self._seen_at(request, address)
@@ -216,36 +232,25 @@ class Registry:
             store.number(db, "serial")
         self.signer.look()
 
-    def renew(self, sha256: str) -> tuple[Row[Any] | None, int | None]:
-        """The newest certificate, new where it had to be; else for how long there is no use in asking."""
-        if self.signer.remote(sha256):
-            with self.store.reading() as db:
-                return newest_certificate(db, sha256), _soon(db, sha256)
+    def renew(self, sha256: str) -> None:
+        """Has the signer make, or begin to get, a certificate where one is due."""
         with self.store.writing() as db:
             # Somebody else may have been faster: what counts is what is there now that the row is ours.
             db.execute(select(requests.c.sha256).where(requests.c.sha256 == sha256).with_for_update())
             found = self._find(db, sha256)
             if found is None:
-                return None, None
+                return
             request, newest = found
-            soon = _soon(db, sha256)
-            if soon is None and request.state == AUTHORIZED and request.held is None and self._is_due(db, newest):
+            good = request.state == AUTHORIZED and request.held is None
+            if good and _soon(db, sha256) is None and self._is_due(db, newest):
                 issued = self.signer.obtain(db, request)
                 if issued:
                     keep(db, request, issued)
-                    newest, soon = newest_certificate(db, sha256), _soon(db, sha256)
-            return newest, soon or self.signer.waits(db, request)
 
     @staticmethod
     def _find(db: Connection, sha256: str) -> tuple[Row[Any], Row[Any] | None] | None:
         """The request, with `held` (what was decided about its device) and `seen`; its certificate."""
-        query = (
-            select(requests, bars.c.kind.label("held"), sightings.c.at.label("seen"))
-            .outerjoin(bars, bars.c.device == requests.c.device)
-            .outerjoin(sightings, sightings.c.sha256 == requests.c.sha256)
-            .where(requests.c.sha256 == sha256)
-        )
-        request = db.execute(query).first()
+        request = db.execute(FOUND, {"sha256": sha256}).first()
         return (request, newest_certificate(db, sha256)) if request else None
 
     def _is_due(self, db: Connection, newest: Row[Any] | None) -> bool:
@@ -664,18 +669,12 @@ def _release(db: Connection, device: str, kind: str, client_id: str) -> None:
 
 def newest_certificate(db: Connection, sha256: str) -> Row[Any] | None:
     """What the device is to have. One that begins in the future was made by a clock that was ahead, and is no use."""
-    return db.execute(
-        select(certificates)
-        .where(certificates.c.sha256 == sha256, certificates.c.not_before <= now())
-        .order_by(certificates.c.id.desc())
-        .limit(1)
-    ).first()
+    return db.execute(NEWEST, {"sha256": sha256, "now": now()}).first()
 
 
 def _soon(db: Connection, sha256: str) -> int | None:
     """In how many seconds the newest certificate begins, where that is soon: an ACME CA's clock may be ahead."""
-    begins = select(func.max(certificates.c.not_before)).where(certificates.c.sha256 == sha256)
-    begin = db.execute(begins.where(certificates.c.not_before <= now() + HOUR)).scalar()
+    begin = db.execute(BEGINS, {"sha256": sha256, "now": now() + HOUR}).scalar()
     return begin - now() if begin and begin > now() else None
 
 
@@ -687,7 +686,8 @@ def keep(db: Connection, request: Row[Any], issued: Issued) -> None:
     modified = now()
     while modified in dates:
         modified += 1
-    db.execute(delete(certificates).where(mine, certificates.c.not_after < now()))
+    if dates:
+        db.execute(delete(certificates).where(mine, certificates.c.not_after < now()))
     leaf = x509.load_pem_x509_certificate(issued.pem.encode())
     extended = [one.value for one in leaf.extensions if isinstance(one.value, x509.ExtendedKeyUsage)]
     values = {
