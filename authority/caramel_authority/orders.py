@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from cryptography import x509
@@ -35,6 +36,8 @@ FIRST_PAUSE = 60
 REFUSED_PAUSE = 1200
 #: In `limits` beside the IDs of devices, which have no blanks: no order of this kind before `until`.
 FIRST, ANY = "first orders", "all orders"
+#: Nothing is put off for so long: what is stored as if it were, a clock that was ahead has written.
+TOO_LONG = 2 * DAY
 
 
 class OrderSigner:
@@ -126,14 +129,16 @@ class Worker:
         self._lease = configuration.acme.lease_seconds
         self._acme = acme
         self._zone = zone
-        #: Not before: the CA, its renewal information, addresses, a look at the zone's own names.
-        self._ca_after = self._info_after = self._addresses_after = self._zone_after = 0
+        #: Not before: the CA, its renewal information, addresses, a look at the zone's own names, one at moments that
+        #: can't be. By a clock that nobody sets.
+        self._ca_after = self._info_after = self._addresses_after = self._zone_after = self._moments_after = 0.0
         self._ca_failures = self._refusals = 0
 
     def work_once(self) -> bool:
         """Does one thing of each kind that is due; whether there was any."""
         done = False
-        if self._acme and self._ca_after <= now():
+        self._mend_moments()
+        if self._acme and self._ca_after <= monotonic():
             order = self._take_order()
             if order:
                 self._carry_out(self._acme, *order)
@@ -142,6 +147,23 @@ class Worker:
             self._note_own_names(self._zone)
             done = self._publish_address(self._zone) or done
         return done
+
+    def _mend_moments(self) -> None:
+        """Whatever a clock that was ahead has put off, is due."""
+        if self._moments_after > monotonic():
+            return
+        self._moments_after = monotonic() + HOUR
+        too_long = now() + max(TOO_LONG, self._lease)
+        with self._store.writing() as db:
+            # A lease that is over belonged to somebody, whose order may be at the CA.
+            for column, over in (
+                (orders.c.due, now()),
+                (orders.c.leased, 1),
+                (limits.c.until, now()),
+                (certificates.c.ask_renewal_info, now()),
+                (devices.c.publish_after, now()),
+            ):
+                db.execute(update(column.table).where(column > too_long).values({column: over}))
 
     # --- Orders ---
 
@@ -167,7 +189,7 @@ class Worker:
             return order.leased, db.execute(mine.returning(orders)).one(), request, old.pem if old else None
 
     def _next(self, db: Connection) -> Row[Any] | None:
-        ordered = select(func.count()).where(log.c.action == "ordered", log.c.at > now() - HOUR)
+        ordered = select(func.count()).where(log.c.action == "ordered", log.c.at.between(now() - HOUR, now()))
         room = db.execute(ordered).scalar_one() < self._per_hour
         for renewal, kind in ((1, ANY), (0, FIRST)):
             ready = select(orders).where(orders.c.due <= now(), orders.c.leased <= now(), orders.c.renewal == renewal)
@@ -195,7 +217,7 @@ class Worker:
         except CaAway as error:
             # It says nothing about this order, which is never put off for long.
             self._away(error)
-            self._fail(order, str(error), self._ca_after - now(), longest=HOUR)
+            self._fail(order, str(error), int(self._ca_after - monotonic()), longest=HOUR)
             return
         except NotValidated as error:
             self._fail(order, str(error), first=REFUSED_PAUSE, resource=None)
@@ -214,7 +236,7 @@ class Worker:
 
     def _away(self, error: TryLater) -> None:
         """The CA is left alone for a while that gets longer."""
-        self._ca_after = now() + max(error.seconds, min(FIRST_PAUSE * 2**self._ca_failures, HOUR // 4))
+        self._ca_after = monotonic() + max(error.seconds, min(FIRST_PAUSE * 2**self._ca_failures, HOUR // 4))
         self._ca_failures += 1
 
     def _limit(self, name: str, error: TryLater) -> None:
@@ -255,7 +277,7 @@ class Worker:
     # --- Renewal information ---
 
     def _ask_renewal_info(self, acme: AcmeCa) -> bool:
-        if self._info_after > now():
+        if self._info_after > monotonic():
             return False
         with self._store.writing() as db:
             due = select(certificates).where(certificates.c.ask_renewal_info <= now())
@@ -272,7 +294,7 @@ class Worker:
             if isinstance(error, CaAway):
                 self._away(error)
             elif isinstance(error, Limited):
-                self._info_after = now() + error.seconds
+                self._info_after = monotonic() + error.seconds
             return True
         self._ca_failures = 0
         with self._store.writing() as db:
@@ -282,7 +304,7 @@ class Worker:
     # --- The zone ---
 
     def _publish_address(self, zone: Zone) -> bool:
-        if self._addresses_after > now():
+        if self._addresses_after > monotonic():
             return False
         changed = or_(devices.c.published.is_(None), devices.c.published != devices.c.address)
         ready = select(devices).where(devices.c.address.is_not(None), changed, devices.c.publish_after <= now())
@@ -301,8 +323,8 @@ class Worker:
             done = {"publish_after": now() + HOUR // 4, "publish_problem": str(error)}
             self._refusals += 1
             if not isinstance(error, Refused) or self._refusals > 3:
-                self._addresses_after = now() + FIRST_PAUSE
-                done["publish_after"] = self._addresses_after
+                self._addresses_after = monotonic() + FIRST_PAUSE
+                done["publish_after"] = now() + FIRST_PAUSE
         if done["publish_problem"]:
             print(f"{device.client_id}: {done['publish_problem']}", file=sys.stderr, flush=True)
         with self._store.writing() as db:
@@ -312,14 +334,14 @@ class Worker:
 
     def _note_own_names(self, zone: Zone) -> None:
         """Writes down the names that the zone needs for itself: no device gets one of them."""
-        if self._zone_after > now():
+        if self._zone_after > monotonic():
             return
-        self._zone_after = now() + HOUR
+        self._zone_after = monotonic() + HOUR
         try:
             names = zone.own_names()
         except TryLater as error:
             print(f"the zone's own names: {error}", file=sys.stderr, flush=True)
-            self._zone_after = now() + FIRST_PAUSE
+            self._zone_after = monotonic() + FIRST_PAUSE
             return
         with self._store.writing() as db:
             db.execute(delete(zone_names))

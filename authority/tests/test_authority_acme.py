@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Optional
@@ -28,6 +29,7 @@ from authority_world import (
     ZONE,
     Knot,
     Pebble,
+    Postgres,
     RegistrationAuthority,
     Reply,
     Server,
@@ -95,14 +97,19 @@ def work(authority: RegistrationAuthority, days: float = 0) -> str:
     return authority.command("work", "--once", before=at(days) if days else ())
 
 
-def later(authority: RegistrationAuthority) -> None:
+def later(authority: RegistrationAuthority, postgres: Optional[Postgres] = None) -> None:
     """Whatever waits for its time, or for the end of a dead worker's lease, waits no longer.
 
     Setting the clock forward would not do: updates of a zone are signed with the time (RFC 8945, 5.2.3).
     """
-    with contextlib.closing(sqlite3.connect(authority.state)) as database, database:
-        database.execute("UPDATE orders SET due = 0, leased = min(leased, 1)")
-        database.execute("DELETE FROM limits")
+    for statement in (
+        "UPDATE orders SET due = 0, leased = CASE WHEN leased > 0 THEN 1 ELSE 0 END",
+        "DELETE FROM limits",
+    ):
+        if postgres:
+            postgres.sql(statement, authority.database)
+        else:
+            sql(authority, statement)
 
 
 def by_command(authority: RegistrationAuthority, knot: Knot) -> Path:
@@ -361,6 +368,24 @@ def test_the_ca_that_is_not_the_one(authority: RegistrationAuthority, tmp_path: 
     with authority.serving() as server:
         server.enroll(request_for(name()))
     assert "CERTIFICATE_VERIFY_FAILED" in work(authority)
+
+
+def test_a_clock_that_was_ahead(tmp_path: Path, knot: Knot) -> None:
+    """What was put off, leased and counted when it was thirty days later, stops nobody now."""
+    with Pebble(tmp_path / "pebble", knot) as pebble:
+        authority = made(tmp_path / "authority", pebble, knot, orders_per_hour=1, renewal_share=0.0)
+    by_command(authority, knot)
+    request = request_for(name())
+    with authority.serving() as server:
+        server.enroll(request)
+        # It waits for a CA that is away, and so it is known that no order was made.
+        assert "the ACME CA: ConnectionError" in work(authority, 30)
+        sql(authority, "UPDATE orders SET leased = due + 600")
+        sql(authority, "INSERT INTO limits SELECT 'first orders', due, 'too many' FROM orders")
+        assert said_wait(server, request) > 29 * 86400
+        with pebble:
+            work(authority)
+            assert server.get(sha256(request)).status == 200
 
 
 # --- A command in place of updates ---
@@ -883,6 +908,70 @@ def test_several_workers(tmp_path: Path, knot: Knot, request: pytest.FixtureRequ
 def made_by(pebble: Pebble) -> list[str]:
     """The orders for which Pebble made a certificate, one entry a certificate."""
     return re.findall(r"Issued certificate serial \S+ for order (\S+)", pebble.daemon.text())
+
+
+@slow
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_decisions_while_servers_and_workers_are_killed(
+    tmp_path: Path, knot: Knot, request: pytest.FixtureRequest, kind: str
+) -> None:
+    """With each thing that an administrator does, devices come, and both workers and a server are killed while orders
+    are under way. The CA has one order and one certificate for each key, and every device has its own in the end.
+    """
+    first, *others = (name(0x60 + number) for number in range(8))
+    out = others[0]
+    deeds = [["suspend", first], ["bar", out], ["resume", first], ["unbar", out], ["allow", "--again", out]]
+    with contextlib.ExitStack() as stack:
+        postgres = request.getfixturevalue("postgres") if kind == "postgresql" else None
+        database = stack.enter_context(postgres.database()) if postgres else None
+        pebble = stack.enter_context(Pebble(tmp_path / "pebble", knot, PEBBLE_WFE_NONCEREJECT="0"))
+        authority = made(tmp_path / "authority", pebble, knot, database=database)
+        if not postgres:
+            deeds.insert(1, ["backup", str(tmp_path / "copy.db")])
+        servers = [stack.enter_context(authority.serving()) for _ in range(2)]
+        keys = {one: request_for(one) for one in (first, out)}
+        for body in keys.values():
+            servers[0].enroll(body)
+        work(authority)
+        had = servers[0].get(sha256(keys[first])).body
+
+        def all_have_one() -> bool:
+            """Each asks once, as the program does: a new key after 403, a request where none is known."""
+            statuses = []
+            for number, one in enumerate(keys):
+                server = servers[number % 2]
+                statuses.append(server.get(sha256(keys[one])).status)
+                if statuses[-1] == 403:
+                    assert one == out
+                    keys[one] = request_for(one)
+                elif statuses[-1] == 404:
+                    server.post(keys[one])
+            return set(statuses) == {200}
+
+        def orders() -> int:
+            return pebble.daemon.text().count("Added order")
+
+        for turn, deed in enumerate(deeds):
+            before = orders()
+            keys[others[turn + 1]] = request_for(others[turn + 1])
+            with ThreadPoolExecutor(1) as pool, authority.working() as one, authority.working() as two:
+                deciding = pool.submit(authority.command, *deed)
+                until("an order is under way", lambda before=before: all_have_one() or orders() > before, 90)  # type: ignore[misc]
+                for worker in (one, two):
+                    assert worker.process
+                    worker.process.kill()
+                servers[turn % 2].kill()
+                servers[turn % 2].start()
+                deciding.result()
+            later(authority, postgres)
+        with authority.working(), authority.working():
+            until("every device has a certificate", all_have_one, 90)
+        assert servers[0].get(sha256(keys[first])).body == had
+        certified = [row[4] for row in authority.log("signed")]
+        assert len(set(certified)) == len(certified) == len(keys) + 1  # the key that was barred had one too
+        assert orders() == len(made_by(pebble)) == len(set(made_by(pebble))) == len(certified)
+        if not postgres:
+            assert "each follows from those before it" in authority.command("log", "--verify")
 
 
 SENDS = "write,sendto,fdatasync"
