@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import http.client
 import json
 import marshal
 import os
@@ -40,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate, parsedate_to_datetime
@@ -127,7 +127,7 @@ class Identity:
     """A device's key and request, and the certificates that the server has signed for it, oldest first."""
 
     client_id: str
-    key: bytes
+    key: Any
     request: bytes
     certificates: list[bytes] = field(default_factory=list)
 
@@ -137,11 +137,8 @@ class Identity:
 
     def file(self, certificate: int | None = None) -> bytes:
         """What the combined file holds, with one of the certificates."""
-        return (
-            self.key
-            + (b"" if certificate is None else self.certificates[certificate])
-            + self.request.replace(b" CERTIFICATE REQUEST", b" NEW CERTIFICATE REQUEST")
-        )
+        pem = b"" if certificate is None else self.certificates[certificate]
+        return world.key_file_content(self.key, self.request, pem)
 
     def sealed(self, ca: Path, certificate: int | None = None) -> bytes:
         """The same with the line of text that this program puts in front of what it has judged good."""
@@ -178,21 +175,18 @@ class Stage:
     def enroll(self, client_id: str) -> Identity:
         key = world.new_key()
         request = world.signing_request(key, self.caramel.authority.subject_for(client_id))
-        device = Identity(client_id, world.private_pem(key), request)
-        connection = http.client.HTTPConnection("127.0.0.1", self.caramel.port, timeout=30)
-        connection.request("POST", f"/{device.sha256}", request)
-        if connection.getresponse().status != 202:
-            raise AssertionError("Caramel doesn't take the request")
-        connection.close()
+        device = Identity(client_id, key, request)
+        with urllib.request.urlopen(f"{self.caramel.url}/{device.sha256}", request, timeout=30):
+            pass
         return device
 
     def settle(self) -> None:
         """Waits until the server gives the newest certificate a date, and remembers it."""
 
         def dated() -> str | None:
-            connection = http.client.HTTPConnection("127.0.0.1", self.caramel.port, timeout=30)
-            connection.request("GET", f"/{self.known.sha256}")
-            return connection.getresponse().getheader("Last-Modified")
+            with urllib.request.urlopen(f"{self.caramel.url}/{self.known.sha256}", timeout=30) as answer:
+                said: str | None = answer.headers["Last-Modified"]
+            return said
 
         date = world.until("the server says Last-Modified", dated, pause=0.2)
         self.modified = int(parsedate_to_datetime(str(date)).timestamp())
@@ -327,7 +321,7 @@ class PythonClient(Program):
         device = setting.stage.pending if setting.state == "pending" else setting.stage.known
         setting.client_id = device.client_id
         base = setting.folder / device.client_id
-        base.with_suffix(".key").write_bytes(device.key)
+        base.with_suffix(".key").write_bytes(world.private_pem(device.key))
         base.with_suffix(".csr").write_bytes(device.request)
         if setting.state != "pending":
             newest = setting.state == "unchanged"
