@@ -6,6 +6,9 @@ What hypothesis and the fuzzer have found stands as a named test in test_faults.
 
 from __future__ import annotations
 
+import http.client
+import json
+import ssl
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
 import world
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as bounded
@@ -23,7 +27,7 @@ from torture.fleet import key_file_parts
 
 from caramel_embedded import certificates, hardware, identity, settings, trust
 from caramel_embedded.certificates import InvalidCertificate, InvalidIdentity
-from caramel_embedded.errors import UsageError
+from caramel_embedded.errors import Refused, Unreachable, UsageError
 
 ID = "fe00feedc0de"
 #: Bounded in count, and the same every time: a test that fails by chance helps nobody.
@@ -121,8 +125,6 @@ def test_any_changed_byte_of_a_certificate_makes_it_unusable_or_nothing(
 
 def _same_der(one: bytes, other: bytes) -> bool:
     """The last letter of base64 has bits that mean nothing."""
-    import ssl
-
     return ssl.PEM_cert_to_DER_cert(one.decode()) == ssl.PEM_cert_to_DER_cert(other.decode())
 
 
@@ -219,40 +221,33 @@ def test_whatever_the_hardware_says_a_client_id_is_one(
 
 # --- The server's answer
 
+NAMES_OF_HEADERS = "Content-Type Content-Length Transfer-Encoding Content-Encoding Last-Modified X"
+VALUES_OF_HEADERS = (
+    "application/problem+json",
+    "chunked",
+    "identity",
+    "0",
+    "5",
+    "-1",
+    "Sun, 22 Nov 2026 04:00:00 GMT",
+)
+ANY_VALUE = st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=40)
 HEADERS = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["Content-Type", "Content-Length", "Transfer-Encoding", "Content-Encoding", "Last-Modified", "X"]
-        ),
-        st.one_of(
-            st.sampled_from(
-                ["application/problem+json", "chunked", "identity", "0", "5", "-1", "Sun, 22 Nov 2026 04:00:00 GMT"]
-            ),
-            st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=40),
-        ),
-    ),
+    st.tuples(st.sampled_from(NAMES_OF_HEADERS.split()), st.one_of(st.sampled_from(VALUES_OF_HEADERS), ANY_VALUE)),
     max_size=5,
 )
-BODIES = st.one_of(
-    st.binary(max_size=60),
-    st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=9)),
-        lambda inner: st.dictionaries(st.sampled_from(["status", "title", "detail"]), inner) | st.lists(inner),
-        max_leaves=5,
-    ).map(lambda value: __import__("json").dumps(value).encode()),
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=9)),
+    lambda inner: st.dictionaries(st.sampled_from(["status", "title", "detail"]), inner) | st.lists(inner),
+    max_leaves=5,
 )
+BODIES = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()))
 
 
 @BOUNDS
 @given(st.integers(0, 1100), HEADERS, BODIES)
 @example(403, [("Content-Type", "application/problem+json")], b'{"status":403}')
 def test_any_answer_is_understood_or_refused(status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-    import http.client
-
-    import urllib3
-
-    from caramel_embedded.errors import Refused, Unreachable
-
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
     data = f"HTTP/1.1 {status} X\r\n{head}\r\n".encode("latin-1", "replace") + body
     try:
