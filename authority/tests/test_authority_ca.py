@@ -395,16 +395,9 @@ def test_who_gave_a_command_is_what_the_system_says(authority: RegistrationAutho
 
 def test_who_is_nobody_else_in_a_user_namespace(authority: RegistrationAuthority) -> None:
     """There everybody may be root, and his own passwd(5) may say who that is."""
-    require("mounts")
-    become = ["setpriv", "--reuid=12345", "--clear-groups"]
-    authority.state.chmod(0o666)
-    for path in (authority.folder, *authority.folder.parents):
-        path.chmod(path.stat().st_mode | 0o711)
-    authority.folder.chmod(0o777)
-    before = [*become, "unshare", "--user", "--map-root-user"]
-    authority.command("bar", "device", before=before)
+    authority.command("bar", "device", before=["unshare", "--user", "--map-root-user"])
     (entry,) = authority.log("barred")
-    assert entry[1] == "administrator:0 (user namespace of uid 12345)"
+    assert entry[1] == f"administrator:0 (user namespace of uid {os.getuid()})"
 
 
 # --- The log ---
