@@ -281,6 +281,16 @@ class Command(Program):
         setting.place(self.sealed)
 
 
+class WithoutStarter(Command):
+    """This program without the shell that stays as its parent: what that shell costs."""
+
+    statuses: ClassVar[Mapping[str, int]] = {"unchanged": 0, "locked out": 1}
+    probe = True
+
+    def command(self, setting: Setting) -> tuple[list[str], dict[str, str]]:
+        return list(world.WITHOUT_STARTER), super().command(setting)[1]
+
+
 class CurlScript(Command):
     """A shell script around curl and openssl: the same statuses, the same environment."""
 
@@ -381,6 +391,7 @@ def programs(folder: Path, authority: world.Authority) -> list[Program]:
         packed = zipapp(folder / "caramel-embedded.pyz", authority)
         if packed:
             found.append(Command("caramel-embedded, zipapp", packed))
+        found.append(WithoutStarter("caramel-embedded, no starter", command))
     else:
         print("bench: the program itself is not installed, and so not measured", file=sys.stderr)
     return [
