@@ -410,6 +410,7 @@ def test_a_second_key_that_was_said_to_come_comes_once(
         assert server.enroll(stranger).status == 202
         assert server.get(sha256(new)).status == (200 if then == "nothing" else 403)
         # Said anew, it counts, also after the next start.
+        authority.command("reject", sha256(stranger))
         authority.command("allow", "--again", "device")
     with authority.serving() as server:
         assert server.enroll(csr("device")).status == 200
