@@ -10,7 +10,6 @@ On PostgreSQL the user that serves has no right to change an entry, and that is 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ def watch(database: Store, folder: Path) -> None:
         while True:
             try:
                 problem = _note(database, folder / NOTE)
-            except (DBAPIError, OSError, ValueError) as error:
+            except (DBAPIError, OSError, WrongUsage) as error:
                 problem = str(error)
             if problem and problem != said:
                 say(problem)
@@ -63,10 +62,13 @@ def _note(database: Store, file: Path) -> str:
 
 
 def _noted(file: Path) -> dict[int, str]:
-    with contextlib.suppress(FileNotFoundError):
+    try:
         number, hashed = file.read_text().split()
         return {int(number): hashed}
-    return {}
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise WrongUsage(f"{file} is damaged: remove it as root, and the signer notes the newest entry") from None
 
 
 def verify(database: Store, folder: Path) -> str:

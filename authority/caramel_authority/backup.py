@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import sqlite3
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,10 +16,12 @@ from sqlalchemy.exc import DBAPIError
 
 from .configuration import url_of
 from .errors import WrongUsage
-from .whole_file import replacing
+from .whole_file import refuse_other_kinds, replacing
 
 #: What SQLite keeps beside a database.
 BESIDE = ("-wal", "-shm", "-journal")
+#: How each of its databases begins (sqlite.org/fileformat2.html).
+MAGIC = b"SQLite format 3\0"
 T = TypeVar("T")
 
 
@@ -42,7 +43,11 @@ def backup(database: str, target: Path) -> None:
     real = source.resolve()
     if target.resolve() in [real.with_name(real.name + suffix) for suffix in ("", *BESIDE)] or _same(target, source):
         raise WrongUsage(f"{target} is the database itself")
-    _refuse_other_kinds(target)
+    refuse_other_kinds(target)
+    with contextlib.suppress(FileNotFoundError), target.open("rb") as file:
+        # A mistyped path may be that of a key, or of `refusals`. An empty file is mktemp(1)'s.
+        if file.read(len(MAGIC)) not in (MAGIC, b""):
+            raise WrongUsage(f"{target} is there, and no copy of a database: remove it, or name another file")
     with _written(target, source) as new:
         _copy(source, new)
 
@@ -56,7 +61,7 @@ def restore(database: str, source: Path, prepare: Callable[[str], T]) -> T:
         raise WrongUsage(f"{source}: there is no such file")
     if _same(source, target):
         raise WrongUsage(f"{source} is the database itself")
-    _refuse_other_kinds(target)
+    refuse_other_kinds(target)
     _refuse_if_used(target)
     with _written(target, source) as new:
         if not target.exists():
@@ -75,13 +80,6 @@ def restore(database: str, source: Path, prepare: Callable[[str], T]) -> T:
 
 def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def _refuse_other_kinds(target: Path) -> None:
-    """A device, a link or a folder is nothing that a copy may take the place of."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(target.lstat().st_mode):
-            raise WrongUsage(f"{target} is no regular file")
 
 
 def _unlink_beside(path: Path) -> None:

@@ -35,7 +35,7 @@ from .registry import Issued
 from .shown import shown
 from .signing_request import HOST_NAME, SigningRequest, Subject, prefix_of, validate
 from .store import devices
-from .whole_file import write_whole
+from .whole_file import refuse_other_kinds, write_whole
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Chain = tuple[x509.Certificate, ...]
@@ -314,10 +314,15 @@ class CertificateAuthority(Certificates):
         for name in names:
             if not HOST_NAME.fullmatch(name):
                 raise WrongUsage(f"{name!r} is no host name")
+        refuse_other_kinds(path)
         known = self.known()
         chain = known.old if known.old and end_of(known.old) > store.now() + 86400 else known.chain
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            pem = re.sub(rb"(?s)-----BEGIN PRIVATE.*?\n-----END.*?\n", b"", path.read_bytes())
+        with contextlib.suppress(FileNotFoundError, ValueError, x509.ExtensionNotFound):
+            there = path.read_bytes()
+            # A mistyped path may be that of a CA's key, or of anything else that there is no second one of.
+            if there and not (b" PRIVATE KEY-----" in there and b"-----BEGIN CERTIFICATE-----" in there):
+                raise WrongUsage(f"{path} is no key with its certificate: remove it, or name another file")
+            pem = re.sub(rb"(?s)-----BEGIN PRIVATE.*?\n-----END.*?\n", b"", there)
             old, *between = x509.load_pem_x509_certificates(pem)
             begin, end = old.not_valid_before_utc, old.not_valid_after_utc
             held = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -7,18 +7,32 @@ import contextlib
 import fcntl
 import glob
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import WrongUsage
+
 NEW = ".new"
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Nothing is put in the place of a device (for root, rename(2) would do it), a link, a socket or a folder. Raises
+    WrongUsage.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise WrongUsage(f"{path} is no regular file")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A new file beside the path, of mode 0600 (mkstemp(3)), which takes its place when the block ends, and is gone
     when the block fails. What others left who were killed is removed; whoever is still at work has a lock on theirs.
+    Raises WrongUsage where something else than a regular file is there.
     """
+    refuse_other_kinds(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{NEW}"):
         with contextlib.suppress(OSError), left.open("rb") as old:
             fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -233,6 +233,34 @@ def test_the_fronts_certificate(authority: RegistrationAuthority, tmp_path: Path
     assert "no host name" in authority.command("server-certificate", "a b", "--out", str(out), status=1)
 
 
+def test_the_fronts_certificate_takes_the_place_of_nothing_else(
+    authority: RegistrationAuthority, tmp_path: Path
+) -> None:
+    """A mistyped path, with root's rights, would be the end of a device, or of the CA's key."""
+    make = ["server-certificate", "ca.example.com", "--out"]
+    link, folder, fifo, new = (tmp_path / name for name in ("link", "folder", "fifo", "new"))
+    (tmp_path / "linked").touch()
+    link.symlink_to(tmp_path / "linked")
+    folder.mkdir()
+    os.mkfifo(fifo)
+    for other in (link, folder, fifo):
+        before = other.lstat()
+        assert authority.command(*make, str(other), status=1) == f"caramel-authority: {other} is no regular file\n"
+        assert other.lstat().st_ino == before.st_ino
+    (tmp_path / "notes").write_text("of mine")
+    for valuable in (authority.folder / "ca" / "ca.key", authority.ca, authority.state, tmp_path / "notes"):
+        content = valuable.read_bytes()
+        assert "name another file" in authority.command(*make, str(valuable), status=1)
+        assert valuable.read_bytes() == content
+    # What is not ours and is one, however odd, is made anew, as what is empty.
+    new.touch()
+    assert authority.command(*make, str(new)).endswith(": made\n")
+    openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=x",
+            "-keyout", tmp_path / "x.key", "-out", tmp_path / "x.crt")  # fmt: skip
+    new.write_bytes((tmp_path / "x.key").read_bytes() + (tmp_path / "x.crt").read_bytes())
+    assert authority.command(*make, str(new)).endswith(": made\n")
+
+
 def test_usages(tmp_path: Path) -> None:
     folder = f'folder = "{tmp_path}/ca"\nusages = ["client", "server"]\nlife_hours = 48\n'
     authority = RegistrationAuthority(tmp_path, f"[ca]\n{folder}")
@@ -438,6 +466,16 @@ def test_what_is_logged_cant_be_changed_without_a_trace(tmp_path: Path) -> None:
             path.unlink()
         for path, content in whole.items():
             path.write_bytes(content)
+    # A damaged note is said, by the signer too, and is no end of its notes.
+    for damaged in (b"", b"\xff", b"0", b"two words"):
+        noted.write_bytes(damaged)
+        said = authority.command("log", "--verify", status=1)
+        assert said.startswith(f"caramel-authority: {noted} is damaged: remove it as root") and said.count("\n") == 1
+    with signing(authority) as signer:
+        world.until("it is said", lambda: "log-entry is damaged" in signer.text())
+        noted.unlink()
+        world.until("it is noted again", noted.exists)
+    assert "each follows" in authority.command("log", "--verify")
 
 
 # --- One CA follows another ---

@@ -547,6 +547,13 @@ def test_a_copy_takes_no_place_that_is_not_a_file_s(authority: RegistrationAutho
         for no_file in (fifo, other, tmp_path):
             assert "is no regular file" in authority.command("backup", str(no_file), status=1)
         assert state.stat().st_ino == inode and link.is_symlink() and fifo.is_fifo()
+    for valuable in ("refusals", "caramel-authority.toml", "ca/ca.key"):
+        before = (authority.folder / valuable).read_bytes() or b"an empty one may be replaced"
+        (authority.folder / valuable).write_bytes(before)
+        said = authority.command("backup", str(authority.folder / valuable), status=1)
+        assert "no copy of a database: remove it, or name another file" in said
+        assert (authority.folder / valuable).read_bytes() == before
+    (authority.folder / "refusals").write_bytes(b"")
     assert "is the database itself" in authority.command("restore", str(link), status=1)
     assert [row[3] for row in authority.log("allowed")] == ["device"]
 
