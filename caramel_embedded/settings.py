@@ -217,6 +217,8 @@ SETTINGS: tuple[tuple[str, Callable[[str], Any], str, str, str], ...] = (
 VALUES: Mapping[str, Callable[[str], Any]] = {name: value for name, value, *_ in SETTINGS}
 # What a hook and scripts around it find in their environment beside settings.
 NO_SETTINGS = frozenset(("CARAMEL_NOT_AFTER", "CARAMEL_IN_HOOK"))
+# Beginnings of what other programs of the house read: the scripts, and the registration authority.
+OTHERS = ("CARAMEL_EMBEDDED", "CARAMEL_AUTHORITY_")
 COMMAND_LINE, INSTANCE = "the command line", "the option --instance"
 
 
@@ -500,7 +502,7 @@ def _configuration(path: str, needed: bool, given: str = "") -> tuple[str, Mappi
 
 def _is_misspelt(name: str) -> bool:
     """Whether a name that is no setting was perhaps to be one: CARAMEL_TIMOUT, CARMEL_CA, caramel_ca."""
-    if name in VALUES or name in NO_SETTINGS or name.startswith("CARAMEL_EMBEDDED"):
+    if name in VALUES or name in NO_SETTINGS or name.startswith(OTHERS):
         return False
     begin, _, rest = name.upper().partition("_")
     missing = list("CARAMEL")

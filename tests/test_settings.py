@@ -109,7 +109,7 @@ def test_the_environment_names_the_file_and_an_option_another(file: Path, tmp_pa
 
 @pytest.mark.usefixtures("plain")
 def test_a_setting_of_a_later_version_does_not_stop_a_device(file: Path) -> None:
-    assert settings(file, "CARAMEL_FUTURE=1\nPATH=/bin\n").unknown == ("CARAMEL_FUTURE",)
+    assert settings(file, "CARAMEL_FUTURE=1\nPATH=/bin\nCARAMEL_AUTHORITY_CONFIG=x\n").unknown == ("CARAMEL_FUTURE",)
 
 
 SAME_TO_ALL = """\

@@ -411,7 +411,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb("backup", make_backup, "copy the database (SQLite) while it is in use", unmade=True)
     one.add_argument("file")
     one = verb("restore", restore, "put a copy in the place of the database, and what was refused since", unmade=True)
-    one.add_argument("file", nargs="?", help="none where PostgreSQL has done that")
+    one.add_argument("file", nargs="?", help="none if PostgreSQL has done that")
     one.add_argument("--forget", action="store_true", help="nothing is known of what was refused since")
     verb("upgrade", upgrade, "bring the database of an older version up to this one", unmade=True)
 
@@ -423,7 +423,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--once", action="store_true", help="end when there is nothing to do")
     one.add_argument("--pause", type=seconds, default=2.0, metavar="SECONDS", help="between two looks at the queue")
 
-    one = verb("signer", sign, "sign, behind a socket: what `serve` asks where it can't read the CA's key")
+    one = verb("signer", sign, "sign, behind a socket: what `serve` asks if it can't read the CA's key")
     one.add_argument("--socket", metavar="PATH", help="by default ca.signer_socket of the configuration")
 
     one = verb("list", show, "all requests, what was decided, and until when their certificates are valid")
@@ -463,7 +463,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb("minimum-serial", minimum, "the smallest serial number that is accepted")
     one.add_argument("--now", action="store_true", help="accept nothing that was signed before this moment")
 
-    one = verb("ca-create", ca_create, "make a CA, and the database where there is none", makes=True)
+    one = verb("ca-create", ca_create, "make a CA, and the database if there is none", makes=True)
     one.add_argument("--subject", required=True, type=words, metavar="C=..,O=..,CN=..")
     one.add_argument("--key-type", choices=KEY_TYPES, default="ec-p256")
     one.add_argument("--days", type=whole(1, LONG), default=7300)
@@ -488,7 +488,7 @@ def parser() -> argparse.ArgumentParser:
     one = verb(
         "server-certificate",
         server_certificate,
-        "key and certificate of the TLS front, where it has none or they end soon",
+        "key and certificate of the TLS front, if it has none or they end soon",
     )
     one.add_argument("names", nargs="+", type=words, metavar="HOST")
     one.add_argument("--out", required=True, metavar="PATH")

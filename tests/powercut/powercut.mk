@@ -5,7 +5,7 @@ POWERCUT = cd tests && BUILD=$(BUILD) nice -n 10 $(CURDIR)/$(BUILD)/tests/bin/py
 
 .PHONY: powercut powercut-short
 
-powercut: $(BUILD)/caramel/installed $(BUILD)/tests/installed ## power cuts under real file systems, 100 for each (70 min, 40 with JOBS=2)
+powercut: $(BUILD)/caramel/installed $(BUILD)/tests/installed ## power cuts under real file systems, 100 for each (two hours, less with JOBS=2)
 	@$(POWERCUT) --jobs $(or $(JOBS),1)
 
 powercut-short: $(BUILD)/tests/installed ## the same, 20 cuts on vfat and ext4 (2 min)

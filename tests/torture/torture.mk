@@ -6,5 +6,5 @@ TORTURE ?=
 
 .PHONY: torture
 
-torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## kills, faults, clocks, networks: what survives (20 min)
+torture: $(BUILD)/venv/installed $(BUILD)/caramel/installed $(BUILD)/tests/installed ## kills, faults, clocks, networks: what survives (25 min)
 	@cd tests && $(CURDIR)/$(BUILD)/tests/bin/python -Es -m torture $(TORTURE)
