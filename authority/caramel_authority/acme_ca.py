@@ -24,7 +24,9 @@ import josepy
 import requests
 from acme import challenges, client, errors, messages
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from werkzeug.http import parse_date
@@ -114,8 +116,9 @@ class AcmeCa:
             self._key = self._account_key(Path(settings.account_key))
             read = "eab_key_file"
             self._binding = settings.eab_key_file and Path(settings.eab_key_file).read_text().strip()
-            josepy.b64.b64decode(self._binding)
-        except (OSError, ValueError) as error:
+            if settings.eab_key_file and not josepy.b64.b64decode(self._binding):
+                raise ValueError(f"{settings.eab_key_file} is empty")
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise WrongUsage(f"acme.{read}: {error}") from None
 
     # --- What the worker does. All of it raises TryLater, and where it is about an order, OrderLost ---
@@ -357,8 +360,11 @@ class AcmeCa:
         return x509.load_pem_x509_certificates(Path(self._settings.roots).read_bytes())
 
     @staticmethod
-    def _account_key(path: Path) -> Any:
-        """The account's key, made at first use; several workers that do that at once agree on one."""
+    def _account_key(path: Path) -> ec.EllipticCurvePrivateKey:
+        """The account's key, made at first use; several workers that do that at once agree on one.
+
+        Raises OSError, and ValueError, TypeError or UnsupportedAlgorithm where the file has no key of this kind.
+        """
         if not path.exists():
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
             temporary.touch(mode=0o600)
@@ -366,7 +372,10 @@ class AcmeCa:
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)
             temporary.unlink()
-        return serialization.load_pem_private_key(path.read_bytes(), None)
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        if not (isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1)):
+            raise ValueError(f"{path} has no P-256 key")
+        return key
 
 
 def doubted(resource: str | None) -> str | None:

@@ -50,6 +50,8 @@ class Zone:
         if settings.server:
             try:
                 secret = Path(settings.key_file).read_text().strip()
+                if not secret:
+                    raise ValueError(f"{settings.key_file} is empty")
                 self._keyring = dns.tsigkeyring.from_text({settings.key_name: (settings.key_algorithm, secret)})
             except (OSError, ValueError, dns.exception.DNSException) as error:
                 raise WrongUsage(f"dns.key_file: {error}") from None

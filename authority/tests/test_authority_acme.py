@@ -27,6 +27,7 @@ import world
 from authority_world import (
     COMMAND,
     ZONE,
+    Key,
     Knot,
     Pebble,
     Postgres,
@@ -36,6 +37,7 @@ from authority_world import (
     ask,
     at,
     csr,
+    ec_key,
     rsa_key,
     sha256,
 )
@@ -59,6 +61,12 @@ def name(number: int = 0) -> str:
 def request_for(client_id: str, key: Any = None) -> bytes:
     """As a device makes it whose ID is a host name; a public CA's subject has nothing that devices follow."""
     return csr(client_id, key, subject=[("CN", client_id)], names=[x509.DNSName(client_id)])
+
+
+def key_file(key: Key, password: bytes = b"") -> bytes:
+    """This key in PEM, under a password if one is given."""
+    sealed = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, sealed)
 
 
 @pytest.fixture(scope="module")
@@ -1110,6 +1118,28 @@ def test_a_wrong_configuration_is_said(authority: RegistrationAuthority, old: st
     authority.init()
     authority.config.write_text(changed)
     assert said in authority.command("serve", "--listen", "unix:/nowhere/at/all", status=1)
+
+
+@pytest.mark.parametrize(
+    "setting, content, said",
+    [
+        ("account_key", key_file(ec_key(), b"password"), "acme.account_key: "),
+        ("account_key", key_file(rsa_key()), "acme.account_key: .* has no P-256 key"),
+        ("eab_key_file", b"\n", "acme.eab_key_file: .* is empty"),
+        ("key_file", b"\n", "dns.key_file: .* is empty"),
+    ],
+)
+def test_a_key_that_is_of_no_use_is_said(
+    authority: RegistrationAuthority, tmp_path: Path, setting: str, content: bytes, said: str
+) -> None:
+    """When the worker starts, and in one line: not at the first order, and not as the CA's fault."""
+    (tmp_path / "key").write_bytes(content)
+    authority.init()
+    config = re.sub(rf"(?m)^{setting} = .*\n", "", authority.config.read_text())
+    new = f'{setting} = "{tmp_path}/key"\n' + ('eab_key_id = "kid"\n' if setting == "eab_key_file" else "")
+    table = "[dns]\n" if setting == "key_file" else "[acme]\n"
+    authority.config.write_text(config.replace(table, table + new))
+    assert re.fullmatch(f"caramel-authority: {said}.*\n", authority.command("work", "--once", status=1))
 
 
 def test_own_ca_commands_say_that_there_is_none(authority: RegistrationAuthority) -> None:
