@@ -93,10 +93,13 @@ class Zone:
         self._change("delete", name, other, "")
 
     def own_names(self) -> set[str]:
-        """Names below the zone that it needs for itself: name servers, mail servers. None are known by a command."""
+        """Names below the zone that it needs for itself: name servers, mail servers. None are known by a command.
+
+        Raises TryLater where the name server doesn't say: that isn't to be taken for a zone without any.
+        """
         if self._settings.command:
             return set()
-        records = [one for kind in ("SOA", "NS", "MX") for one in self._ask(self._name, kind)]
+        records = [one for kind in ("SOA", "NS", "MX") for one in self._ask(self._name, kind, sure=True)]
         targets = [getattr(one, "target", None) or getattr(one, "mname", None) or one.exchange for one in records]
         below = [one for one in targets if one != self._name and one.is_subdomain(self._name)]
         return {one.to_text(omit_final_dot=True).lower() for one in below}
@@ -156,11 +159,16 @@ class Zone:
         own = self._addresses()
         return [(address, self._settings.port if address in own else 53) for address in sorted(found)]
 
-    def _ask(self, name: dns.name.Name, kind: str) -> list[Any]:
-        """What the server that takes the updates says to everybody, who signs no question. Raises TryLater."""
+    def _ask(self, name: dns.name.Name, kind: str, sure: bool = False) -> list[Any]:
+        """What the server that takes the updates says to everybody, who signs no question. Raises TryLater; with
+        `sure` also where the server refuses to answer, or fails, as one whose copy of the zone is too old.
+        """
         query = dns.message.make_query(name, kind)
-        found = self._say(query).answer
-        return [one for records in found if records.rdtype == query.question[0].rdtype for one in records]
+        answer = self._say(query)
+        if sure and answer.rcode() != dns.rcode.NOERROR:
+            said = f"DNS server {self._settings.server} says {dns.rcode.to_text(answer.rcode())}"
+            raise TryLater(f"{said} to the question for {kind} of {name}")
+        return [one for records in answer.answer if records.rdtype == query.question[0].rdtype for one in records]
 
     # --- Changes ---
 

@@ -886,6 +886,20 @@ def test_a_name_server_that_lags(tmp_path: Path, found: str) -> None:
     )
 
 
+def test_a_name_server_that_has_no_answer(tmp_path: Path, pebble: Pebble, knot: Knot) -> None:
+    """What the zone needs for itself stays known while its name server doesn't serve the zone."""
+    own = f"primary.{ZONE}"
+    with Knot(tmp_path / "serves", records="@ 60 NS primary\nprimary 60 A 127.0.0.1\n") as serves:
+        authority = made(tmp_path / "authority", pebble, serves)
+        authority.init()
+        work(authority)
+        port = serves.port
+    with Knot(tmp_path / "other", zone="other.example.com", port=port):
+        assert "the zone's own names: DNS server 127.0.0.1 says REFUSED" in work(authority)
+        with authority.serving() as server:
+            assert "needs for itself" in server.post(request_for(own)).json["detail"]
+
+
 # --- Several workers, and killed ones ---
 
 
