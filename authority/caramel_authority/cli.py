@@ -521,7 +521,9 @@ def main() -> int:
     except (WrongUsage, TryLater, OSError) as error:
         print(f"caramel-authority: {error}", file=sys.stderr)
     except DBAPIError as error:
-        print(f"caramel-authority: the database: {error.orig}", file=sys.stderr)
+        # SQLite doesn't say which file it can't open.
+        where = f": {configuration.where}" if "unable to open" in str(error.orig) else ""
+        print(f"caramel-authority: the database: {error.orig}{where}", file=sys.stderr)
         if re.search("disk is full|No space left", str(error.orig)):
             print(f"nothing was changed: free some of the disk that has {configuration.where}", file=sys.stderr)
     finally:

@@ -54,6 +54,8 @@ def name_from(text: str) -> x509.Name:
     try:
         # RFC 4514 writes names the other way round.
         name = x509.Name(reversed(list(x509.Name.from_rfc4514_string(text))))
+        if not list(name):
+            raise ValueError("it is empty")
         hidden = [one for part in name for one in str(part.value) if is_hidden(one)]
         if hidden:
             raise ValueError(f"it has '{shown(hidden[0])}', which can't be seen")

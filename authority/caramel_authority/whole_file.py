@@ -43,9 +43,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield Path(name)
         os.fsync(handle)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # what is to be freed or mended: write(2) has no name of its file
         raise
     finally:
         os.close(handle)

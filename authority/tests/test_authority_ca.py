@@ -76,6 +76,14 @@ def test_a_subject_is_text_that_is_seen(tmp_path: Path, name: str) -> None:
         assert not list(authority.folder.glob("ca/*"))
 
 
+def test_a_subject_is_not_empty(tmp_path: Path) -> None:
+    """What a script gives whose variable is unset: RFC 5280, 4.1.2.4, wants a name of whoever issues."""
+    authority = RegistrationAuthority(tmp_path)
+    for command in ("ca-create", "ca-request"):
+        assert "it is empty" in authority.command(command, "--subject", "", status=1)
+        assert not list(authority.folder.glob("ca/*"))
+
+
 def test_a_ca_is_not_overwritten(authority: RegistrationAuthority) -> None:
     before = authority.ca.read_bytes(), authority.ca.with_suffix(".key").read_bytes()
     assert "--replace puts another CA in its place" in authority.command("ca-create", "--subject", SUBJECT, status=1)

@@ -47,6 +47,9 @@ def test_a_mistyped_path_makes_no_empty_authority(authority: RegistrationAuthori
     for command in (["list"], ["allow", "device"], ["serve"], ["work", "--once"], ["upgrade"]):
         assert "sate.db: there is no database; caramel-authority init" in authority.command(*command, status=1)
     assert not authority.state.with_name("sate.db").exists()
+    nowhere = authority.folder / "nowhere" / "state.db"
+    authority.config.write_text(authority.config.read_text().replace(f"{authority.folder}/sate.db", str(nowhere)))
+    assert authority.command("init", status=1).endswith(f"unable to open database file: {nowhere}\n")
 
 
 def test_an_empty_file_is_no_database(authority: RegistrationAuthority) -> None:
@@ -659,6 +662,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
             with filled.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(b"x" * 4096):
                     pass
+            for command in (["ca-renew"], ["server-certificate", "localhost", "--out", str(disk / "front.pem")]):
+                said = authority.command(*command, status=1)
+                file = authority.ca if command == ["ca-renew"] else disk / "front.pem"
+                assert said == f"caramel-authority: [Errno 28] No space left on device: '{file}'\n"
             said = authority.command("reject", "device", status=1)
             assert f"nothing was changed: free some of the disk that has {authority.state}" in said
             assert server.get(sha256(request)).status == 200
