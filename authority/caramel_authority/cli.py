@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import pwd
 import re
@@ -149,7 +150,7 @@ def restore(configuration: Configuration, options: argparse.Namespace) -> None:
 def serve(parts: Parts, options: argparse.Namespace) -> None:
     # Only this command needs these, and they take longer to load than others to run. Others that serve WSGI call
     # application.from_environment.
-    from waitress import serve as waitress
+    from waitress import create_server
 
     from .application import Application
     from .metrics import Metrics
@@ -178,7 +179,13 @@ def serve(parts: Parts, options: argparse.Namespace) -> None:
         metrics.serve(options.metrics)
     # A request that is longer than ours by far is waitress's own to refuse.
     application = Application(registry, parts.configuration.front, metrics.answered)
-    waitress(application, **listen, **front, threads=8, ident=None, max_request_body_size=65536)
+    logging.basicConfig()
+    settings: dict[str, Any] = {**listen, **front, "threads": 8, "ident": None, "max_request_body_size": 65536}
+    try:
+        server = create_server(application, **settings)
+    except OSError as error:
+        raise WrongUsage(f"--listen {options.listen}: {error}") from None
+    server.run()
 
 
 def _ends_with(child: Child) -> None:

@@ -102,8 +102,9 @@ class Configuration:
         """The file's content; by default that of $CARAMEL_AUTHORITY_CONFIG or /etc. Raises WrongUsage."""
         path = path or os.environ.get("CARAMEL_AUTHORITY_CONFIG", PATH)
         try:
-            content = tomllib.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            # Some editors begin a file with a byte order mark; and TOML is UTF-8 whatever the locale says.
+            content = tomllib.loads(Path(path).read_text("utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
             raise WrongUsage(f"{path}: {error}") from None
         try:
             read: Configuration = _filled(cls, content)

@@ -704,6 +704,21 @@ def test_what_is_no_text_or_no_host_is_said_in_a_line(authority: RegistrationAut
     assert "--listen no host:80: " in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("address", ["unix:/nowhere/at/all", "192.0.2.1:8080"])
+def test_where_nobody_can_listen_is_said_by_name(authority: RegistrationAuthority, address: str) -> None:
+    said = authority.command("serve", "--listen", address, status=1)
+    assert said.startswith(f"caramel-authority: --listen {address}: ") and said.count("\n") == 1
+
+
+def test_a_configuration_from_another_editor(authority: RegistrationAuthority) -> None:
+    text = authority.config.read_text()
+    authority.config.write_text(f"\ufeff{text}# Linköping\n", "utf-8")
+    authority.command("list", before=["env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0"])
+    authority.config.write_text("a = " + 9999 * "[")
+    said = authority.command("list", status=1)
+    assert said.startswith(f"caramel-authority: {authority.config}: ") and said.count("\n") == 1
+
+
 def test_who_reads_no_further_gets_no_complaint(authority: RegistrationAuthority) -> None:
     """As in `log | head`, both for what fits into a buffer and for what doesn't."""
     authority.command("allow", *(f"device-{number}" for number in range(3000)))
