@@ -150,7 +150,7 @@ def restore(configuration: Configuration, options: argparse.Namespace) -> None:
 def serve(parts: Parts, options: argparse.Namespace) -> None:
     # Only this command needs these, and they take longer to load than others to run. Others that serve WSGI call
     # application.from_environment.
-    from waitress import create_server
+    from waitress.server import create_server
 
     from .application import Application
     from .metrics import Metrics
