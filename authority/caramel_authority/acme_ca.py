@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import josepy
 import requests
@@ -176,7 +177,7 @@ class AcmeCa:
         )
         # The package counts in local time without a zone.
         deadline = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
-        with self._trouble(name) as acme, contextlib.ExitStack() as published:
+        with self._trouble(name, known["uri"]) as acme, contextlib.ExitStack() as published:
             for uri in order.body.authorizations:
                 one, _ = acme.poll(messages.AuthorizationResource(uri=uri, body=messages.Authorization()))
                 if one.body.identifier.value != name:
@@ -311,18 +312,18 @@ class AcmeCa:
         return chain[:-1]
 
     @contextlib.contextmanager
-    def _trouble(self, name: str = "") -> Iterator[client.ClientV2]:
+    def _trouble(self, name: str = "", order: str = "") -> Iterator[client.ClientV2]:
         """The connection. Whatever the CA answers, and whatever the package makes of it, ends as one of the
-        exceptions above.
+        exceptions above. `order` is the address of the order that it is about.
         """
         try:
             yield self._connected()
         except (TryLater, OrderLost):
             raise
         except Exception as error:
-            raise self._sorted(error, name) from None
+            raise self._sorted(error, name, order) from None
 
-    def _sorted(self, error: Exception, name: str) -> Exception:
+    def _sorted(self, error: Exception, name: str, order: str) -> Exception:
         """What is to be done about it."""
         answer = self._answer_of.last if self._answer_of else None
         text = f"the ACME CA: {_reason(error, answer)}"
@@ -331,6 +332,9 @@ class AcmeCa:
             self._client = None
             return OrderLost("the ACME CA has lost our account and its orders: it is registered again")
         if isinstance(error, (requests.ConnectionError, requests.Timeout)):
+            if order and self._client and not _same_place(order, self._client):
+                # The configuration had another CA when it was made, or the CA has moved: nobody will answer for it.
+                return OrderLost(f"{text}: the order is not where the CA's directory is")
             answer = None
         seconds = _retry_after(answer, MINUTE, MINUTE, DAY)
         if answer is None or answer.status_code in (502, 503, 504) or self._client is None:
@@ -383,6 +387,11 @@ def doubted(resource: str | None) -> str | None:
     order = json.loads(resource) if resource else {"doubts": DOUBTS}
     order["doubts"] = order.get("doubts", 0) + 1
     return json.dumps(order) if order["doubts"] <= DOUBTS else None
+
+
+def _same_place(order: str, acme: client.ClientV2) -> bool:
+    """Whether an order is on the server that makes orders now."""
+    return urlsplit(order).netloc == urlsplit(str(acme.directory.to_partial_json().get("newOrder"))).netloc
 
 
 def _resource(uri: str, order: messages.Order) -> str:

@@ -719,6 +719,22 @@ def test_a_ca_that_has_lost_its_accounts(tmp_path: Path, knot: Knot) -> None:
         assert worker.text().count("has a new account for us") == 2
 
 
+def test_an_order_at_a_ca_that_is_gone(proxied: RegistrationAuthority, proxy: Proxy) -> None:
+    """It was made before the configuration had this CA. Another one is made, and the others don't wait for it."""
+    gone = f"https://localhost:{world.free_port()}"
+    stale, other = request_for(name(1)), request_for(name(2))
+    with proxied.serving() as server:
+        server.enroll(stale)
+        place = {"uri": f"{gone}/order", "authorizations": [f"{gone}/authorization"], "finalize": f"{gone}/finalize"}
+        sql(proxied, f"UPDATE orders SET due = due - 9, resource = '{json.dumps(place)}'")
+        server.enroll(other)
+        assert "the order is not where the CA's directory is" in work(proxied)
+        assert [server.get(sha256(request)).status for request in (stale, other)] == [202, 200]
+        later(proxied)
+        work(proxied)
+        assert server.get(sha256(stale)).status == 200
+
+
 def test_external_account_binding(tmp_path: Path, knot: Knot) -> None:
     """A CA whose accounts belong to customers."""
     key = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
