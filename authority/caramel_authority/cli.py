@@ -298,7 +298,7 @@ def _entry(line: str) -> tuple[str, str | None] | None:
     """ID and SHA-256 (None: not known) of a line like `ID` or `ID,SHA256`; None where there is but a comment."""
     client_id, comma, expected = (one.strip(" \t\r") for one in line.partition("#")[0].partition(","))
     if comma and not re.fullmatch("[0-9A-Fa-f]{64}", expected):
-        raise WrongUsage(f"{line.strip()!r}: behind the comma is no SHA-256 in hexadecimal")
+        raise WrongUsage(f"{line.strip()[:200]!r}: behind the comma is no SHA-256 in hexadecimal")
     return (client_id, expected.lower() or None) if client_id or comma else None
 
 

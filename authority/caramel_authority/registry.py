@@ -631,7 +631,7 @@ def _checked(client_id: str) -> str:
     """The device of this ID. Raises WrongUsage where it is no ID."""
     wrong = id_problem(client_id)
     if wrong:
-        raise WrongUsage(f"{client_id!r} is no client ID: {wrong}")
+        raise WrongUsage(f"{client_id[:100]!r} is no client ID: {wrong}")
     return device_of(client_id)
 
 

@@ -197,6 +197,10 @@ def test_a_list_as_a_spreadsheet_writes_it(authority: RegistrationAuthority, tmp
     assert "FOUR stands there twice, and not with the same SHA-256" in said
     for split in ("five\u2028six", "five\rsix", "five\x0bsix"):
         assert "no client ID" in authority.command("allow", "--file", "-", given=split, status=1)
+    # What is no list at all is not shown as a whole.
+    for given in ("a" * 10**6, "a" * 10**6 + ",b"):
+        said = authority.command("allow", "--file", "-", given=given, status=1)
+        assert "'aaa" in said and said.count("\n") == 1 and len(said) < 300
     assert authority.rows("SELECT count(*) FROM devices") == [(2,)]
 
 
