@@ -274,6 +274,9 @@ class Store:
                 parsed = parsed.set(database=f"file:{quote(str(self.path))}", query={"mode": mode, "uri": "true"})
                 if mode == "rw" and not self.path.is_file():
                     raise WrongUsage(f"{self.path}: there is no database; caramel-authority init makes one")
+                if self.path.exists() and not self.path.is_file():
+                    # Its mode would be changed, and for root a journal made beside it: of /dev/null, say.
+                    raise WrongUsage(f"{self.path} is no regular file")
             # A statement that was prepared belongs to one connection of the server's, and a pooler in between
             # (PgBouncer) gives each transaction another one.
             more = {"prepare_threshold": None} if parsed.get_driver_name() == "psycopg" else {}

@@ -50,6 +50,16 @@ def test_a_mistyped_path_makes_no_empty_authority(authority: RegistrationAuthori
     nowhere = authority.folder / "nowhere" / "state.db"
     authority.config.write_text(authority.config.read_text().replace(f"{authority.folder}/sate.db", str(nowhere)))
     assert authority.command("init", status=1).endswith(f"unable to open database file: {nowhere}\n")
+    # Nothing is done to what is no file: root could.
+    nowhere.parent.mkdir()
+    os.mkfifo(nowhere, 0o600)
+    before = nowhere.stat()
+    for command in (["init"], ["ca-create", "--subject", "CN=x"]):
+        said = authority.command(*command, status=1)
+        assert said == f"caramel-authority: {nowhere} is no regular file\n"
+    after = nowhere.stat()
+    assert (after.st_mode, after.st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
+    assert [one.name for one in nowhere.parent.iterdir()] == [nowhere.name]
 
 
 def test_an_empty_file_is_no_database(authority: RegistrationAuthority) -> None:
@@ -664,8 +674,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
                     pass
             for command in (["ca-renew"], ["server-certificate", "localhost", "--out", str(disk / "front.pem")]):
                 said = authority.command(*command, status=1)
-                file = authority.ca if command == ["ca-renew"] else disk / "front.pem"
-                assert said == f"caramel-authority: [Errno 28] No space left on device: '{file}'\n"
+                wanted = authority.ca if command == ["ca-renew"] else disk / "front.pem"
+                assert said == f"caramel-authority: [Errno 28] No space left on device: '{wanted}'\n"
             said = authority.command("reject", "device", status=1)
             assert f"nothing was changed: free some of the disk that has {authority.state}" in said
             assert server.get(sha256(request)).status == 200
