@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from urllib.parse import urlsplit
 
 import josepy
 import requests
+import urllib3
 from acme import challenges, client, errors, messages
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -40,8 +44,8 @@ from .registry import Issued
 from .zone import Zone
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
-#: Seconds that one answer of the CA may take.
-PATIENCE = 20
+#: Seconds and bytes that one answer of the CA may take.
+PATIENCE, LONGEST = 20, 1 << 20
 #: How often one request is said again with a new nonce: RFC 8555, 6.5, wants that, and some CAs see to it.
 NONCES = 5
 #: How often an order of which the CA knows nothing, or nothing that makes sense, is asked about before another one is
@@ -77,6 +81,43 @@ class _NewOrder(messages.NewOrder):
     """With what the package doesn't know: RFC 9773, 5."""
 
     replaces: str | None = josepy.json_util.field("replaces", omitempty=True)
+
+
+class Whole(requests.adapters.HTTPAdapter):
+    """Answers that come whole, in time, and of a size.
+
+    The package's time limit is one for each read: a CA, or a proxy before it, that sends a byte now and then would
+    hold a worker for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._end: float | None = None
+        self._worker = threading.get_ident()
+        signal.signal(signal.SIGUSR1, self._over)
+
+    def send(self, *arguments: Any, **options: Any) -> requests.Response:
+        self._end = time.monotonic() + PATIENCE
+        timer = threading.Timer(PATIENCE, signal.pthread_kill, [self._worker, signal.SIGUSR1])
+        timer.daemon = True
+        timer.start()
+        try:
+            answer = super().send(*arguments, **options)
+            content = answer.raw.read(LONGEST + 1, decode_content=True)
+        except urllib3.exceptions.HTTPError as error:
+            raise requests.ConnectionError(error) from None
+        finally:
+            self._end = None
+            timer.cancel()
+        if len(content) > LONGEST:
+            answer.close()
+            raise requests.ConnectionError(f"an answer of more than {LONGEST} bytes")
+        answer.raw = io.BytesIO(content)
+        return answer
+
+    def _over(self, *_: object) -> None:
+        if self._end is not None and time.monotonic() >= self._end:
+            raise requests.Timeout(f"no whole answer within {PATIENCE} s")
 
 
 class _Network(client.ClientNetwork):
@@ -225,6 +266,7 @@ class AcmeCa:
                 timeout=PATIENCE,
             )
             network.session.hooks["response"].append(network.note)
+            network.session.mount("https://", Whole())
             acme = _Client(client.ClientV2.get_directory(self._settings.directory, network), network)
             account = messages.NewRegistration.from_data(
                 email=self._settings.contact.removeprefix("mailto:") or None,

@@ -9,6 +9,7 @@ import datetime
 import email.utils
 import json
 import re
+import socketserver
 import sqlite3
 import ssl
 import subprocess
@@ -1176,3 +1177,55 @@ def test_own_ca_commands_say_that_there_is_none(authority: RegistrationAuthority
     authority.init()
     assert 'the signer is not "ca"' in authority.command("ca-renew", status=1)
     assert "serial numbers don't count up" in authority.command("minimum-serial", "--now", status=1)
+
+
+#: What a CA, or a proxy before it, may do instead of an answer: what it sends, and again and again.
+NEVER_WHOLE = {
+    "no end of a header": (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
+    "no end of the body": (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", b" "),
+    "no end of its chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
+    "too much": (b"HTTP/1.1 200 OK\r\n\r\n", b"a" * 65536),
+}
+#: Asks as the worker does, with less patience.
+ASKS = """
+import sys, requests
+from caramel_authority import acme_ca
+acme_ca.PATIENCE = 2
+session = requests.Session()
+session.mount("http://", acme_ca.Whole())
+for time in range(2):
+    try:
+        session.get(sys.argv[1], timeout=10)
+    except requests.RequestException as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("what", NEVER_WHOLE)
+def test_an_answer_comes_whole_or_not_at_all(what: str) -> None:
+    """Each byte comes in time, and the answer never."""
+    begin, again = NEVER_WHOLE[what]
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(begin)
+                while True:
+                    self.request.sendall(again)
+                    if what != "too much":
+                        time.sleep(0.1)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        python = COMMAND.with_name("python")
+        done = subprocess.run([python, "-I", "-c", ASKS, address], capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    expected = "an answer of more than 1048576 bytes" if what == "too much" else "no whole answer within 2 s"
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and all(expected in line for line in said), done
