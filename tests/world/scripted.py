@@ -30,7 +30,7 @@ class Scripted(Service):
     (one that isn't good ends the handshake with an alert), with `demand` as well it is demanded.
     `instead_of_tls` gets the raw socket in place of a handshake: see `silence`, `reset`. `pause` is the
     time between any two bytes of an answer. An answer that says `Connection: close`, or has no length, ends
-    the connection.
+    the connection; so does a request of HTTP/1.0, or one that says so.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Scripted(Service):
                 turn = len(self.requests)
                 self.requests.append(asked)
             says = self.answers(asked) if callable(self.answers) else self.answers[min(turn, len(self.answers) - 1)]
-            if says is None or not self._say(connection, says):
+            if says is None or not self._say(connection, says) or asked.headers.get("connection") == "close":
                 return
 
     @staticmethod
@@ -158,6 +158,8 @@ class Scripted(Service):
                 break
             name, _, value = line.decode("latin-1").partition(":")
             headers[name.strip().lower()] = value.strip()
+        if first[2:] == ["HTTP/1.0"]:
+            headers.setdefault("connection", "close")
         body = stream.read(int(headers.get("content-length", "0")))
         return HttpRequest(
             connection=number,
