@@ -941,7 +941,7 @@ def test_several_workers(tmp_path: Path, knot: Knot, request: pytest.FixtureRequ
             until("all are signed", signed, 60, 0.2)
         assert len(made_by(pebble)) == len(set(made_by(pebble))) == 8
         assert pebble.daemon.text().count("Added order") == 8
-    assert len([row for row in authority.log("ordered") if row[3].endswith(ZONE)]) >= 8
+        assert len([row for row in authority.log("ordered") if row[3].endswith(ZONE)]) >= 8
 
 
 def made_by(pebble: Pebble) -> list[str]:
