@@ -34,7 +34,6 @@ class _Rehearsal(Check):
 
     def _begin(self) -> Identity:
         if self._stored.identity is None:
-            self._require_key_command()
             self._prepare()
             self._server.connect(None)
             self._server.reach()
@@ -46,14 +45,7 @@ class _Rehearsal(Check):
             raise _Stop("the server doesn't know the request: a check would send it")
         return super()._exchange(state, identity)
 
-    def _require_key_command(self) -> None:
-        command = self._key_command
-        if command is not None and shutil.which(command[0]) is None:
-            reason = os.strerror(errno.EACCES if os.path.exists(command[0]) else errno.ENOENT)
-            raise NotReady("the key command %s can't be run: %s" % (command[0], reason))
-
     def _new(self) -> Identity:
-        self._require_key_command()
         self._prepare()
         raise _Stop("; ".join([*self._notes, "a check would make a new key, and send a request for it"]))
 
@@ -88,6 +80,13 @@ def rehearse(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[int
         def require() -> None:
             require_place(settings.key_file, settings.permissions)
 
+        def prepare() -> None:
+            command = settings.key_command
+            if command is not None and shutil.which(command[0]) is None:
+                reason = os.strerror(errno.EACCES if os.path.exists(command[0]) else errno.ENOENT)
+                raise NotReady("the key command %s can't be run: %s" % (command[0], reason))
+            require()
+
         def store(identity: Identity) -> None:
             before = stored.identity
             if before is None or (before.request, before.issued) != (identity.request, identity.issued):
@@ -99,7 +98,7 @@ def rehearse(file: Optional[KeyFile], settings: Settings, log: Log) -> tuple[int
             say("a check would set owner, group and mode of the key file")
         check = _Rehearsal(
             *(settings.server, stored, store, settings.timeout, say, lambda identity: None),
-            *(settings.key_command, require, settings.groups),
+            *(settings.key_command, prepare, settings.groups),
         )
         try:
             outcome = check.run()
